@@ -1,0 +1,40 @@
+"""Named errors of the package. Torch-free, so that the data layer can raise them."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class FastflowError(Exception):
+    """Base class of every error that fastflow raises on purpose."""
+
+
+class UninitializedModelError(FastflowError, RuntimeError):
+    """A model whose ActNorm layers have not seen data was asked to evaluate, invert or sample."""
+
+
+class CheckpointError(FastflowError, ValueError):
+    """A model folder is missing, incomplete, corrupt or does not match its recorded hash."""
+
+
+class ManifestError(FastflowError, ValueError):
+    """A manifest or an image folder cannot be read as one."""
+
+
+class VolumeError(FastflowError, ValueError):
+    """A volume cannot be used.
+
+    Attributes:
+        path: the file.
+        code: a short stable identifier of the reason, e.g. ``"missing"`` or ``"crc"``; listed in `fastflow.data.volume.ERROR_CODES`.
+    """
+
+    def __init__(self, path: str | PathLike[str], code: str, message: str) -> None:
+        self.path = str(path)
+        self.code = code
+        self.message = message
+        super().__init__(f"{self.path}: {message} [{code}]")
+
+    def __reduce__(self) -> tuple[type[VolumeError], tuple[str, str, str]]:
+        # The default would rebuild it from the one formatted string and fail in a worker pool.
+        return type(self), (self.path, self.code, self.message)

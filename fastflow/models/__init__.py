@@ -1,0 +1,1 @@
+"""MAGIC-Flow and its parts."""

@@ -1,0 +1,146 @@
+"""Parts that both conditioners are made of.
+
+Everything a conditioner knows of the label is a table with one row per label: FiLM's scale and shift, folded with the norm's own
+affine part, and (in the classification conditioner) the label's share of the heads. Tables are computed once per pass and
+gathered by row, so K labels of one image cost K table rows, not K embeddings per image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from fastflow import kernels
+
+EMBEDDING = 128
+GROUPS = 8
+
+
+class Modulation(NamedTuple):
+    """FiLM folded with a norm's affine part: two (R, C) tables."""
+
+    gamma: Tensor
+    beta: Tensor
+
+
+class Tables(NamedTuple):
+    """What a conditioner needs to know of R labels: its modulations in order of use, and its heads' (scale, shift) tables."""
+
+    films: tuple[Modulation, ...]
+    heads: tuple[Tensor, ...] = ()
+
+
+def normed_conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A weight-normalised convolution, padded to keep the size at stride 1. Source: Salimans & Kingma, 2016."""
+    conv: nn.Conv2d = weight_norm(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2))
+    return conv
+
+
+def num_groups(channels: int) -> int:
+    """The largest number of groups, at most 8, that divides `channels`."""
+    return max(g for g in range(1, GROUPS + 1) if channels % g == 0)
+
+
+class FiLM(nn.Module):
+    """Two linear maps of the label embedding, a scale and a shift per channel (no "1 +"). Source: Perez et al., 2018."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Linear(EMBEDDING, channels)
+        self.beta = nn.Linear(EMBEDDING, channels)
+
+    def fold(self, embedding: Tensor, weight: Tensor, bias: Tensor) -> Modulation:
+        """Tables (R, C) of ``film(weight * v + bias)`` for embeddings (R, 128)."""
+        gamma = self.gamma(embedding)
+        return Modulation(gamma * weight, torch.addcmul(self.beta(embedding), gamma, bias))
+
+
+class NormFiLM(nn.Module):
+    """GroupNorm, FiLM and GELU, with an optional residual added before the GELU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.groups = num_groups(channels)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.film = FiLM(channels)
+
+    def fold(self, embedding: Tensor) -> Modulation:
+        """Its tables for embeddings (R, 128)."""
+        return self.film.fold(embedding, self.weight, self.bias)
+
+    def forward(self, x: Tensor, tables: Modulation, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        return kernels.norm_film_act(x, self.groups, tables.gamma, tables.beta, rows, residual)
+
+
+class BatchNormFiLM(nn.Module):
+    """As `NormFiLM` with batch statistics, for published generation weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.film = FiLM(channels)
+
+    def fold(self, embedding: Tensor) -> Modulation:
+        """Its tables for embeddings (R, 128)."""
+        return self.film.fold(embedding, self.norm.weight, self.norm.bias)
+
+    def forward(self, x: Tensor, tables: Modulation, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        norm = self.norm
+        if self.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        # The norm's own weight and bias are in the tables.
+        x = F.batch_norm(x, norm.running_mean, norm.running_var, None, None, self.training, norm.momentum or 0.1, norm.eps)
+        return kernels.film_act(x, tables.gamma, tables.beta, rows, residual)
+
+
+class ResidualBlock(nn.Module):
+    """conv3x3, norm, FiLM, GELU, conv3x3, norm, FiLM, add the input, GELU.
+
+    Args:
+        channels: C.
+        norm: the class of its norms, `NormFiLM` or `BatchNormFiLM`.
+    """
+
+    def __init__(self, channels: int, norm: type[NormFiLM] | type[BatchNormFiLM]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = norm(channels)
+
+    def fold(self, embedding: Tensor) -> tuple[Modulation, Modulation]:
+        """The tables of its two norms."""
+        return self.norm1.fold(embedding), self.norm2.fold(embedding)
+
+    def forward(self, x: Tensor, tables: tuple[Modulation, ...], rows: Tensor) -> Tensor:
+        v = self.norm1(self.conv1(x), tables[0], rows)
+        out: Tensor = self.norm2(self.conv2(v), tables[1], rows, residual=x)
+        return out
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention: a gate per channel, then a gate per pixel. Source: Woo et al., 2018."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(1, channels // 16)
+        self.down = nn.Linear(channels, hidden, bias=False)
+        self.up = nn.Linear(hidden, channels, bias=False)
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One pass of the shared MLP over both poolings.
+        pooled = self.up(F.relu(self.down(torch.stack(kernels.pool_pixels(x)))))
+        channel_gate = torch.sigmoid(pooled.sum(dim=0))
+        spatial_gate = torch.sigmoid(self.spatial(kernels.pool_channels(x, channel_gate)))
+        return kernels.apply_gates(x, channel_gate, spatial_gate)
+
+
+def one_hot_linear(layer: nn.Linear, labels: Tensor) -> Tensor:
+    """`layer` applied to the one-hot code of `labels` (R,), as a gather of its columns."""
+    return layer.weight.t()[labels] + layer.bias

@@ -1,0 +1,126 @@
+"""The classification conditioner: a strided encoder with dense heads. Source: MAGIC-Flow, published research code (widths)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastflow import kernels
+from fastflow.kernels.coupling_head import head_reference
+from fastflow.models.conditioners.blocks import CBAM, EMBEDDING, NormFiLM, ResidualBlock, Tables, normed_conv, one_hot_linear
+from fastflow.models.config import FlowConfig, Shape
+
+HIDDEN = 64
+
+
+class LabelEmbedding(nn.Module):
+    """Label -> (128,) through four layers with projected shortcuts."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(num_classes, 16)
+        self.fc2 = nn.Linear(16, 32)
+        self.fc3 = nn.Linear(32, 64)
+        self.fc4 = nn.Linear(64, EMBEDDING)
+        self.proj1 = nn.Linear(16, 32)
+        self.proj2 = nn.Linear(32, 64)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        h = F.gelu(one_hot_linear(self.fc1, labels))
+        h = F.gelu(self.fc2(h) + self.proj1(h))
+        h = F.gelu(self.fc3(h) + self.proj2(h))
+        return F.gelu(self.fc4(h))
+
+
+class DenseHead(nn.Module):
+    """``out([gelu(image v), gelu(label e)])`` with the last map split into its image half and its label half.
+
+    Split, the label half is a (R, N) table that every image shares.
+    """
+
+    def __init__(self, features: int, size: int) -> None:
+        super().__init__()
+        self.image = nn.Linear(features, HIDDEN)
+        self.label = nn.Linear(EMBEDDING, HIDDEN)
+        self.image_out = nn.Linear(HIDDEN, size, bias=False)
+        self.label_out = nn.Linear(HIDDEN, size)
+        # With zero heads a new coupling is the identity, which keeps the first steps of training stable (Glow, section 3.3).
+        for parameter in (self.image_out.weight, self.label_out.weight, self.label_out.bias):
+            nn.init.zeros_(parameter)
+
+    def table(self, embedding: Tensor) -> Tensor:
+        """(R, N) for embeddings (R, 128)."""
+        out: Tensor = self.label_out(F.gelu(self.label(embedding)))
+        return out
+
+    def features(self, v: Tensor) -> Tensor:
+        """(B, 64) for the encoder's flattened output."""
+        return F.gelu(self.image(v))
+
+
+class ClassificationConditioner(nn.Module):
+    """Three stages (the first strided 5x5, the others strided 3x3 with CBAM and a residual block), then dense heads.
+
+    Args:
+        config: the model.
+        step: index of its step.
+        shape: (C, H, W) of its input and of log-scale and shift.
+    """
+
+    def __init__(self, config: FlowConfig, step: int, shape: Shape) -> None:
+        super().__init__()
+        channels, height, width = shape
+        f1, f2, f3 = config.widths[step]
+        self.dropout = config.dropout
+        self.embedding = LabelEmbedding(config.num_classes if step >= config.condition_from_step else 1)
+        self.conv1, self.norm1 = normed_conv(channels, f1, 5, 2), NormFiLM(f1)
+        self.conv2, self.norm2 = normed_conv(f1, f2, 3, 2), NormFiLM(f2)
+        self.cbam2, self.residual2 = CBAM(f2), ResidualBlock(f2, NormFiLM)
+        self.conv3, self.norm3 = normed_conv(f2, f3, 3, 2), NormFiLM(f3)
+        self.cbam3, self.residual3 = CBAM(f3), ResidualBlock(f3, NormFiLM)
+        features = f3 * -(-height // 8) * -(-width // 8)
+        self.scale = DenseHead(features, channels * height * width)
+        self.shift = DenseHead(features, channels * height * width)
+
+    def tables(self, labels: Tensor) -> Tables:
+        """Tables with one row per entry of `labels` (R,)."""
+        e = self.embedding(labels)
+        films = (
+            self.norm1.fold(e),
+            self.norm2.fold(e),
+            *self.residual2.fold(e),
+            self.norm3.fold(e),
+            *self.residual3.fold(e),
+        )
+        return Tables(films, (self.scale.table(e), self.shift.table(e)))
+
+    def encode(self, a: Tensor, tables: Tables, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Masked input (B, C, H, W) -> the features of the scale head and of the shift head, each (B, 64)."""
+        films = tables.films
+        v = self._drop(self.norm1(self.conv1(a), films[0], rows))
+        v = self.cbam2(self.norm2(self.conv2(v), films[1], rows))
+        v = self._drop(self.residual2(v, films[2:4], rows))
+        v = self.cbam3(self.norm3(self.conv3(v), films[4], rows))
+        v = self._drop(self.residual3(v, films[5:7], rows)).flatten(1)
+        return self.scale.features(v), self.shift.features(v)
+
+    def _drop(self, v: Tensor) -> Tensor:
+        return F.dropout(v, self.dropout, self.training)
+
+    def forward(self, a: Tensor, tables: Tables, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Masked input (B, C, H, W) -> (raw log-scale, shift), each (B, C, H, W)."""
+        scale, shift = self.encode(a, tables, rows)
+        return (
+            head_reference(a, scale, self.scale.image_out.weight, tables.heads[0], rows),
+            head_reference(a, shift, self.shift.image_out.weight, tables.heads[1], rows),
+        )
+
+    def couple(
+        self, x: Tensor, a: Tensor, tables: Tables, rows: Tensor, mask: Tensor, bound: float, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Couple x by what the masked input `a` says: (y, logdet (B,))."""
+        weights = (self.scale.image_out.weight, self.shift.image_out.weight)
+        heads = (tables.heads[0], tables.heads[1])
+        return kernels.coupling_head(x, self.encode(a, tables, rows), weights, heads, rows, mask, bound, inverse)
+
+
