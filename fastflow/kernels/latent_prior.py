@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from fastflow.kernels._library import accumulator, sum_per_sample
@@ -43,5 +42,3 @@ def latent_prior(z: Tensor) -> Tensor:
     if z.ndim != 2 or not z.is_floating_point():
         raise ValueError(f"z must be a 2-D floating-point tensor, got {tuple(z.shape)} {z.dtype}")
     return latent_prior_reference(z)
-
-

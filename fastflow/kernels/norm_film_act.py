@@ -26,7 +26,8 @@ def norm_film_act_reference(
     x: Tensor, groups: int, gamma: Tensor, beta: Tensor, rows: Tensor, residual: Tensor | None, eps: float
 ) -> Tensor:
     """The definition, in plain ATen: the native normalisation without its affine part is the fastest unfused form."""
-    return film_act_reference(F.group_norm(x, groups, eps=eps), gamma, beta, rows, residual)
+    # torch.group_norm: the functional form refuses a group of one element, which is simply zero after normalisation.
+    return film_act_reference(torch.group_norm(x, groups, eps=eps), gamma, beta, rows, residual)
 
 
 def _check(x: Tensor, gamma: Tensor, beta: Tensor, rows: Tensor, residual: Tensor | None) -> None:

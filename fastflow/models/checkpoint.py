@@ -81,15 +81,8 @@ def load(folder: str | PathLike[str], device: str | torch.device) -> MagicFlow:
     state = _read_weights(folder, document)
     try:
         config = FlowConfig.from_dict(document["config"])
-        with torch.device("meta"):
-            skeleton_masks = {
-                size: np.zeros(size, dtype=np.uint8)
-                for name, (_, *size_list) in zip(config.masks, config.step_shapes, strict=True)
-                if name == "custom"
-                for size in [tuple(size_list)]
-            }
-        model = MagicFlow(config, next(iter(skeleton_masks.values()), None))
-        # The stored masks, and the stored dtype of every tensor, take the place of the skeleton's.
+        # The skeleton's masks and dtypes are placeholders: the stored tensors take their place as they are.
+        model = MagicFlow(config, np.zeros(config.input_shape[1:]))
         model.load_state_dict(state, assign=True)
         model.temperature = float(document["temperature"])
         model.metadata = dict(document["metadata"])

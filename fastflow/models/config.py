@@ -120,7 +120,9 @@ class FlowConfig:
     # -- presets --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def paper(cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any) -> FlowConfig:
+    def paper(
+        cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any
+    ) -> FlowConfig:
         """The published layout: 24 steps on 1x184x184 (182x182 at 1 mm, padded).
 
         151.6 M parameters for classification at K = 7. `changes` replace single fields.
@@ -144,7 +146,9 @@ class FlowConfig:
         return cls(num_classes=num_classes, task=task, **{**values, **changes})
 
     @classmethod
-    def small(cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any) -> FlowConfig:
+    def small(
+        cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any
+    ) -> FlowConfig:
         """A layout for CPUs: 14 steps on 1x96x96 (the 91x91 coronal slice of the 2 mm grid, padded)."""
         values: dict[str, Any] = {
             "input_shape": (1, 96, 96),
@@ -156,7 +160,9 @@ class FlowConfig:
         return cls(num_classes=num_classes, task=task, **{**values, **changes})
 
     @classmethod
-    def tiny(cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any) -> FlowConfig:
+    def tiny(
+        cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any
+    ) -> FlowConfig:
         """A layout for tests: 6 steps on 1x16x16."""
         values: dict[str, Any] = {
             "input_shape": (1, 16, 16),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class ActNorm(nn.Module):
         self.register_buffer("initialized", torch.tensor(False))
         # A Python copy of the buffer: asking a CUDA tensor for its value would stall the device at every step.
         self.ready = False
-        self.register_load_state_dict_post_hook(_read_initialized)
+        self.register_load_state_dict_post_hook(_read_initialized)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -120,16 +121,20 @@ class InvertibleConv1x1(nn.Module):
     def weight(self) -> Tensor:
         """W (C, C) in float64."""
         lower, upper = self.factors()
-        return (lower @ upper)[self.permutation]
+        product: Tensor = lower @ upper
+        return product[self.permutation]
 
     def inverse_weight(self) -> Tensor:
         """W^-1 (C, C) in float64, by two triangular solves."""
         lower, upper = self.factors()
         eye = torch.eye(self.log_s.numel(), dtype=torch.float64, device=self.log_s.device)
         # W = P L U with (P A)[i] = A[permutation[i]], so the columns of P^T are rows of the identity at those places.
-        permuted = torch.zeros_like(eye).index_put((self.permutation, torch.arange(len(eye), device=eye.device)), eye.new_ones(()))
+        permuted = torch.zeros_like(eye).index_put(
+            (self.permutation, torch.arange(len(eye), device=eye.device)), eye.new_ones(())
+        )
         half = torch.linalg.solve_triangular(lower, permuted, upper=False, unitriangular=True)
-        return torch.linalg.solve_triangular(upper, half, upper=True)
+        out: Tensor = torch.linalg.solve_triangular(upper, half, upper=True)
+        return out
 
 
 class AffineCoupling(nn.Module):
@@ -145,6 +150,7 @@ class AffineCoupling(nn.Module):
     """
 
     mask: Tensor
+    conditioners: Sequence[ClassificationConditioner | GenerationConditioner]
 
     def __init__(self, config: FlowConfig, step: int, shape: Shape, mask: Tensor) -> None:
         super().__init__()
@@ -152,7 +158,8 @@ class AffineCoupling(nn.Module):
         self.register_buffer("mask", mask)
         conditioner = ClassificationConditioner if config.task == "classification" else GenerationConditioner
         count = 1 if config.share_halves else 2
-        self.conditioners = nn.ModuleList(conditioner(config, step, shape) for _ in range(count))
+        # A ModuleList, declared as the sequence that it is.
+        self.conditioners = nn.ModuleList(conditioner(config, step, shape) for _ in range(count))  # type: ignore[assignment]
 
     def halves(self) -> list[tuple[int, Tensor]]:
         """(index of the conditioner, passive mask) of the two halves in forward order."""
@@ -204,13 +211,16 @@ class FlowStep(nn.Module):
 
     def mixing_logdet(self) -> Tensor:
         """Log-determinant of ActNorm and convolution, a scalar in float64 that no sample or label changes."""
-        return self.pixels * (self.actnorm.log_scale.double().sum() + self.conv.log_s.double().sum())
+        total: Tensor = self.actnorm.log_scale.double().sum() + self.conv.log_s.double().sum()
+        return self.pixels * total
 
     def mix(self, x: Tensor) -> Tensor:
         """Squeeze, ActNorm and convolution: x (B, C', H', W') -> (B, C, H, W). The first training batch sets ActNorm."""
         if not self.actnorm.ready:
             if not self.training:
-                raise UninitializedModelError("the model's ActNorm layers are not initialised: train it, call initialize(x) or load one")
+                raise UninitializedModelError(
+                    "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
+                )
             self.actnorm.initialize(kernels.squeeze2x2(x) if self.squeeze else x)
         weight = self.conv.weight()
         scale = self.actnorm.log_scale.double().exp()
@@ -220,7 +230,9 @@ class FlowStep(nn.Module):
     def unmix(self, y: Tensor) -> Tensor:
         """Inverse of `mix`."""
         if not self.actnorm.ready:
-            raise UninitializedModelError("the model's ActNorm layers are not initialised: train it, call initialize(x) or load one")
+            raise UninitializedModelError(
+                "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
+            )
         inverse = self.conv.inverse_weight() * (-self.actnorm.log_scale.double()).exp()[:, None]
         bias = self.conv.weight() @ self.actnorm.bias.double()
         return kernels.channel_unmix(y, inverse.to(y.dtype), bias.to(y.dtype), squeeze=self.squeeze)

@@ -59,15 +59,17 @@ class MagicFlow(nn.Module):
     Source: Caldera, Bottacini, Cavinato, arXiv 2510.22070.
     """
 
+    steps: Sequence[FlowStep]
+
     def __init__(self, config: FlowConfig, application_mask: Any = None) -> None:
         super().__init__()
         self.config = config
         self.temperature = 1.0
         self.metadata: dict[str, Any] = {}
         masks = build_masks(config, application_mask)
-        self.steps = nn.ModuleList(
-            FlowStep(config, i, shape, mask) for i, (shape, mask) in enumerate(zip(config.step_shapes, masks, strict=True))
-        )
+        steps = (FlowStep(config, i, shape, mask) for i, (shape, mask) in enumerate(zip(config.step_shapes, masks, strict=True)))
+        # A ModuleList, declared as the sequence that it is.
+        self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
@@ -151,12 +153,14 @@ class MagicFlow(nn.Module):
             raise ValueError(f"z must be (B, {self.config.num_dims}), got {tuple(z.shape)}")
         y = self._check_labels(y, z.shape[0])
         if not self.initialized:
-            raise UninitializedModelError("the model's ActNorm layers are not initialised: train it, call initialize(x) or load one")
+            raise UninitializedModelError(
+                "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
+            )
         tables, rows = self._tables_for(y)
         shapes = self.config.latent_shapes
         blocks = [
             block.unflatten(1, shape)
-            for block, shape in zip(z.to(self.dtype).split([c * h * w for c, h, w in shapes], dim=1), shapes, strict=True)
+            for block, shape in zip(torch.split(z.to(self.dtype), [c * h * w for c, h, w in shapes], dim=1), shapes, strict=True)
         ]
         h = blocks.pop(0)
         for i in reversed(range(self.config.num_steps)):

@@ -37,12 +37,14 @@ def application_mask(value: Any, height: int, width: int) -> Tensor:
         value = coronal_mask((height, width))
     elif isinstance(value, str | Path):
         value = _read_png(Path(value))
-    mask = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    mask = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     if tuple(mask.shape) != (height, width):
         raise ValueError(f"application_mask must be ({height}, {width}) like the image, got {tuple(mask.shape)}")
     if not torch.all((mask == 0) | (mask == 1)):
         found = torch.unique(mask).tolist()
-        raise ValueError(f"application_mask must hold only 0 and 1, got {len(found)} distinct values from {found[0]} to {found[-1]}")
+        raise ValueError(
+            f"application_mask must hold only 0 and 1, got {len(found)} distinct values from {found[0]} to {found[-1]}"
+        )
     return mask.bool()
 
 
@@ -101,16 +103,15 @@ def build_mask(name: str, step: int, shape: Shape, application: Tensor | None, b
 def build_masks(config: FlowConfig, application: Any = None) -> list[Tensor]:
     """The masks of every step of `config`; the application mask (see `application_mask`) is read only where a step needs it.
 
-    A `custom` mask after a squeeze has a smaller image: the application mask given or shipped must then have that size.
+    The application mask has the size of the image; a `custom` step after squeezes takes every second (fourth, ...) pixel of it.
 
     Raises:
-        ValueError: as `application_mask` and `build_mask`.
+        ValueError: as `application_mask`.
     """
-    cached: dict[tuple[int, int], Tensor] = {}
+    _, height, width = config.input_shape
+    image = application_mask(application, height, width) if "custom" in config.masks else None
     masks = []
     for i, (name, shape) in enumerate(zip(config.masks, config.step_shapes, strict=True)):
-        size = shape[1:]
-        if name == "custom" and size not in cached:
-            cached[size] = application_mask(application, *size)
-        masks.append(build_mask(name, i, shape, cached.get(size) if name == "custom" else None, config.block_size))
+        stride = height // shape[1]
+        masks.append(build_mask(name, i, shape, None if image is None else image[::stride, ::stride], config.block_size))
     return masks

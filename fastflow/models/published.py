@@ -86,7 +86,11 @@ def _import_mixing(step: FlowStep, index: int, state: dict[str, Tensor]) -> None
     bias = _take(state, f"actnorms.{index}.bias").double().flatten()
     weight = _take(state, f"inv_convs.{index}.weight").double().flatten(1)
     channels = step.actnorm.bias.numel()
-    for name, value, shape in (("scale", scale, (channels,)), ("bias", bias, (channels,)), ("weight", weight, (channels, channels))):
+    for name, value, shape in (
+        ("scale", scale, (channels,)),
+        ("bias", bias, (channels,)),
+        ("weight", weight, (channels, channels)),
+    ):
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} of step {index} must have shape {shape} in this layout, got {tuple(value.shape)}")
     if not bool((scale != 0).all()):
@@ -120,7 +124,9 @@ def _import_conditioner(net: nn.Module, prefix: str, state: dict[str, Tensor], c
             continue
         target = _rename(short, rules)
         if target is None:
-            raise ValueError(f"state_dict holds {name!r}, which has no place in a {config.task} conditioner with norm={config.norm!r}")
+            raise ValueError(
+                f"state_dict holds {name!r}, which has no place in a {config.task} conditioner with norm={config.norm!r}"
+            )
         own = net.state_dict().get(target)
         # The published gates are 1x1 convolutions over a single pixel; here they are linear maps.
         renamed[target] = value.reshape(own.shape) if own is not None and own.numel() == value.numel() else value

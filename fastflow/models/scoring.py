@@ -59,7 +59,9 @@ def _all_labels(model: MagicFlow, x: Tensor, tables: LabelTables) -> Tensor:
     return model.total(terms).view(-1, classes)
 
 
-def posterior_from_log_probs(log_probs: Tensor, temperature: float = 1.0, prior: Tensor | Sequence[float] | None = None) -> Tensor:
+def posterior_from_log_probs(
+    log_probs: Tensor, temperature: float = 1.0, prior: Tensor | Sequence[float] | None = None
+) -> Tensor:
     """Softmax over labels of ``log_probs / temperature + log prior``.
 
     Args:

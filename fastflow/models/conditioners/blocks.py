@@ -106,7 +106,7 @@ class ResidualBlock(nn.Module):
         norm: the class of its norms, `NormFiLM` or `BatchNormFiLM`.
     """
 
-    def __init__(self, channels: int, norm: type[NormFiLM] | type[BatchNormFiLM]) -> None:
+    def __init__(self, channels: int, norm: type[NormFiLM | BatchNormFiLM]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm1 = norm(channels)

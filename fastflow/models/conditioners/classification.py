@@ -122,5 +122,3 @@ class ClassificationConditioner(nn.Module):
         weights = (self.scale.image_out.weight, self.shift.image_out.weight)
         heads = (tables.heads[0], tables.heads[1])
         return kernels.coupling_head(x, self.encode(a, tables, rows), weights, heads, rows, mask, bound, inverse)
-
-

@@ -121,4 +121,5 @@ class GenerationConditioner(nn.Module):
         self, x: Tensor, a: Tensor, tables: Tables, rows: Tensor, mask: Tensor, bound: float, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         """Couple x by what the masked input `a` says: (y, logdet (B,))."""
-        return kernels.affine_coupling(x, *self(a, tables, rows), mask, bound, inverse)
+        raw_scale, shift = self(a, tables, rows)
+        return kernels.affine_coupling(x, raw_scale, shift, mask, bound, inverse)

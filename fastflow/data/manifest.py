@@ -1,0 +1,209 @@
+"""Manifests: which files there are, whose they are, what they show and which split they belong to.
+
+A manifest is CSV with the columns ``path,label,subject,split``, or JSON lines with the same keys. Relative paths are relative to the
+manifest's folder. Folders of the published layout (``split/class/*.png``) and folders of volumes can be indexed into one.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastflow.errors import ManifestError
+
+COLUMNS = ("path", "label", "subject", "split")
+SUFFIXES = (".nii", ".nii.gz", ".png")
+SPLITS = ("train", "val", "validation", "test")
+_SUBJECT = re.compile(r"(sub-[A-Za-z0-9]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One file.
+
+    Attributes:
+        path: absolute or relative to the working directory.
+        label: class name, None when unknown.
+        subject: whose file it is; files of one subject never share a test with each other's training.
+        split: ``"train"``, ``"val"``, ``"test"`` or any other name, None when not assigned.
+    """
+
+    path: str
+    label: str | None
+    subject: str
+    split: str | None = None
+
+
+def read_manifest(path: str | PathLike[str]) -> list[Record]:
+    """Read a ``.csv`` or ``.jsonl`` manifest.
+
+    Raises:
+        ManifestError: it is missing, empty, malformed, lacks a column or names a file twice; the message gives the line.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ManifestError(f"{path}: a manifest ends in .csv or .jsonl")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: there is no such manifest") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path}: cannot be read: {error}") from error
+    rows = _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
+    records = [_record(path, line, row) for line, row in rows]
+    if not records:
+        raise ManifestError(f"{path}: the manifest has no entries")
+    seen: dict[str, int] = {}
+    for (line, _), record in zip(rows, records, strict=True):
+        if record.path in seen:
+            raise ManifestError(f"{path}, line {line}: {record.path} stands in line {seen[record.path]} already")
+        seen[record.path] = line
+    return records
+
+
+def _csv_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(text.splitlines())
+    missing = [name for name in ("path",) if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ManifestError(f"{path}, line 1: no column {missing[0]!r}; columns are {', '.join(COLUMNS)}")
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    for row in reader:
+        if None in row or any(value is None for value in row.values()):
+            raise ManifestError(f"{path}, line {reader.line_num}: has another number of fields than the header")
+        rows.append((reader.line_num, row))
+    return rows
+
+
+def _json_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    for line, content in enumerate(text.splitlines(), start=1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise ManifestError(f"{path}, line {line}: is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ManifestError(f"{path}, line {line}: must be a JSON object, got {type(row).__name__}")
+        rows.append((line, row))
+    return rows
+
+
+def _record(path: Path, line: int, row: Mapping[str, Any]) -> Record:
+    values = {name: str(row[name]).strip() if row.get(name) is not None else "" for name in COLUMNS}
+    if not values["path"]:
+        raise ManifestError(f"{path}, line {line}: path is empty")
+    file = values["path"] if os.path.isabs(values["path"]) else str(path.parent / values["path"])
+    return Record(file, values["label"] or None, values["subject"] or subject_of(file), values["split"] or None)
+
+
+def write_manifest(records: Iterable[Record], path: str | PathLike[str]) -> None:
+    """Write a ``.csv`` or ``.jsonl`` manifest atomically; files below its folder are written relative to it.
+
+    Raises:
+        ManifestError: the name has another ending.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ManifestError(f"{path}: a manifest ends in .csv or .jsonl")
+    folder = path.parent.resolve()
+    rows = []
+    for record in records:
+        file = Path(record.path).resolve()
+        row = dataclasses.asdict(record)
+        row["path"] = str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
+        rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline=""
+    ) as stream:
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
+        else:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+    os.chmod(stream.name, 0o644)
+    os.replace(stream.name, path)
+
+
+def find_files(root: str | PathLike[str]) -> list[Path]:
+    """Volumes and PNG files below `root`, sorted; hidden files and folders are passed over."""
+    root = Path(root)
+    found = (p for p in root.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
+
+
+def subject_of(path: str | PathLike[str]) -> str:
+    """The BIDS ``sub-`` entity of a file's name or folders, or else the file's name without its endings."""
+    for part in reversed(Path(path).parts):
+        match = _SUBJECT.search(part)
+        if match:
+            return match[1]
+    return Path(path).name.split(".")[0]
+
+
+def index_folder(root: str | PathLike[str]) -> list[Record]:
+    """Records of the files below `root`, laid out as ``class/file`` or, as in the published code, ``split/class/file``.
+
+    Raises:
+        ManifestError: there is no such folder, no file in it, or a file that lies outside a class folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ManifestError(f"{root}: there is no such folder")
+    files = find_files(root)
+    if not files:
+        raise ManifestError(f"{root}: no {', '.join(SUFFIXES)} file below it")
+    records = []
+    for file in files:
+        parts = file.relative_to(root).parts[:-1]
+        split = parts[0] if parts and parts[0] in SPLITS else None
+        classes = parts[1:] if split else parts
+        if not classes:
+            raise ManifestError(f"{file}: lies in no class folder; folders are class/file or split/class/file")
+        records.append(Record(str(file), classes[0], subject_of(file), "val" if split == "validation" else split))
+    return records
+
+
+def class_names(records: Iterable[Record]) -> tuple[str, ...]:
+    """The labels that occur, sorted."""
+    return tuple(sorted({record.label for record in records if record.label is not None}))
+
+
+def split_by_subject(records: Sequence[Record], fractions: Mapping[str, float], seed: int = 0) -> list[Record]:
+    """Assign splits by subject, each label's subjects in the same proportions.
+
+    Args:
+        records: the files; splits that they have are replaced.
+        fractions: share of each split, summing to 1.
+        seed: of the shuffling.
+
+    Returns:
+        The records in their order, with splits. All files of a subject share one.
+
+    Raises:
+        ValueError: the fractions are negative or do not sum to 1.
+    """
+    if any(f < 0 for f in fractions.values()) or abs(sum(fractions.values()) - 1.0) > 1e-6:
+        raise ValueError(f"fractions must be positive and sum to 1, got {dict(fractions)}")
+    first_label = {record.subject: record.label or "" for record in reversed(records)}
+    rng = np.random.default_rng(seed)
+    splits: dict[str, str] = {}
+    for label in sorted(set(first_label.values())):
+        subjects = sorted(subject for subject, own in first_label.items() if own == label)
+        rng.shuffle(subjects)
+        bounds = np.rint(np.cumsum(list(fractions.values())) * len(subjects)).astype(int)
+        for name, start, stop in zip(fractions, [0, *bounds[:-1]], bounds, strict=True):
+            splits |= dict.fromkeys(subjects[start:stop], name)
+    return [dataclasses.replace(record, split=splits[record.subject]) for record in records]

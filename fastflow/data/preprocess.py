@@ -1,0 +1,161 @@
+"""From a volume to the 8-bit slices that a model reads: which slices, which grid, which scaling, which padding.
+
+The published data are 8-bit images, x = 2*v/255 - 1, zero-padded evenly; volumes are brought to that form here. The settings
+travel with the model, so that whatever it classifies is prepared as its training data were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastflow.data.volume import Volume
+from fastflow.errors import VolumeError
+
+SCALINGS = ("percentile", "fixed")
+PERCENTILE = 99.9
+_SPEC = re.compile(r"center(?:\+-(\d+)(?::([1-9]\d*))?)?|\d+(?:,\d+)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How a volume becomes slices.
+
+    Attributes:
+        size: (H, W) of the model's image; smaller slices are padded evenly with zeros, the top and left taking the floor.
+        slices: ``"center"``, ``"center+-N"`` (2N + 1 slices), ``"center+-N:S"`` (of those every S-th from the centre) or
+            ``"i,j,k"``: indices along the anterior axis of the canonical volume.
+        spacing: voxel size in mm that a volume must have (to 1 %), or None for any.
+        grid: (X, Y, Z) that a canonical volume must have, or None for any.
+        scaling: ``"percentile"`` maps 0 to 0 and the 99.9th percentile of the volume's positive voxels to 255: magnitude images have
+            their zero where the signal is zero, and a maximum would follow a single bright vessel. ``"fixed"`` takes values as
+            0 to 255 already.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    size: tuple[int, int]
+    slices: str = "center"
+    spacing: tuple[float, float, float] | None = None
+    grid: tuple[int, int, int] | None = None
+    scaling: str = "percentile"
+
+    def __post_init__(self) -> None:
+        for name, length in (("size", 2), ("spacing", 3), ("grid", 3)):
+            value = getattr(self, name)
+            if value is None and name != "size":
+                continue
+            if not isinstance(value, tuple | list) or len(value) != length or not all(n > 0 for n in value):
+                raise ValueError(f"{name} must be {length} positive numbers, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.slices, str) or not _SPEC.fullmatch(self.slices):
+            raise ValueError(f"slices must be 'center', 'center+-N', 'center+-N:S' or 'i,j,k', got {self.slices!r}")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {self.scaling!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of JSON values; `from_dict` is its inverse."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
+        """Build from `to_dict`'s form.
+
+        Raises:
+            ValueError: an unknown or missing field, or a value out of range.
+        """
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown or "size" not in values:
+            raise ValueError(f"preprocessing has unknown field(s) {unknown}" if unknown else "preprocessing has no field 'size'")
+        return cls(**values)
+
+    def __call__(self, volume: Volume) -> NDArray[np.uint8]:
+        """Take the slices of a volume.
+
+        Args:
+            volume: in canonical orientation.
+
+        Returns:
+            (n, 1, H, W) uint8, anterior order as `slices` lists them.
+
+        Raises:
+            VolumeError: the volume is on another grid, constant, or too small or too large for the slices.
+        """
+        from fastflow.data.slices import coronal_slices
+
+        self._check_grid(volume)
+        try:
+            indices = slice_indices(self.slices, volume.data.shape[1])
+        except ValueError as error:
+            raise VolumeError(volume.path, "slice_range", str(error)) from error
+        planes = self._to_uint8(volume, coronal_slices(volume.data, indices))
+        try:
+            return pad_evenly(planes, self.size)[:, None]
+        except ValueError as error:
+            raise VolumeError(volume.path, "size", str(error)) from error
+
+    def _check_grid(self, volume: Volume) -> None:
+        if self.spacing is not None and not np.allclose(volume.spacing, self.spacing, rtol=0.01):
+            found = " x ".join(f"{n:.3g}" for n in volume.spacing)
+            raise VolumeError(volume.path, "grid_mismatch", f"voxels are {found} mm; the model was trained on {self.spacing}")
+        if self.grid is not None and volume.data.shape != self.grid:
+            raise VolumeError(volume.path, "grid_mismatch", f"grid is {volume.data.shape}; the model was trained on {self.grid}")
+
+    def _to_uint8(self, volume: Volume, planes: NDArray[np.float32]) -> NDArray[np.uint8]:
+        if self.scaling == "fixed":
+            return np.clip(np.rint(planes), 0, 255).astype(np.uint8)
+        positive = volume.data[volume.data > 0]
+        top = float(np.percentile(positive, PERCENTILE)) if positive.size else 0.0
+        if volume.data.min() == volume.data.max() or not top > 0:
+            raise VolumeError(volume.path, "constant", "has no contrast")
+        return np.clip(np.rint(planes.astype(np.float64) * (255.0 / top)), 0, 255).astype(np.uint8)
+
+
+def slice_indices(spec: str, length: int) -> list[int]:
+    """Indices along an axis of `length` voxels that `spec` (see `Preprocess.slices`) means.
+
+    Raises:
+        ValueError: an index lies outside the axis.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise ValueError(f"slices must be 'center', 'center+-N', 'center+-N:S' or 'i,j,k', got {spec!r}")
+    if spec.startswith("center"):
+        reach, stride = int(match[1] or 0), int(match[2] or 1)
+        reach -= reach % stride
+        indices = [length // 2 + step for step in range(-reach, reach + 1, stride)]
+    else:
+        indices = [int(part) for part in spec.split(",")]
+    outside = [i for i in indices if not 0 <= i < length]
+    if outside:
+        raise ValueError(f"slices {spec!r} asks for index {outside[0]} of an axis of {length}")
+    return indices
+
+
+def pad_evenly(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Zero-pad the last two axes to `size`; top and left take the floor of what is missing.
+
+    Raises:
+        ValueError: the images are larger than `size`.
+    """
+    missing = [want - got for want, got in zip(size, images.shape[-2:], strict=True)]
+    if min(missing) < 0:
+        raise ValueError(f"slices are {images.shape[-2]} x {images.shape[-1]}, larger than the model's {size[0]} x {size[1]}")
+    edges = [(0, 0)] * (images.ndim - 2) + [(n // 2, n - n // 2) for n in missing]
+    return np.pad(images, edges)
+
+
+def to_unit_range(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """8-bit images to [-1, 1]: ``2 * v / 255 - 1``."""
+    return images.astype(np.float32) * np.float32(2.0 / 255.0) - np.float32(1.0)
+
+
+def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
+    """The nearest 8-bit images of values in [-1, 1]; values outside are clipped."""
+    return np.clip(np.rint((np.asarray(images, dtype=np.float64) + 1.0) * 127.5), 0, 255).astype(np.uint8)

@@ -1,0 +1,185 @@
+"""Coronal slices, and sets of them in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastflow.data.manifest import Record
+from fastflow.data.preprocess import Preprocess, pad_evenly
+from fastflow.data.volume import read_volume
+from fastflow.errors import VolumeError
+
+Result = NDArray[np.uint8] | VolumeError
+
+
+def coronal_slices(data: NDArray[Any], indices: Sequence[int]) -> NDArray[Any]:
+    """Slices across the anterior axis, as one looks at them.
+
+    Args:
+        data: (X, Y, Z) in canonical orientation (RAS+).
+        indices: along Y.
+
+    Returns:
+        (n, Z, X): row 0 is the top of the head, column 0 the patient's left.
+    """
+    return np.ascontiguousarray(np.moveaxis(data[:, list(indices), ::-1], (1, 2, 0), (0, 1, 2)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceSet:
+    """Slices of V volumes.
+
+    Attributes:
+        images: (N, 1, H, W) uint8.
+        labels: (N,) int64, index into `class_names`; -1 is unknown.
+        volumes: (N,) int64, index into `paths`.
+        paths: V file names.
+        subjects: V subject names.
+        class_names: K names.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    volumes: NDArray[np.int64]
+    paths: tuple[str, ...]
+    subjects: tuple[str, ...]
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        n = len(self.images)
+        if self.images.ndim != 4 or self.images.dtype != np.uint8:
+            raise ValueError(f"images must be (N, 1, H, W) uint8, got {self.images.shape} {self.images.dtype}")
+        if self.labels.shape != (n,) or self.volumes.shape != (n,) or len(self.paths) != len(self.subjects):
+            raise ValueError(f"labels and volumes must be ({n},), paths and subjects of one length")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def volume_labels(self) -> NDArray[np.int64]:
+        """(V,) int64, the label of each volume; -1 where it is unknown."""
+        labels = np.full(len(self.paths), -1, dtype=np.int64)
+        labels[self.volumes] = self.labels
+        return labels
+
+    def subset(self, volumes: Sequence[int]) -> SliceSet:
+        """The slices of some volumes, which are numbered anew in the order given."""
+        number = {volume: i for i, volume in enumerate(volumes)}
+        chosen = np.flatnonzero(np.isin(self.volumes, list(volumes)))
+        chosen = chosen[np.argsort([number[int(v)] for v in self.volumes[chosen]], kind="stable")]
+        return SliceSet(
+            self.images[chosen],
+            self.labels[chosen],
+            np.array([number[int(v)] for v in self.volumes[chosen]], dtype=np.int64),
+            tuple(self.paths[v] for v in volumes),
+            tuple(self.subjects[v] for v in volumes),
+            self.class_names,
+        )
+
+
+def load_image(path: str, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """The 8-bit slices of one volume, or the one slice of a PNG, (n, 1, H, W).
+
+    Raises:
+        VolumeError: the file cannot be used.
+    """
+    if path.lower().endswith(".png"):
+        return _load_png(path, preprocess.size)
+    return preprocess(read_volume(path))
+
+
+def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except FileNotFoundError:
+        raise VolumeError(path, "missing", "there is no such file") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise VolumeError(path, "image", f"cannot be read as an image: {error}") from error
+    if pixels.ndim == 3 and pixels.shape[2] == 3 and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
+    if pixels.ndim != 2 or pixels.dtype != np.uint8:
+        raise VolumeError(path, "image", f"is {pixels.dtype} {pixels.shape}; 8-bit grey images are accepted")
+    try:
+        return pad_evenly(pixels, size)[None, None]
+    except ValueError as error:
+        raise VolumeError(path, "size", str(error)) from error
+
+
+def _load_or_error(path: str, preprocess: Preprocess) -> Result:
+    try:
+        return load_image(path, preprocess)
+    except VolumeError as error:
+        return error
+    except Exception as error:
+        # One file must never stop the others, whatever is in it.
+        return VolumeError(path, "unreadable", f"{type(error).__name__}: {error}")
+
+
+def iterate_images(paths: Sequence[str], preprocess: Preprocess, workers: int = 1) -> Iterator[Result]:
+    """The slices of each file, or what is wrong with it, in the order of `paths` whatever the number of workers."""
+    load = partial(_load_or_error, preprocess=preprocess)
+    if workers <= 1 or len(paths) <= 2 * workers:
+        yield from map(load, paths)
+        return
+    # Spawned: a fork would copy a torch that is running threads.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(load, paths, chunksize=max(1, min(16, len(paths) // (4 * workers))))
+
+
+def load_slices(
+    records: Sequence[Record],
+    preprocess: Preprocess,
+    class_names: Sequence[str],
+    workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[SliceSet, list[VolumeError]]:
+    """Read the slices of many volumes or PNG files.
+
+    Args:
+        records: what to read; a label of None becomes -1.
+        preprocess: which slices, and how.
+        class_names: the labels that are known, in the model's order.
+        workers: processes that read.
+        progress: called with the number of files done.
+
+    Returns:
+        `(slices, errors)`: the files that could be read, in the order of `records`, and one error for each that could not.
+
+    Raises:
+        ValueError: a record has a label that is not among `class_names`.
+    """
+    known = {name: i for i, name in enumerate(class_names)}
+    for record in records:
+        if record.label is not None and record.label not in known:
+            raise ValueError(f"{record.path} has label {record.label!r}, which is none of {', '.join(class_names)}")
+    good: list[tuple[Record, NDArray[np.uint8]]] = []
+    errors: list[VolumeError] = []
+    results = iterate_images([record.path for record in records], preprocess, workers)
+    for done, (record, result) in enumerate(zip(records, results, strict=True), start=1):
+        if isinstance(result, VolumeError):
+            errors.append(result)
+        else:
+            good.append((record, result))
+        if progress is not None:
+            progress(done)
+    counts = [len(images) for _, images in good]
+    labels = [-1 if record.label is None else known[record.label] for record, _ in good]
+    slices = SliceSet(
+        np.concatenate([images for _, images in good]) if good else np.zeros((0, 1, *preprocess.size), dtype=np.uint8),
+        np.repeat(np.array(labels, dtype=np.int64), counts),
+        np.repeat(np.arange(len(good), dtype=np.int64), counts),
+        tuple(record.path for record, _ in good),
+        tuple(record.subject for record, _ in good),
+        tuple(class_names),
+    )
+    return slices, errors

@@ -1,0 +1,71 @@
+"""Augmentation of training slices. Source: the published recipe (rotation, shift, noise, and their probabilities)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """Random small movements and noise; the defaults are the published ones.
+
+    Attributes:
+        move_probability: chance that an image is moved.
+        degrees: largest rotation to either side. 0 shifts by whole pixels, which leaves an image's texture as it is.
+        pixels: largest shift along each axis.
+        noise_probability: chance that an image gets noise.
+        noise: standard deviation of Gaussian noise, in units of the [-1, 1] range.
+    """
+
+    move_probability: float = 0.8
+    degrees: float = 3.0
+    pixels: int = 2
+    noise_probability: float = 0.6
+    noise: float = 0.01
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment x (B, C, H, W) in [-1, 1]; uncovered pixels become -1, values are clamped to [-1, 1]."""
+        if self.move_probability > 0:
+            moved = _move(x, self._draw_moves(x, generator))
+            x = torch.where(self._chosen(x, self.move_probability, generator), moved, x)
+        if self.noise_probability > 0 and self.noise > 0:
+            noise = self.noise * torch.randn(x.shape, generator=generator).to(x)
+            x = torch.where(self._chosen(x, self.noise_probability, generator), (x + noise).clamp(-1.0, 1.0), x)
+        return x
+
+    def _chosen(self, x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+        return (torch.rand(x.shape[0], 1, 1, 1, generator=generator) < probability).to(x.device)
+
+    def _draw_moves(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        batch = x.shape[0]
+        angle = torch.deg2rad(self.degrees * (2.0 * torch.rand(batch, generator=generator) - 1.0))
+        shift = torch.randint(-self.pixels, self.pixels + 1, (batch, 2), generator=generator)
+        return torch.cat((angle[:, None], shift), dim=1)
+
+
+def _move(x: Tensor, moves: Tensor) -> Tensor:
+    """Rotate each image by moves[:, 0] radians about its centre and shift it by moves[:, 1:] pixels (x, y)."""
+    height, width = x.shape[2:]
+    angle, shift = moves[:, 0], moves[:, 1:]
+    cos, sin = angle.cos(), angle.sin()
+    # Grid coordinates run from -1 to 1 along both axes, so a rotation of pixels carries the aspect ratio.
+    rows = torch.stack(
+        (
+            torch.stack((cos, -sin * height / width, 2.0 * shift[:, 0] / width), dim=1),
+            torch.stack((sin * width / height, cos, 2.0 * shift[:, 1] / height), dim=1),
+        ),
+        dim=1,
+    )
+    grid = F.affine_grid(rows.to(x), list(x.shape), align_corners=False)
+    mode = "bilinear" if bool((angle != 0).any()) else "nearest"
+    # Padding with zeros is padding with -1 once the range starts at 0.
+    return F.grid_sample(x + 1.0, grid, mode=mode, padding_mode="zeros", align_corners=False) - 1.0
+
+
+PAPER = Augment()
+SHIFT = Augment(degrees=0.0, noise_probability=0.0)
+AUGMENTS = {"paper": PAPER, "shift": SHIFT, "none": None}

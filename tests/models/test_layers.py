@@ -1,0 +1,91 @@
+"""ActNorm and the 1x1 convolution on their own."""
+
+import pytest
+import torch
+
+from fastflow.models.layers import STD_FLOOR, ActNorm, InvertibleConv1x1
+
+
+def test_actnorm_standardises_the_first_batch_and_only_that():
+    layer = ActNorm(3).double()
+    x = torch.randn(4, 3, 5, 6, dtype=torch.float64) * torch.tensor([0.5, 2.0, 40.0])[:, None, None] + 7.0
+    layer.initialize(x)
+    y = x * layer.log_scale.exp()[:, None, None] + layer.bias[:, None, None]
+    assert y.mean(dim=(0, 2, 3)).abs().max() < 1e-9
+    assert (y.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+    before = layer.log_scale.clone()
+    layer.initialize(x * 100)
+    assert torch.equal(layer.log_scale, before)
+
+
+def test_actnorm_on_a_constant_channel_is_finite_and_bounded():
+    layer = ActNorm(2)
+    x = torch.full((3, 2, 4, 4), -1.0)
+    x[:, 1].normal_()
+    layer.initialize(x)
+    assert torch.isfinite(layer.log_scale).all() and torch.isfinite(layer.bias).all()
+    assert layer.log_scale.exp().max() <= 1 / STD_FLOOR
+
+
+def test_actnorm_variance_survives_a_large_mean():
+    layer = ActNorm(1)
+    layer.initialize(torch.randn(2, 1, 64, 64) + 1000.0)
+    assert abs(float(layer.log_scale.exp()) - 1.0) < 0.05
+
+
+def test_actnorm_loaded_as_initialised_stays_so():
+    source, target = ActNorm(2), ActNorm(2)
+    source.initialize(torch.randn(2, 2, 4, 4) * 3)
+    target.load_state_dict(source.state_dict())
+    assert target.ready
+    target.initialize(torch.randn(2, 2, 4, 4))
+    assert torch.equal(target.log_scale, source.log_scale)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 8, 17, 64])
+def test_conv_factors_logdet_and_inverse(channels):
+    torch.manual_seed(channels)
+    layer = InvertibleConv1x1(channels).double()
+    dense = torch.randn(channels, channels, dtype=torch.float64) + torch.eye(channels)
+    layer.set_weight(dense, torch.float64)
+    assert (layer.weight() - dense).abs().max() < 1e-12
+    assert abs(float(layer.log_s.sum() - torch.linalg.slogdet(dense).logabsdet)) < 1e-10
+    assert (layer.inverse_weight() @ dense - torch.eye(channels)).abs().max() < 1e-8
+
+
+def test_conv_starts_as_a_rotation():
+    weight = InvertibleConv1x1(8).double().weight()
+    assert (weight @ weight.T - torch.eye(8)).abs().max() < 1e-6
+    assert float(InvertibleConv1x1(1).weight()) == 1.0
+
+
+def test_conv_gradient_reaches_every_factor_through_both_directions():
+    layer = InvertibleConv1x1(4).double()
+    for matrix in (layer.weight, layer.inverse_weight):
+        layer.zero_grad()
+        (matrix() * torch.randn(4, 4)).sum().backward()
+        for name in ("lower", "upper", "log_s"):
+            assert getattr(layer, name).grad.abs().sum() > 0
+
+
+def test_conv_refuses_a_singular_matrix():
+    with pytest.raises(ValueError, match="singular"):
+        InvertibleConv1x1(2).set_weight(torch.ones(2, 2), torch.float32)
+
+
+def _rank(rank, world, folder, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    x = torch.arange(48, dtype=torch.float64).view(4, 3, 2, 2) ** 1.5
+    layer = ActNorm(3).double()
+    layer.initialize(x[rank * 2 : rank * 2 + 2] if world > 1 else x)
+    torch.save(layer.log_scale, f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_actnorm_takes_its_statistics_from_all_ranks(tmp_path):
+    torch.multiprocessing.spawn(_rank, (2, str(tmp_path), str(tmp_path)), nprocs=2)
+    alone = ActNorm(3).double()
+    alone.initialize(torch.arange(48, dtype=torch.float64).view(4, 3, 2, 2) ** 1.5)
+    for rank in range(2):
+        assert torch.allclose(torch.load(tmp_path / f"{rank}.pt"), alone.log_scale, atol=1e-12)
