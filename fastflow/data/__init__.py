@@ -1,0 +1,1 @@
+"""Volumes, slices and manifests: everything before the model, without torch."""

@@ -13,6 +13,7 @@ MPRAGE and SPGR as in Bernstein et al., Handbook of MRI Pulse Sequences, 2004; R
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import multiprocessing
@@ -40,7 +41,7 @@ MIXED = 0.7
 COARSE = tuple(-(-n // 2) for n in GRID)
 
 # Seconds; order of `anatomy.TISSUES`. T1 at each field strength, T2*, proton density.
-T1 = {1.5: (1.10, 0.56, 4.28, 0.30, 0.35), 3.0: (1.33, 0.83, 4.16, 0.35, 0.40)}
+T1 = {1.5: (1.10, 0.56, 4.28, 0.40, 0.75), 3.0: (1.33, 0.83, 4.16, 0.50, 0.95)}
 T2_STAR = (0.055, 0.050, 0.50, 0.005, 0.030)
 DENSITY = (0.84, 0.72, 1.00, 0.10, 0.75)
 
@@ -61,8 +62,10 @@ class Scanner:
         taper: how softly the k-space window ends, 0 to 1; a hard end rings (Gibbs).
         noise: standard deviation of the complex noise.
         noise_window: share of k-space that the noise fills along the same axes; below 1 its grain is coarse.
+        g_factor: how much stronger the noise is in the middle than at the edge along those axes (parallel imaging).
         bias: strength of the smooth intensity drift.
-        bias_axis: direction along which it mostly runs (right, anterior, superior).
+        bias_axis: direction in which it brightens (right, anterior, superior).
+        bias_centre: brightening of the middle of the head (dielectric effect at high field; negative: a surface coil's opposite).
         ghost: amplitude of the half-field ghost along the superior axis.
     """
 
@@ -77,37 +80,144 @@ class Scanner:
     taper: float
     noise: tuple[float, float]
     noise_window: tuple[float, float, float]
+    g_factor: tuple[float, float, float]
     bias: tuple[float, float]
     bias_axis: tuple[float, float, float]
+    bias_centre: float
     ghost: tuple[float, float]
 
 
-NOISE = (0.020, 0.034)
-BIAS = (0.06, 0.16)
-# Fictional names. Aster and Borea are nearly alike: one sequence, one contrast; a little sharpness and the noise's grain differ.
+NOISE = (0.035, 0.055)
+BIAS = (0.12, 0.22)
+# Fictional names. Aster and Borea are nearly alike: one sequence, one contrast; the noise differs a little in grain and place.
 SCANNERS = (
     Scanner(
-        "Aster", 3.0, "MPRAGE", 2.30, 0.0029, 0.90, 9.0, (1.0, 1.0, 1.0), 0.4, NOISE, (1.0, 1.0, 1.0), BIAS, (0.2, 0.2, 1.0), (0.0, 0.004)
+        name="Aster",
+        field=3.0,
+        sequence="MPRAGE",
+        repetition_time=2.3,
+        echo_time=0.0029,
+        inversion_time=0.9,
+        flip_angle=9.0,
+        sharpness=(1.0, 1.0, 1.0),
+        taper=0.4,
+        noise=NOISE,
+        noise_window=(1.0, 1.0, 1.0),
+        g_factor=(0.0, 0.0, 0.0),
+        bias=BIAS,
+        bias_axis=(0.2, 0.2, 1.0),
+        bias_centre=0.0,
+        ghost=(0.0, 0.004),
     ),
     Scanner(
-        "Borea", 3.0, "MPRAGE", 2.30, 0.0030, 0.90, 9.0, (0.9, 1.0, 1.0), 0.4, NOISE, (0.8, 1.0, 1.0), BIAS, (0.2, 0.2, 1.0), (0.0, 0.004)
+        name="Borea",
+        field=3.0,
+        sequence="MPRAGE",
+        repetition_time=2.3,
+        echo_time=0.003,
+        inversion_time=0.9,
+        flip_angle=9.0,
+        sharpness=(0.92, 1.0, 1.0),
+        taper=0.4,
+        noise=NOISE,
+        noise_window=(0.85, 1.0, 1.0),
+        g_factor=(0.5, 0.0, 0.0),
+        bias=BIAS,
+        bias_axis=(0.2, 0.2, 1.0),
+        bias_centre=0.0,
+        ghost=(0.0, 0.004),
     ),
     Scanner(
-        "Cirrus", 3.0, "MPRAGE", 2.20, 0.0033, 0.88, 8.0, (1.0, 1.0, 0.78), 0.1, NOISE, (1.0, 1.0, 0.78), BIAS, (0.2, 0.5, 0.8), (0.0, 0.01)
+        name="Cirrus",
+        field=3.0,
+        sequence="MPRAGE",
+        repetition_time=2.2,
+        echo_time=0.0033,
+        inversion_time=0.89,
+        flip_angle=8.0,
+        sharpness=(1.0, 1.0, 0.78),
+        taper=0.1,
+        noise=NOISE,
+        noise_window=(1.0, 1.0, 0.78),
+        g_factor=(0.0, 0.0, 0.7),
+        bias=BIAS,
+        bias_axis=(0.1, 0.4, -0.9),
+        bias_centre=0.0,
+        ghost=(0.0, 0.01),
     ),
     Scanner(
-        "Dorado", 3.0, "MPRAGE", 1.95, 0.0022, 0.90, 10.0, (0.75, 0.9, 1.0), 0.1, NOISE, (0.75, 0.9, 1.0), BIAS, (1.0, 0.3, 0.2), (0.0, 0.01)
+        name="Dorado",
+        field=3.0,
+        sequence="MPRAGE",
+        repetition_time=2.2,
+        echo_time=0.0024,
+        inversion_time=0.9,
+        flip_angle=9.0,
+        sharpness=(0.75, 0.9, 1.0),
+        taper=0.1,
+        noise=NOISE,
+        noise_window=(0.75, 0.9, 1.0),
+        g_factor=(0.0, 0.0, 0.0),
+        bias=BIAS,
+        bias_axis=(1.0, 0.3, 0.1),
+        bias_centre=0.0,
+        ghost=(0.0, 0.01),
     ),
     Scanner(
-        "Eridan", 3.0, "MPRAGE", 2.40, 0.0036, 0.94, 8.0, (0.8, 0.8, 0.8), 0.8, NOISE, (0.8, 0.8, 0.8), BIAS, (0.3, 0.3, 0.9), (0.0, 0.01)
+        name="Eridan",
+        field=3.0,
+        sequence="MPRAGE",
+        repetition_time=2.4,
+        echo_time=0.0036,
+        inversion_time=0.93,
+        flip_angle=8.0,
+        sharpness=(0.8, 0.8, 0.8),
+        taper=0.8,
+        noise=NOISE,
+        noise_window=(0.8, 0.8, 0.8),
+        g_factor=(0.7, 0.0, 0.7),
+        bias=BIAS,
+        bias_axis=(-0.8, 0.3, 0.5),
+        bias_centre=0.0,
+        ghost=(0.0, 0.01),
     ),
     Scanner(
-        "Fornax", 1.5, "MPRAGE", 2.40, 0.0040, 0.80, 9.0, (0.72, 0.85, 0.72), 0.1, NOISE, (1.0, 1.0, 1.0), BIAS, (0.6, 0.3, 0.6), (0.0, 0.01)
+        name="Fornax",
+        field=1.5,
+        sequence="MPRAGE",
+        repetition_time=2.4,
+        echo_time=0.004,
+        inversion_time=0.8,
+        flip_angle=9.0,
+        sharpness=(0.72, 0.85, 0.72),
+        taper=0.1,
+        noise=NOISE,
+        noise_window=(1.0, 1.0, 1.0),
+        g_factor=(0.0, 0.0, 0.0),
+        bias=BIAS,
+        bias_axis=(0.3, 0.3, 0.3),
+        bias_centre=-0.3,
+        ghost=(0.0, 0.01),
     ),
     Scanner(
-        "Gemini", 3.0, "MPRAGE", 2.30, 0.0030, 0.92, 9.0, (0.95, 0.95, 0.9), 0.6, NOISE, (0.6, 0.8, 0.6), BIAS, (0.1, 0.8, 0.4), (0.02, 0.05)
+        name="Gemini",
+        field=3.0,
+        sequence="MPRAGE",
+        repetition_time=2.3,
+        echo_time=0.003,
+        inversion_time=0.91,
+        flip_angle=9.0,
+        sharpness=(0.95, 0.95, 0.9),
+        taper=0.6,
+        noise=NOISE,
+        noise_window=(0.6, 0.8, 0.6),
+        g_factor=(0.3, 0.0, 0.3),
+        bias=BIAS,
+        bias_axis=(0.1, 0.8, 0.2),
+        bias_centre=0.3,
+        ghost=(0.02, 0.05),
     ),
-)  # fmt: skip
+)
 
 # Scans per scanner, most to fewest: the imbalance of a study with one large site and several small ones.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -250,14 +360,27 @@ def draw_signal(subject: Subject, signals: FloatArray) -> FloatArray:
 def bias_field(scanner: Scanner, rng: Generator) -> FloatArray:
     """A smooth positive field of mean about 1 (91, 109, 91) that drifts mostly along the scanner's axis."""
     strength = rng.uniform(*scanner.bias)
-    axis = np.asarray(scanner.bias_axis) + 0.2 * rng.standard_normal(3)
+    axis = np.asarray(scanner.bias_axis) + 0.15 * rng.standard_normal(3)
+    drift = sum(np.float32(w) * ramp for w, ramp in zip(axis / np.linalg.norm(axis), _ramps(), strict=True))
+    centre = scanner.bias_centre + 0.05 * rng.standard_normal()
+    bulge = np.float32(0.5) - sum(np.square(ramp) for ramp in _ramps())
+    nodes = _resize(rng.standard_normal((4, 4, 4), dtype=np.float32), GRID)
+    return np.exp(np.float32(strength) * (drift + np.float32(0.35) * nodes) + np.float32(centre) * bulge)
+
+
+@functools.cache
+def _ramps() -> tuple[FloatArray, ...]:
+    """Coordinates from -1 to 1 along each axis, shaped to broadcast over the grid."""
     ramps = [np.linspace(-1.0, 1.0, n, dtype=np.float32) for n in GRID]
-    drift = sum(
-        np.float32(w) * ramp.reshape([-1 if i == j else 1 for j in range(3)])
-        for i, (w, ramp) in enumerate(zip(axis / np.linalg.norm(axis), ramps, strict=True))
+    return tuple(ramp.reshape([-1 if i == j else 1 for j in range(3)]) for i, ramp in enumerate(ramps))
+
+
+def g_factor_map(scanner: Scanner) -> FloatArray:
+    """Relative strength of the noise, broadcastable over the grid, of mean square 1: a histogram must not see it."""
+    profile = np.float32(1.0) + sum(
+        np.float32(g) * np.exp(-np.square(ramp / np.float32(0.45))) for g, ramp in zip(scanner.g_factor, _ramps(), strict=True)
     )
-    nodes = rng.standard_normal((4, 4, 4), dtype=np.float32)
-    return np.exp(np.float32(strength) * (drift + np.float32(0.5) * _resize(nodes, GRID)))
+    return np.asarray(profile / np.sqrt(np.mean(np.broadcast_to(np.square(profile), GRID))), dtype=np.float32)
 
 
 def window_matrix(length: int, share: float, taper: float, ghost: float = 0.0) -> FloatArray:
@@ -291,7 +414,8 @@ def acquire(scanner: Scanner, image: FloatArray, rng: Generator) -> FloatArray:
     grain = [window_matrix(n, vary(s), 0.3) for n, s in zip(GRID, scanner.noise_window, strict=True)]
     # The grain must not change the strength of the noise, which a histogram would see.
     gain = rng.uniform(*scanner.noise) / np.prod([np.sqrt((m**2).sum(axis=1).mean()) for m in grain])
-    real, imaginary = (np.float32(gain) * _apply(grain, rng.standard_normal(GRID, dtype=np.float32)) for _ in range(2))
+    strength = np.float32(gain) * g_factor_map(scanner)
+    real, imaginary = (strength * _apply(grain, rng.standard_normal(GRID, dtype=np.float32)) for _ in range(2))
     return np.hypot(_apply(spread, image) + real, imaginary)
 
 

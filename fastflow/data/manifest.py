@@ -1,17 +1,18 @@
 """Manifests: which files there are, whose they are, what they show and which split they belong to.
 
-A manifest is CSV with the columns ``path,label,subject,split``, or JSON lines with the same keys. Relative paths are relative to the
-manifest's folder. Folders of the published layout (``split/class/*.png``) and folders of volumes can be indexed into one.
+A manifest is CSV with the columns ``path,label,subject,split``, or JSON lines with the same keys; all but ``path`` may be
+missing or empty. Relative paths are relative to the manifest's folder. Folders of the published layout (``split/class/*.png``)
+and folders of volumes can be indexed into one.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from fastflow._files import write_bytes
 from fastflow.errors import ManifestError
 
 COLUMNS = ("path", "label", "subject", "split")
 SUFFIXES = (".nii", ".nii.gz", ".png")
 SPLITS = ("train", "val", "validation", "test")
-_SUBJECT = re.compile(r"(sub-[A-Za-z0-9]+)")
+_SUBJECT = re.compile(r"(?:^|_)(sub-[A-Za-z0-9]+)")
+_ENDING = re.compile(r"(\.nii|\.nii\.gz|\.png)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,8 @@ def read_manifest(path: str | PathLike[str]) -> list[Record]:
     if path.suffix not in (".csv", ".jsonl"):
         raise ManifestError(f"{path}: a manifest ends in .csv or .jsonl")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        # Not as text: its universal newlines would change a quoted field.
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ManifestError(f"{path}: there is no such manifest") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -72,26 +76,29 @@ def read_manifest(path: str | PathLike[str]) -> list[Record]:
 
 
 def _csv_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(text.splitlines())
-    missing = [name for name in ("path",) if name not in (reader.fieldnames or ())]
-    if missing:
-        raise ManifestError(f"{path}, line 1: no column {missing[0]!r}; columns are {', '.join(COLUMNS)}")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[tuple[int, Mapping[str, Any]]] = []
-    for row in reader:
-        if None in row or any(value is None for value in row.values()):
-            raise ManifestError(f"{path}, line {reader.line_num}: has another number of fields than the header")
-        rows.append((reader.line_num, row))
+    try:
+        if "path" not in (reader.fieldnames or ()):
+            raise ManifestError(f"{path}, line 1: no column 'path'; columns are {', '.join(COLUMNS)}")
+        for row in reader:
+            if None in row or any(value is None for value in row.values()):
+                raise ManifestError(f"{path}, line {reader.line_num}: has another number of fields than the header")
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise ManifestError(f"{path}, line {reader.reader.line_num}: is not CSV: {error}") from error
     return rows
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
     rows: list[tuple[int, Mapping[str, Any]]] = []
-    for line, content in enumerate(text.splitlines(), start=1):
+    # Not splitlines: JSON strings may hold line separators of Unicode as they are.
+    for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
             continue
         try:
             row = json.loads(content)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestError(f"{path}, line {line}: is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ManifestError(f"{path}, line {line}: must be a JSON object, got {type(row).__name__}")
@@ -100,41 +107,49 @@ def _json_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def _record(path: Path, line: int, row: Mapping[str, Any]) -> Record:
-    values = {name: str(row[name]).strip() if row.get(name) is not None else "" for name in COLUMNS}
+    values = {}
+    for name in COLUMNS:
+        value = row.get(name)
+        if value is not None and (not isinstance(value, str | int) or isinstance(value, bool)):
+            raise ManifestError(f"{path}, line {line}: {name} must be a string, got {value!r}")
+        values[name] = "" if value is None else str(value).strip()
     if not values["path"]:
         raise ManifestError(f"{path}, line {line}: path is empty")
-    file = values["path"] if os.path.isabs(values["path"]) else str(path.parent / values["path"])
-    return Record(file, values["label"] or None, values["subject"] or subject_of(file), values["split"] or None)
+    subject = values["subject"] or subject_of(values["path"])
+    return Record(str(path.parent / values["path"]), values["label"] or None, subject, values["split"] or None)
 
 
 def write_manifest(records: Iterable[Record], path: str | PathLike[str]) -> None:
     """Write a ``.csv`` or ``.jsonl`` manifest atomically; files below its folder are written relative to it.
 
     Raises:
-        ManifestError: the name has another ending.
+        ManifestError: the name has another ending, or a file's name is not valid Unicode, which only ``.jsonl`` can hold.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
         raise ManifestError(f"{path}: a manifest ends in .csv or .jsonl")
-    folder = path.parent.resolve()
+    # Links are not followed: where large files are managed by links, their targets have lost name, subject and class.
+    folder = Path(os.path.abspath(path.parent))
     rows = []
     for record in records:
-        file = Path(record.path).resolve()
+        file = Path(os.path.abspath(record.path))
         row = dataclasses.asdict(record)
         row["path"] = str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
         rows.append(row)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline=""
-    ) as stream:
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
-        else:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, path)
+    stream = io.StringIO(newline="")
+    if path.suffix == ".csv":
+        # Before 3.13 Python leaves a carriage return unquoted.
+        odd = any("\r" in (value or "") for row in rows for value in row.values())
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
+        writer.writeheader()
+        writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
+    else:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    try:
+        content = stream.getvalue().encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ManifestError(f"{path}: a file's name is not valid Unicode; write a .jsonl manifest: {error}") from error
+    write_bytes(path, content)
 
 
 def find_files(root: str | PathLike[str]) -> list[Path]:
@@ -150,7 +165,8 @@ def subject_of(path: str | PathLike[str]) -> str:
         match = _SUBJECT.search(part)
         if match:
             return match[1]
-    return Path(path).name.split(".")[0]
+    # Only these endings: names that are DICOM identifiers are full of dots.
+    return _ENDING.sub("", Path(path).name)
 
 
 def index_folder(root: str | PathLike[str]) -> list[Record]:
@@ -172,7 +188,8 @@ def index_folder(root: str | PathLike[str]) -> list[Record]:
         classes = parts[1:] if split else parts
         if not classes:
             raise ManifestError(f"{file}: lies in no class folder; folders are class/file or split/class/file")
-        records.append(Record(str(file), classes[0], subject_of(file), "val" if split == "validation" else split))
+        subject = subject_of(file.relative_to(root))
+        records.append(Record(str(file), classes[0], subject, "val" if split == "validation" else split))
     return records
 
 
@@ -195,8 +212,8 @@ def split_by_subject(records: Sequence[Record], fractions: Mapping[str, float], 
     Raises:
         ValueError: the fractions are negative or do not sum to 1.
     """
-    if any(f < 0 for f in fractions.values()) or abs(sum(fractions.values()) - 1.0) > 1e-6:
-        raise ValueError(f"fractions must be positive and sum to 1, got {dict(fractions)}")
+    if not (all(f >= 0 for f in fractions.values()) and abs(sum(fractions.values()) - 1.0) <= 1e-6):
+        raise ValueError(f"fractions must not be negative and sum to 1, got {dict(fractions)}")
     first_label = {record.subject: record.label or "" for record in reversed(records)}
     rng = np.random.default_rng(seed)
     splits: dict[str, str] = {}
@@ -204,6 +221,7 @@ def split_by_subject(records: Sequence[Record], fractions: Mapping[str, float], 
         subjects = sorted(subject for subject, own in first_label.items() if own == label)
         rng.shuffle(subjects)
         bounds = np.rint(np.cumsum(list(fractions.values())) * len(subjects)).astype(int)
+        bounds[-1] = len(subjects)
         for name, start, stop in zip(fractions, [0, *bounds[:-1]], bounds, strict=True):
             splits |= dict.fromkeys(subjects[start:stop], name)
     return [dataclasses.replace(record, split=splits[record.subject]) for record in records]

@@ -7,8 +7,10 @@ travel with the model, so that whatever it classifies is prepared as its trainin
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -32,9 +34,9 @@ class Preprocess:
             ``"i,j,k"``: indices along the anterior axis of the canonical volume.
         spacing: voxel size in mm that a volume must have (to 1 %), or None for any.
         grid: (X, Y, Z) that a canonical volume must have, or None for any.
-        scaling: ``"percentile"`` maps 0 to 0 and the 99.9th percentile of the volume's positive voxels to 255: magnitude images have
-            their zero where the signal is zero, and a maximum would follow a single bright vessel. ``"fixed"`` takes values as
-            0 to 255 already.
+        scaling: ``"percentile"`` maps 0 to 0 and the 99.9th percentile of the volume's positive voxels to 255: magnitude images
+            have their zero where the signal is zero, and a maximum would follow a single bright vessel. ``"fixed"`` takes
+            values as 0 to 255 already.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -47,13 +49,15 @@ class Preprocess:
     scaling: str = "percentile"
 
     def __post_init__(self) -> None:
-        for name, length in (("size", 2), ("spacing", 3), ("grid", 3)):
+        for name, length, kind in (("size", 2, Integral), ("spacing", 3, Real), ("grid", 3, Integral)):
             value = getattr(self, name)
             if value is None and name != "size":
                 continue
-            if not isinstance(value, tuple | list) or len(value) != length or not all(n > 0 for n in value):
-                raise ValueError(f"{name} must be {length} positive numbers, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
+            number = "whole numbers" if kind is Integral else "numbers"
+            if not isinstance(value, tuple | list) or len(value) != length or not all(_is_positive(n, kind) for n in value):
+                raise ValueError(f"{name} must be {length} positive {number}, got {value!r}")
+            # Python's own numbers: NumPy's cannot be written as JSON.
+            object.__setattr__(self, name, tuple(int(n) if kind is Integral else float(n) for n in value))
         if not isinstance(self.slices, str) or not _SPEC.fullmatch(self.slices):
             raise ValueError(f"slices must be 'center', 'center+-N', 'center+-N:S' or 'i,j,k', got {self.slices!r}")
         if self.scaling not in SCALINGS:
@@ -117,6 +121,10 @@ class Preprocess:
         return np.clip(np.rint(planes.astype(np.float64) * (255.0 / top)), 0, 255).astype(np.uint8)
 
 
+def _is_positive(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < float(value) < math.inf  # type: ignore[arg-type]
+
+
 def slice_indices(spec: str, length: int) -> list[int]:
     """Indices along an axis of `length` voxels that `spec` (see `Preprocess.slices`) means.
 
@@ -129,13 +137,15 @@ def slice_indices(spec: str, length: int) -> list[int]:
     if spec.startswith("center"):
         reach, stride = int(match[1] or 0), int(match[2] or 1)
         reach -= reach % stride
-        indices = [length // 2 + step for step in range(-reach, reach + 1, stride)]
+        # A range, so that an absurd reach costs nothing before it is refused.
+        indices: Sequence[int] = range(length // 2 - reach, length // 2 + reach + 1, stride)
+        ends = [indices[0], indices[-1]]
     else:
-        indices = [int(part) for part in spec.split(",")]
-    outside = [i for i in indices if not 0 <= i < length]
+        ends = indices = [int(part) for part in spec.split(",")]
+    outside = [i for i in ends if not 0 <= i < length]
     if outside:
         raise ValueError(f"slices {spec!r} asks for index {outside[0]} of an axis of {length}")
-    return indices
+    return list(indices)
 
 
 def pad_evenly(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

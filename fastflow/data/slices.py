@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastflow.data.manifest import Record
 from fastflow.data.preprocess import Preprocess, pad_evenly
-from fastflow.data.volume import read_volume
+from fastflow.data.volume import check_file, read_volume
 from fastflow.errors import VolumeError
 
 Result = NDArray[np.uint8] | VolumeError
@@ -56,10 +56,14 @@ class SliceSet:
 
     def __post_init__(self) -> None:
         n = len(self.images)
-        if self.images.ndim != 4 or self.images.dtype != np.uint8:
+        if self.images.ndim != 4 or self.images.shape[1] != 1 or self.images.dtype != np.uint8:
             raise ValueError(f"images must be (N, 1, H, W) uint8, got {self.images.shape} {self.images.dtype}")
         if self.labels.shape != (n,) or self.volumes.shape != (n,) or len(self.paths) != len(self.subjects):
             raise ValueError(f"labels and volumes must be ({n},), paths and subjects of one length")
+        for name, lowest, end in (("labels", -1, len(self.class_names)), ("volumes", 0, len(self.paths))):
+            values = getattr(self, name)
+            if values.dtype != np.int64 or (n and not lowest <= values.min() <= values.max() < end):
+                raise ValueError(f"{name} must be int64 from {lowest} to {end - 1}, got {values.dtype} {np.unique(values)}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -72,9 +76,15 @@ class SliceSet:
         return labels
 
     def subset(self, volumes: Sequence[int]) -> SliceSet:
-        """The slices of some volumes, which are numbered anew in the order given."""
-        number = {volume: i for i, volume in enumerate(volumes)}
-        chosen = np.flatnonzero(np.isin(self.volumes, list(volumes)))
+        """The slices of some volumes, which are numbered anew in the order given.
+
+        Raises:
+            ValueError: a volume is named twice or does not exist.
+        """
+        number = {int(volume): i for i, volume in enumerate(volumes)}
+        if len(number) < len(volumes) or any(not 0 <= volume < len(self.paths) for volume in number):
+            raise ValueError(f"volumes must be different numbers from 0 to {len(self.paths) - 1}, got {list(volumes)}")
+        chosen = np.flatnonzero(np.isin(self.volumes, list(number)))
         chosen = chosen[np.argsort([number[int(v)] for v in self.volumes[chosen]], kind="stable")]
         return SliceSet(
             self.images[chosen],
@@ -98,21 +108,27 @@ def load_image(path: str, preprocess: Preprocess) -> NDArray[np.uint8]:
 
 
 def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    check_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
+            # Only this reads the checksums; afterwards the image must be opened anew.
+            image.verify()
+        with Image.open(path, formats=["PNG"]) as image:
+            mode, width, height = image.mode, image.width, image.height
+            if height > size[0] or width > size[1]:
+                message = f"is {height} x {width}, larger than the model's {size[0]} x {size[1]}"
+                raise VolumeError(path, "size", message)
             pixels = np.asarray(image)
-    except FileNotFoundError:
-        raise VolumeError(path, "missing", "there is no such file") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise VolumeError(path, "image", f"cannot be read as an image: {error}") from error
-    if pixels.ndim == 3 and pixels.shape[2] == 3 and (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., 0]
-    if pixels.ndim != 2 or pixels.dtype != np.uint8:
-        raise VolumeError(path, "image", f"is {pixels.dtype} {pixels.shape}; 8-bit grey images are accepted")
-    try:
-        return pad_evenly(pixels, size)[None, None]
-    except ValueError as error:
-        raise VolumeError(path, "size", str(error)) from error
+    except VolumeError:
+        raise
+    # Pillow's readers let whatever a broken chunk causes through.
+    except Exception as error:
+        raise VolumeError(path, "image", f"cannot be read as a PNG image: {error}") from error
+    if mode == "RGB" and (pixels == pixels[..., :1]).all():
+        mode, pixels = "L", pixels[..., 0]
+    if mode != "L":
+        raise VolumeError(path, "image", f"is of mode {mode}; 8-bit grey images are accepted, also as RGB with equal channels")
+    return pad_evenly(pixels, size)[None, None]
 
 
 def _load_or_error(path: str, preprocess: Preprocess) -> Result:

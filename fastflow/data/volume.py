@@ -13,8 +13,8 @@ import io
 import os
 import zlib
 from os import PathLike
-from pathlib import Path
-from typing import IO, Any
+from stat import S_ISREG
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -26,6 +26,7 @@ from fastflow.errors import VolumeError
 
 MAX_VOXELS = 512**3
 HEADER_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+Stream = BinaryIO | gzip.GzipFile
 _CHUNK = 1 << 20
 
 ERROR_CODES = {
@@ -82,11 +83,13 @@ def read_volume(path: str | PathLike[str], max_voxels: int = MAX_VOXELS) -> Volu
         VolumeError: the file cannot be used; its code is one of `ERROR_CODES`.
     """
     name = str(path)
-    size = _check_file(name)
+    if not name.endswith((".nii", ".nii.gz")):
+        raise VolumeError(name, "unsupported_format", "is not a .nii or .nii.gz file")
+    size = check_file(name)
     with contextlib.ExitStack() as stack:
         try:
             raw = stack.enter_context(open(name, "rb"))
-            stream: IO[bytes] = stack.enter_context(gzip.GzipFile(fileobj=raw)) if name.endswith(".gz") else raw
+            stream: Stream = stack.enter_context(gzip.GzipFile(fileobj=raw)) if name.endswith(".gz") else raw
             header = _read_header(name, stream)
             shape, dtype, offset = _check_header(name, header, max_voxels, None if name.endswith(".gz") else size)
             voxels = _read_voxels(name, stream, shape, dtype, offset - header.sizeof_hdr)
@@ -99,23 +102,28 @@ def read_volume(path: str | PathLike[str], max_voxels: int = MAX_VOXELS) -> Volu
     return _orient(name, _scale(name, voxels, header), header)
 
 
-def _check_file(name: str) -> int:
-    if not name.endswith((".nii", ".nii.gz")):
-        raise VolumeError(name, "unsupported_format", "is not a .nii or .nii.gz file")
+def check_file(name: str) -> int:
+    """Size in bytes of a regular file.
+
+    Raises:
+        VolumeError: it is missing, empty, or a folder, pipe or device, which would block whoever opens it.
+    """
     try:
         stat = os.stat(name)
     except FileNotFoundError:
         raise VolumeError(name, "missing", "there is no such file") from None
     except OSError as error:
         raise VolumeError(name, "unreadable", f"cannot be read: {error.strerror or error}") from error
-    if not Path(name).is_file():
+    except ValueError as error:
+        raise VolumeError(name, "unreadable", f"is no file name: {error}") from error
+    if not S_ISREG(stat.st_mode):
         raise VolumeError(name, "not_a_file", "is not a regular file")
     if stat.st_size == 0:
         raise VolumeError(name, "empty", "the file is empty")
     return stat.st_size
 
 
-def _read_header(name: str, stream: IO[bytes]) -> Any:
+def _read_header(name: str, stream: Stream) -> Any:
     first = stream.read(4)
     sizes = {int.from_bytes(first, order) for order in ("little", "big")} & set(HEADER_BYTES)
     if len(first) < 4 or not sizes:
@@ -160,14 +168,14 @@ def _check_header(
     return shape, dtype, int(offset)
 
 
-def _read_voxels(name: str, stream: IO[bytes], shape: tuple[int, int, int], dtype: np.dtype[Any], skip: int) -> NDArray[Any]:
+def _read_voxels(name: str, stream: Stream, shape: tuple[int, int, int], dtype: np.dtype[Any], skip: int) -> NDArray[Any]:
     while skip > 0:
         block = stream.read(min(skip, _CHUNK))
         if not block:
             raise VolumeError(name, "truncated", "ends before its voxels")
         skip -= len(block)
     voxels = np.empty(shape, dtype=dtype, order="F")
-    target = memoryview(voxels.reshape(-1, order="F").view(np.uint8))
+    target = memoryview(voxels.reshape(-1, order="F").view(np.uint8).data)
     done = 0
     while done < len(target):
         block = stream.read(min(_CHUNK, len(target) - done))
@@ -195,16 +203,21 @@ def _scale(name: str, voxels: NDArray[Any], header: Any) -> NDArray[np.float32]:
 
 
 def _orient(name: str, data: NDArray[np.float32], header: Any) -> Volume:
+    if header["pixdim"][0] != -1:
+        # The standard reads a qfac of 0 as 1; nibabel's lenient loading does so with any other value.
+        header["pixdim"][0] = 1
     try:
         with np.errstate(all="ignore"):
             affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-            raise ValueError("singular or not finite")
-        codes = orientations.io_orientation(affine)
-        if np.isnan(codes).any():
-            raise ValueError("an axis has no direction")
-        affine = affine @ orientations.inv_ornt_aff(codes, data.shape)
+            if not np.isfinite(affine).all() or not 1e-12 <= abs(np.linalg.det(affine[:3, :3])) < np.inf:
+                raise ValueError("singular or not finite")
+            codes = orientations.io_orientation(affine)
+            if np.isnan(codes).any():
+                raise ValueError("an axis has no direction")
+            affine = affine @ orientations.inv_ornt_aff(codes, data.shape)
+            spacing = tuple(float(n) for n in np.sqrt((affine[:3, :3] ** 2).sum(axis=0)))
+        if not np.isfinite([*spacing, *affine.flat]).all():
+            raise ValueError("not finite")
     except (ValueError, HeaderDataError, np.linalg.LinAlgError, orientations.OrientationError) as error:
         raise VolumeError(name, "affine", f"the affine gives no orientation: {error}") from error
-    spacing = tuple(float(n) for n in np.sqrt((affine[:3, :3] ** 2).sum(axis=0)))
     return Volume(np.asarray(orientations.apply_orientation(data, codes)), (spacing[0], spacing[1], spacing[2]), affine, name)

@@ -8,10 +8,13 @@ each sample's row k. Source: MAGIC-Flow, classification conditioner.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastflow.kernels._library import check_image, check_mask
+from fastflow.kernels._library import check_image, check_mask, sum_per_sample
 from fastflow.kernels.affine_coupling import affine_coupling_reference
 
 
@@ -33,6 +36,59 @@ def coupling_head_reference(
     """The definition, in plain ATen."""
     raw_scale, shift = (head_reference(x, *head, rows) for head in zip(features, weights, tables, strict=True))
     return affine_coupling_reference(x, raw_scale, shift, mask, bound, inverse)
+
+
+class _CouplingHead(torch.autograd.Function):
+    """The forward direction with a hand-written backward: a third of the passes over memory that autograd would make."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale_features: Tensor,
+        shift_features: Tensor,
+        scale_weight: Tensor,
+        shift_weight: Tensor,
+        scale_table: Tensor,
+        shift_table: Tensor,
+        rows: Tensor,
+        active: Tensor,
+        bound: float,
+    ) -> tuple[Tensor, Tensor]:
+        flat = x.flatten(1)
+        squashed = torch.addmm(scale_table[rows], scale_features, scale_weight.t()).tanh_()
+        s = (bound * squashed).mul_(active)
+        growth = s.exp()
+        y = torch.addmm(shift_table[rows], shift_features, shift_weight.t()).mul_(active).addcmul_(flat, growth)
+        ctx.save_for_backward(flat, squashed, growth, scale_features, shift_features, scale_weight, shift_weight, rows, active)
+        ctx.bound, ctx.classes, ctx.shape = bound, len(scale_table), x.shape
+        return y.view_as(x), sum_per_sample(s)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
+        flat, squashed, growth, scale_features, shift_features, scale_weight, shift_weight, rows, active = ctx.saved_tensors
+        grad = grad_y.flatten(1)
+        d_x = grad * growth
+        d_shift = grad * active
+        # ds = g x e^s + q on the active part; ds/dr = b (1 - tanh^2 r).
+        d_raw = torch.addcmul(grad_logdet[:, None].to(flat.dtype), d_x, flat)
+        d_raw.mul_(active).mul_(torch.addcmul(squashed.new_tensor(ctx.bound), squashed, squashed, value=-ctx.bound))
+        d_tables = (
+            torch.zeros(ctx.classes, flat.shape[1], dtype=flat.dtype, device=flat.device).index_add_(0, rows, d)
+            for d in (d_raw, d_shift)
+        )
+        return (
+            d_x.view(ctx.shape),
+            d_raw @ scale_weight,
+            d_shift @ shift_weight,
+            d_raw.t() @ scale_features,
+            d_shift.t() @ shift_features,
+            *d_tables,
+            None,
+            None,
+            None,
+        )
 
 
 def coupling_head(
@@ -75,4 +131,9 @@ def coupling_head(
             raise ValueError(
                 f"features (B, F) and weights (N, F) must fit x {tuple(x.shape)}, got {tuple(value.shape)}, {tuple(weight.shape)}"
             )
+    trained = torch.is_grad_enabled() and not inverse and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if trained and len({v.dtype for v in (x, *features, *weights, *tables)}) == 1 and x.dtype in (torch.float32, torch.float64):
+        active = (~mask).to(x.dtype).expand(x.shape[1:]).reshape(-1)
+        y, logdet = _CouplingHead.apply(x, *features, *weights, *tables, rows, active, bound)
+        return y, logdet
     return coupling_head_reference(x, features, weights, tables, rows, mask, bound, inverse)

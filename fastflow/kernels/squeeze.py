@@ -6,7 +6,6 @@ each direction is the other's backward. Source: RealNVP (Dinh et al., 2017), sec
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastflow.kernels._library import check_image
@@ -14,12 +13,15 @@ from fastflow.kernels._library import check_image
 
 def squeeze2x2_reference(x: Tensor) -> Tensor:
     """The definition, in plain ATen."""
-    return torch.nn.functional.pixel_unshuffle(x, 2)
+    # Not pixel_unshuffle: it returns an empty batch as it came.
+    batch, c, h, w = x.shape
+    return x.reshape(batch, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(batch, 4 * c, h // 2, w // 2)
 
 
 def unsqueeze2x2_reference(y: Tensor) -> Tensor:
     """The definition, in plain ATen."""
-    return torch.nn.functional.pixel_shuffle(y, 2)
+    batch, c, h, w = y.shape
+    return y.reshape(batch, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(batch, c // 4, 2 * h, 2 * w)
 
 
 def squeeze2x2(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class ActNorm(nn.Module):
         self.register_buffer("initialized", torch.tensor(False))
         # A Python copy of the buffer: asking a CUDA tensor for its value would stall the device at every step.
         self.ready = False
-        self.register_load_state_dict_post_hook(_read_initialized)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_read_initialized)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:

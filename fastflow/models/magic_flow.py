@@ -33,7 +33,7 @@ class LabelTables(NamedTuple):
 class MagicFlow(nn.Module):
     """The flow. `forward` maps an image to its latent, `inverse` back; ``log p(x|y) = log N(z; 0, I) + logdet``.
 
-    A new model must see data before it can evaluate: the first forward in training mode, or `initialize`, sets its ActNorm layers.
+    A new model must see data before it can evaluate: the first forward in training mode, or `initialize`, sets its ActNorm.
 
     Args:
         config: the architecture.

@@ -1,9 +1,9 @@
 """Import of checkpoints written by the authors' research code.
 
-Its names are mapped one to one, with three exceptions: dense 1x1 convolutions become LU factors, a negative ActNorm scale moves
-its sign into the convolution that follows, and the heads' last maps are split into their image and their label columns.
-The factors and ActNorm's log-scale stay in float64, so that ``from_published(state, config).double()`` computes what the published
-weights say and not their rounding.
+Its names are mapped one to one, with three exceptions: dense 1x1 convolutions become LU factors, a negative ActNorm scale
+moves its sign into the convolution that follows, and the heads' last maps are split into their image and their label columns.
+The factors and ActNorm's log-scale stay in float64, so that ``from_published(state, config).double()`` computes what the
+published weights say and not their rounding.
 """
 
 from __future__ import annotations

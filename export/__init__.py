@@ -1,0 +1,1 @@
+"""Export to other runtimes. The exporter is not part of this version."""

@@ -1,0 +1,59 @@
+"""The command `fastflow`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastflow import __version__
+from fastflow.cli import classify, demo, demo_data, doctor, explain, index, sample, train
+from fastflow.cli._console import Commands
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Train MAGIC-Flow on an archive of brain scans and classify another by likelihood.
+
+    Start with `fastflow demo`, or step by step:
+
+        fastflow demo-data archive
+        fastflow train archive/manifest.csv --out model
+        fastflow classify archive/manifest.csv --split test --model model --out results.csv
+
+    Results go to stdout, progress to stderr. Exit codes: 0 success; 1 some inputs failed, or the run failed; 2 wrong usage or bad
+    input.
+    """
+
+
+app.command("demo")(demo.demo)
+app.command("demo-data")(demo_data.demo_data)
+app.command("index")(index.index)
+app.command("train")(train.train)
+app.command("classify")(classify.classify)
+app.command("sample")(sample.sample)
+app.command("explain")(explain.explain)
+app.command("doctor")(doctor.doctor)
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    app()

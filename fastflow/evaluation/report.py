@@ -1,0 +1,109 @@
+"""One self-contained HTML page about a run: no scripts, no links, every picture inside it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fastflow._files import write_text
+from fastflow.evaluation import figures
+from fastflow.evaluation.figures import Explanation
+
+PROVENANCE = "simulated scanners on real anatomy"
+
+
+@dataclasses.dataclass(frozen=True)
+class TestSet:
+    """Results on one set of held-out volumes.
+
+    Attributes:
+        name: as shown, e.g. "Unseen subjects".
+        metrics: of the model, from `classification_metrics`.
+        histogram: of the histogram baseline, from `classification_metrics`.
+        bits_per_dim: mean under the true label.
+        note: a sentence on what this set tests.
+    """
+
+    __test__ = False
+
+    name: str
+    metrics: Mapping[str, Any]
+    histogram: Mapping[str, Any]
+    bits_per_dim: float
+    note: str = ""
+
+
+def write_report(
+    path: str | PathLike[str],
+    tests: Sequence[TestSet],
+    real: NDArray[np.uint8],
+    generated: NDArray[np.uint8],
+    explanations: Sequence[Explanation],
+    history: Sequence[Mapping[str, float]],
+    details: Mapping[str, Any],
+    title: str = "MAGIC-Flow on simulated scanners",
+    provenance: str = PROVENANCE,
+) -> None:
+    """Write the page atomically.
+
+    Args:
+        path: the HTML file.
+        tests: results, the headline first; all with the same class names.
+        real: (K, n, H, W) uint8, slices of each class.
+        generated: (K, m, H, W) uint8, samples of each class.
+        explanations: slices with their likelihood attribution.
+        history: one record per epoch, as `train` returns them.
+        details: what reproduces the run (seed, versions, seconds, configuration); nested values are shown as JSON.
+        title: of the page.
+        provenance: what the data are; stands beside every number.
+
+    Raises:
+        ValueError: there is no test set, or their class names differ.
+    """
+    if not tests:
+        raise ValueError("tests must hold at least one set of results, got none")
+    names: list[str] = list(tests[0].metrics["class_names"])
+    if any(list(test.metrics["class_names"]) != names for test in tests):
+        raise ValueError("all test sets must have the same class names")
+    environment = Environment(loader=PackageLoader("fastflow.evaluation"), autoescape=True, undefined=StrictUndefined)
+    environment.filters.update(share=_share, number=_number)
+    html = environment.get_template("report.html").render(
+        title=title,
+        provenance=provenance,
+        tests=tests,
+        class_names=names,
+        confusions=[_inline(figures.confusion_figure(test.metrics["confusion"], names)) for test in tests],
+        samples=_inline(figures.samples_figure(real, generated, names)),
+        attribution=_inline(figures.attribution_figure(explanations, names)) if explanations else None,
+        curves=_inline(figures.curves_figure(history)) if history else None,
+        epochs=len(history),
+        details=[(key, _plain(value)) for key, value in details.items()],
+    )
+    write_text(path, html)
+
+
+def _inline(figure: Figure) -> str:
+    return "data:image/png;base64," + base64.b64encode(figures.png(figure)).decode("ascii")
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"  # noqa: RUF001
+
+
+def _number(value: float) -> str:
+    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(value, default=str)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,271 @@
+"""The main job from end to end: build the demo archive, train, classify held-out scans, write results, metrics and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastflow import __version__
+from fastflow._files import write_text
+from fastflow.archive.classify import Row, Summary, classify, pick_device
+from fastflow.archive.classify import class_names as model_class_names
+from fastflow.data.demo import SCANNERS, build_archive
+from fastflow.data.manifest import Record, class_names, write_manifest
+from fastflow.data.preprocess import Preprocess
+from fastflow.data.slices import SliceSet, load_slices
+from fastflow.evaluation.classification import HistogramBaseline, classification_metrics
+from fastflow.evaluation.figures import Explanation
+from fastflow.evaluation.report import PROVENANCE, TestSet, write_report
+from fastflow.models.config import FlowConfig
+from fastflow.models.magic_flow import MagicFlow
+from fastflow.models.scoring import from_uint8, score_slices, volume_log_probs
+from fastflow.training.calibration import fit_temperature
+from fastflow.training.trainer import EpochRecord, TrainConfig, evaluate_bits_per_dim, middle_slices, train
+
+Notify = Callable[[str, int, int], None]
+
+# The splits of the demo archive that are tests: key in metrics.json, heading, what it tests.
+TESTS = {
+    "test": (
+        "",
+        "Unseen subjects",
+        "Subjects made from the heads that the training subjects were made from; no subject is shared.",
+    ),
+    "unseen_head": (
+        "unseen_head_",
+        "Unseen head",
+        "Everything made from one head that no training subject has any part of: a hard shift of anatomy with so few heads.",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoResult:
+    """What `run_demo` found.
+
+    Attributes:
+        folder: holds ``archive/``, ``manifest.csv``, ``model/``, ``results.csv``, ``metrics.json`` and ``report.html``.
+        metrics: the content of ``metrics.json``.
+        tests: results on each test set.
+        summary: of the classification.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    tests: tuple[TestSet, ...]
+    summary: Summary
+
+
+def run_demo(
+    out: str | PathLike[str],
+    seed: int = 0,
+    size: str | Mapping[str, Sequence[int]] = "demo",
+    workers: int = 2,
+    device: str = "auto",
+    config: FlowConfig | None = None,
+    training: TrainConfig | None = None,
+    notify: Notify | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> DemoResult:
+    """Run the whole demo on simulated scanners on real anatomy.
+
+    Args:
+        out: the folder to fill; files of an earlier run are replaced.
+        seed: of the archive and of training.
+        size: of the archive, see `fastflow.data.demo.build_archive`.
+        workers: processes that write and read volumes.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        config: the flow; the ``demo`` preset when None.
+        training: how to train; `TrainConfig.demo` when None.
+        notify: called with (stage, done, total) as work proceeds.
+        on_epoch: called with each epoch's record.
+
+    Returns:
+        The results; the same stand in the folder.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    start = time.perf_counter()
+    say = notify or (lambda stage, done, total: None)
+    folder = Path(out)
+    device = pick_device(device)
+    records = build_archive(folder / "archive", seed, size, workers, lambda done, total: say("archive", done, total))
+    write_manifest(records, folder / "manifest.csv")
+    names = class_names(records)
+    config = config or FlowConfig.demo(len(names), class_names=names)
+    training = training or TrainConfig.demo(seed=seed)
+    preprocess = Preprocess(config.input_shape[1:], "center+-4:2", spacing=(2.0, 2.0, 2.0))
+    sets = _load_sets(records, preprocess, names, workers, say)
+
+    torch.manual_seed(seed)
+    model = MagicFlow(config)
+    model.metadata["preprocess"] = preprocess.to_dict()
+    model.metadata["data"] = PROVENANCE
+    watch = {name: sets[name] for name in TESTS}
+
+    def epoch_done(record: EpochRecord) -> None:
+        say("training", int(record["epoch"]), training.epochs)
+        if on_epoch is not None:
+            on_epoch(record)
+
+    say("training", 0, training.epochs)
+    history = train(model, sets["train"], sets["val"], training, folder / "model", watch, epoch_done, device)
+    calibrate(model, sets["val"])
+    model.save(folder / "model")
+
+    held_out = [record for record in records if record.split in TESTS]
+    write_manifest(held_out, folder / "held_out.csv")
+    summary = classify(
+        [folder / "held_out.csv"],
+        folder / "model",
+        folder / "results.csv",
+        batch_size=32,
+        workers=workers,
+        device=device,
+        progress=lambda done, total: say("classification", done, total),
+    )
+    (folder / "held_out.csv").unlink()
+    tests = _evaluate(model, sets, summary)
+    metrics = _metrics(tests) | {"seconds": time.perf_counter() - start}
+    _write_report(folder / "report.html", model, sets, tests, history, _details(metrics, config, training, seed, device))
+    metrics["seconds"] = time.perf_counter() - start
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return DemoResult(folder, metrics, tuple(tests.values()), summary)
+
+
+def _load_sets(
+    records: Sequence[Record], preprocess: Preprocess, names: Sequence[str], workers: int, say: Notify
+) -> dict[str, SliceSet]:
+    slices, errors = load_slices(records, preprocess, names, workers, lambda done: say("reading", done, len(records)))
+    if errors:
+        raise errors[0]
+    split = {record.path: record.split for record in records}
+    volumes: dict[str, list[int]] = {}
+    for index, path in enumerate(slices.paths):
+        volumes.setdefault(str(split[path]), []).append(index)
+    return {name: slices.subset(members) for name, members in volumes.items()}
+
+
+def calibrate(model: MagicFlow, val_set: SliceSet, batch_size: int = 32) -> float:
+    """Fit the model's temperature to the volumes of a validation set, which must not have trained it; returns it.
+
+    A volume's log-likelihood is the sum over its slices; slices of one head are anything but independent, so the fitted
+    temperature is far above 1.
+    """
+    slices = score_slices(model, val_set.images, batch_size)
+    model.temperature = fit_temperature(volume_log_probs(slices, val_set.volumes), val_set.volume_labels)
+    return model.temperature
+
+
+# -- results --------------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(model: MagicFlow, sets: Mapping[str, SliceSet], summary: Summary) -> dict[str, TestSet]:
+    names = summary.class_names
+    baseline = HistogramBaseline().fit(sets["train"])
+    by_path: dict[str, Row] = {row.record.path: row for row in summary.rows}
+    tests = {}
+    for name, (_, heading, note) in TESTS.items():
+        data = sets[name]
+        rows = [row for row in by_path.values() if row.record.split == name and row.error is None]
+        labels = np.array([names.index(str(row.record.label)) for row in rows])
+        predictions = np.array([row.predicted for row in rows])
+        tests[name] = TestSet(
+            heading,
+            classification_metrics(labels, predictions, len(names), names),
+            classification_metrics(data.volume_labels, baseline.predict(data), len(names), names),
+            evaluate_bits_per_dim(model, data.images, data.labels),
+            note,
+        )
+    return tests
+
+
+def _metrics(tests: Mapping[str, TestSet]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name, test in tests.items():
+        prefix = TESTS[name][0]
+        metrics |= {
+            f"{prefix}accuracy": test.metrics["accuracy"],
+            f"{prefix}balanced_accuracy": test.metrics["balanced_accuracy"],
+            f"{prefix}histogram_accuracy": test.histogram["accuracy"],
+            f"{prefix}histogram_balanced_accuracy": test.histogram["balanced_accuracy"],
+            f"{prefix}bits_per_dim": test.bits_per_dim,
+        }
+    return metrics
+
+
+def _details(metrics: Mapping[str, float], config: FlowConfig, training: TrainConfig, seed: int, device: str) -> dict[str, Any]:
+    return {
+        "data": f"{PROVENANCE}: {len(SCANNERS)} scanners",
+        "seed": seed,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "seconds until this page": round(metrics["seconds"]),
+        "versions": f"fastflow {__version__}, torch {torch.__version__}, numpy {np.__version__}, nibabel {version('nibabel')}, "
+        f"Python {platform.python_version()}",
+        "flow": config.to_dict(),
+        "training": dataclasses.asdict(training),
+    }
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------------
+
+
+def explain_slice(model: MagicFlow, image: NDArray[np.uint8], truth: int | None = None, name: str = "") -> Explanation:
+    """Likelihood attribution of one slice: of its most likely label, and of the log-odds between the two most likely.
+
+    Args:
+        model: the flow, in evaluation mode.
+        image: (1, H, W) uint8.
+        truth: the true label, where it is known.
+        name: what to call the picture.
+    """
+    with torch.inference_mode():
+        x = from_uint8(torch.from_numpy(image[None]).to(model.device))
+        log_probs = model.log_prob_all(x)[0]
+        label, rival = (int(k) for k in log_probs.argsort(descending=True)[:2])
+        maps, const = model.attribution(x.expand(2, -1, -1, -1), torch.tensor([label, rival], device=model.device))
+    spread = maps.double().sum(dim=1).cpu().numpy()
+    return Explanation(
+        image[0], log_probs.double().cpu().numpy(), label, rival, spread[0], spread[0] - spread[1], float(const[0]), truth, name
+    )
+
+
+def _write_report(
+    path: Path,
+    model: MagicFlow,
+    sets: Mapping[str, SliceSet],
+    tests: Mapping[str, TestSet],
+    history: Sequence[EpochRecord],
+    details: Mapping[str, Any],
+) -> None:
+    classes, shown = model.config.num_classes, 3
+    images, labels = middle_slices(sets["test"])
+    by_class = [np.flatnonzero(labels == k) for k in range(classes)]
+    shown = min(shown, *(len(members) for members in by_class))
+    real = np.stack([images[members[:shown], 0] for members in by_class])
+    generator = torch.Generator().manual_seed(0)
+    drawn = model.sample(torch.arange(classes).repeat_interleave(3).to(model.device), temperature=0.7, generator=generator)
+    generated = torch.round((drawn.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu().numpy()[:, 0]
+    names = model_class_names(model)
+    explanations = [explain_slice(model, images[members[0]], k, names[k]) for k, members in enumerate(by_class)]
+    write_report(
+        path,
+        list(tests.values()),
+        real,
+        generated.reshape(classes, 3, *generated.shape[1:]),
+        explanations[:4],
+        history,
+        details,
+    )

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import fastflow
+from fastflow.cli.main import app
+
+COMMANDS = ("demo", "demo-data", "index", "train", "classify", "sample", "explain", "doctor")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_itself(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: fastflow {command}" in result.output
+
+
+def test_help_lists_every_command_and_the_exit_codes() -> None:
+    output = invoke("--help").output
+    assert all(f" {command} " in output for command in COMMANDS)
+    assert "Exit codes" in output
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"fastflow {fastflow.__version__}\n"
+
+
+def test_doctor_names_versions_and_the_device() -> None:
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for word in ("torch", "triton", "device", "reference implementation", fastflow.__version__):
+        assert word in result.stdout
+
+
+def test_from_scans_to_pictures(scans: Path, tmp_path: Path) -> None:
+    manifest, model, results = tmp_path / "m.csv", tmp_path / "model", tmp_path / "r.csv"
+    assert "20 files of 20 subjects" in invoke("index", scans, "--out", manifest, "--val", 0.2, "--test", 0.2).stdout
+    trained = invoke("train", manifest, "--out", model, "--preset", "tiny", "--epochs", 2, "--warmup", 0, "--lr", 1e-3)
+    assert trained.exit_code == 0, trained.output
+    assert "val_accuracy" in trained.stdout
+    assert trained.stderr.count("epoch ") == 2
+    assert [json.loads(line)["epoch"] for line in (model / "history.jsonl").read_text().splitlines()] == [1, 2]
+    classified = invoke("classify", manifest, "--split", "test", "--model", model, "--out", results)
+    assert classified.exit_code == 0, classified.output
+    assert "4 inputs, 4 classified, 0 failed" in classified.stdout
+    with results.open(newline="") as stream:
+        assert [row["status"] for row in csv.DictReader(stream)] == ["ok"] * 4
+    assert invoke("sample", "--model", model, "--out", tmp_path / "s", "--count", 1, "--label", "flat").exit_code == 0
+    assert (tmp_path / "s/flat-1.png").exists()
+    assert invoke("explain", manifest, "--model", model, "--out", tmp_path / "e", "--limit", 1).exit_code == 0
+    assert len(list((tmp_path / "e").glob("*.png"))) == 1
+
+
+def test_failed_inputs_exit_with_1_and_are_named(scans: Path, model_folder: Path, tmp_path: Path) -> None:
+    inputs = (scans / "flat/sub-000_T1w.nii.gz", tmp_path / "gone.nii")
+    result = invoke("classify", *inputs, "--model", model_folder, "--out", tmp_path / "r.csv")
+    assert result.exit_code == 1
+    assert "2 inputs, 1 classified, 1 failed" in result.stdout
+    assert "gone.nii: there is no such file [missing]" in result.stderr
+    assert invoke("explain", *inputs, "--model", model_folder, "--out", tmp_path / "e").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("classify", "x.nii", "--model", "nowhere"), "nowhere is not a model folder"),
+        (("train", "nowhere.csv"), "nowhere.csv: there is no such manifest"),
+        (("index", "nowhere.csv"), "there is no such manifest"),
+        (("index", "nowhere.csv", "--val", "0.9", "--test", "2"), "Invalid value"),
+        (("sample", "--model", "nowhere"), "not a model folder"),
+        (("classify",), "inputs"),
+        (("train", "m.csv", "--preset", "huge"), "huge"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_clear_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = invoke("--debug", "sample", "--model", tmp_path)
+    assert isinstance(result.exception, fastflow.errors.CheckpointError)
+
+
+def test_failing_run_exits_with_1(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = invoke("sample", "--model", model_folder, "--out", tmp_path / "file" / "s")
+    assert result.exit_code == 1
+    assert "error:" in result.stderr
+
+
+def test_console_script_is_installed() -> None:
+    script = Path(sys.executable).parent / "fastflow"
+    done = subprocess.run([script, "index", "nowhere"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: nowhere: a manifest ends in .csv or .jsonl\n"
+
+
+@pytest.mark.slow
+def test_from_demo_data_to_pictures(tmp_path: Path) -> None:
+    archive, model = tmp_path / "archive", tmp_path / "model"
+    built = invoke("demo-data", archive, "--size", "tiny", "--seed", 3)
+    assert "15 train, 7 val, 7 test, 7 unseen_head" in built.stdout
+    assert invoke("index", archive / "manifest.csv", "--out", tmp_path / "m.csv").exit_code == 0
+    trained = invoke("train", tmp_path / "m.csv", "--out", model, "--preset", "small", "--epochs", 1, "--warmup", 0)
+    assert trained.exit_code == 0, trained.output
+    classified = invoke("classify", tmp_path / "m.csv", "--split", "unseen_head", "--model", model, "--out", tmp_path / "r.csv")
+    assert "7 inputs, 7 classified, 0 failed" in classified.stdout
+    assert invoke("sample", "--model", model, "--out", tmp_path / "s", "--count", 1).exit_code == 0
+    assert invoke("explain", tmp_path / "m.csv", "--model", model, "--out", tmp_path / "e", "--limit", 1).exit_code == 0

@@ -1,0 +1,83 @@
+"""What every test gets: few threads, uninitialised memory full of NaN, repeatable examples in CI."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Before torch or matplotlib are imported: small tensors lose more to many threads than they win.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory() -> Iterator[None]:
+    """Make `torch.empty` return NaN, so that reading what nobody wrote fails a test instead of passing by luck."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic", category=UserWarning)
+        yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+CLASSES = ("flat", "striped")
+
+
+def write_scan(path: Path, label: str, seed: int) -> None:
+    """A volume of 14 x 9 x 15 voxels with noise, striped from left to right for the second class."""
+    rng = np.random.default_rng(seed)
+    stripes = 60.0 * (np.arange(14) % 2)[:, None, None] if label == "striped" else 0.0
+    data = rng.normal(120.0, 10.0, (14, 9, 15)) + stripes
+    data[:, :, -3:] = 0.0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data.clip(0).astype(np.float32), np.diag([2.0, 2.0, 2.0, 1.0])), path)
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of class/file volumes that fit the tiny preset: 2 classes, 10 subjects each. Do not write into it."""
+    root = tmp_path_factory.mktemp("scans")
+    for k, label in enumerate(CLASSES):
+        for i in range(10):
+            write_scan(root / label / f"sub-{k}{i:02d}_T1w.nii.gz", label, 100 * k + i)
+    return root
+
+
+@pytest.fixture(scope="session")
+def model_folder(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained but initialised tiny model that takes three slices of each of `scans`. Do not write into it."""
+    import torch
+
+    from fastflow import FlowConfig, MagicFlow
+    from fastflow.data.preprocess import Preprocess
+
+    torch.manual_seed(0)
+    model = MagicFlow(FlowConfig.tiny(2, class_names=CLASSES))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    model.initialize(torch.rand(8, 1, 16, 16) * 2 - 1)
+    model.metadata["preprocess"] = Preprocess((16, 16), "center+-1", (2.0, 2.0, 2.0), (14, 9, 15)).to_dict()
+    model.temperature = 5.0
+    folder = tmp_path_factory.mktemp("model")
+    model.eval().save(folder)
+    return folder

@@ -1,0 +1,36 @@
+"""The temperature: recovered where it is known, and better than 1 where likelihoods are overconfident."""
+
+import numpy as np
+import pytest
+
+from fastflow.training.calibration import fit_temperature, negative_log_posterior
+
+
+def samples(temperature, prior, count=20000, seed=0):
+    """Log-likelihoods whose posterior at `temperature` is exactly the distribution that the labels are drawn from."""
+    rng = np.random.default_rng(seed)
+    log_probs = rng.normal(-30000, 3 * temperature, (count, len(prior)))
+    logits = log_probs / temperature + np.log(prior)
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+    return log_probs, labels
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 40.0, 600.0])
+@pytest.mark.parametrize("prior", [[1 / 3] * 3, [0.7, 0.2, 0.1]])
+def test_the_temperature_behind_the_labels_is_found(temperature, prior):
+    log_probs, labels = samples(temperature, prior)
+    assert fit_temperature(log_probs, labels, np.array(prior)) == pytest.approx(temperature, rel=0.05)
+
+
+def test_no_other_temperature_is_better():
+    log_probs, labels = samples(7.0, [0.5, 0.5], 300, seed=1)
+    best = fit_temperature(log_probs, labels)
+    at = [negative_log_posterior(log_probs, labels, t) for t in (best, best * 1.1, best / 1.1, 1.0)]
+    assert at[0] == min(at)
+
+
+def test_it_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="N > 0"):
+        fit_temperature(np.zeros((0, 3)), np.zeros(0, dtype=int))
+    with pytest.raises(ValueError, match="fit"):
+        fit_temperature(np.zeros((2, 3)), np.zeros(3, dtype=int))

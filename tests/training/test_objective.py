@@ -1,0 +1,65 @@
+"""Objectives and units."""
+
+import math
+
+import pytest
+import torch
+
+from fastflow import FlowConfig, MagicFlow
+from fastflow.training import objective
+
+
+def gaussian_flow(x, y):
+    """A flow that scales by exp(-y): its density is normal with standard deviation exp(y)."""
+    scale = (-y.to(x.dtype)).exp()
+    return x.flatten(1) * scale[:, None], -y.to(x.dtype) * x[0].numel()
+
+
+def test_bits_per_dim_of_a_uniform_grey_level():
+    """A density that gives each of the 256 grey levels the same mass costs 8 bits."""
+    dims = 10
+    log_prob = torch.tensor([dims * math.log(1 / 256 / objective.GREY_LEVEL)])
+    assert objective.bits_per_dim(log_prob, dims).item() == pytest.approx(8.0)
+
+
+def test_dequantise_stays_within_a_grey_level():
+    x = torch.zeros(2, 1, 50, 50)
+    noisy = objective.dequantize(x, torch.Generator().manual_seed(0))
+    assert noisy.abs().max() <= objective.GREY_LEVEL / 2
+    assert abs(float(noisy.mean())) < 1e-4 and float(noisy.std()) == pytest.approx(objective.GREY_LEVEL / 12**0.5, rel=0.05)
+
+
+def test_losses_add_what_they_say():
+    x, y = torch.randn(6, 1, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    every = torch.stack([objective.log_prob(gaussian_flow, x, torch.full_like(y, k)) for k in range(3)], dim=1)
+    right = every[torch.arange(6), y]
+    plain, lp = objective.likelihood_loss(gaussian_flow, x, y)
+    assert torch.allclose(lp, right) and torch.allclose(plain, objective.bits_per_dim(right, 4).mean())
+
+    wrong = (y + 1) % 3
+    pair, lp = objective.pairwise_loss(gaussian_flow, x, y, wrong, weight=0.5, temperature=2.0)
+    margin = (right - every[torch.arange(6), wrong]) / 2.0
+    assert torch.allclose(lp, right)
+    assert torch.allclose(pair, plain + 0.5 * torch.log1p(torch.exp(-margin)).mean())
+
+    hybrid, lp = objective.hybrid_loss(gaussian_flow, x, y, 3, weight=0.5, temperature=2.0)
+    assert torch.allclose(lp, right)
+    assert torch.allclose(hybrid, plain - 0.5 * torch.log_softmax(every / 2.0, dim=1)[torch.arange(6), y].mean())
+
+
+def test_wrong_labels_are_wrong_and_cover_the_rest():
+    y = torch.arange(5).repeat(400)
+    wrong = objective.wrong_labels(y, 5, torch.Generator().manual_seed(0))
+    assert (wrong != y).all() and wrong.min() == 0 and wrong.max() == 4
+    assert set(wrong[y == 2].tolist()) == {0, 1, 3, 4}
+
+
+def test_objectives_take_a_real_flow():
+    config = FlowConfig.tiny(3, dropout=0.0)
+    model = MagicFlow(config).double()
+    x, y = torch.rand(4, 1, 16, 16, dtype=torch.float64) * 2 - 1, torch.tensor([0, 1, 2, 0])
+    model.initialize(x)
+    loss, lp = objective.hybrid_loss(model, x, y, 3, 1.0, 1.0)
+    assert torch.allclose(lp, model.log_prob(x, y))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -1,0 +1,175 @@
+"""The loop: it learns, it repeats, it keeps what it says, it refuses what does not fit."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastflow import FlowConfig, MagicFlow
+from fastflow.data.slices import SliceSet
+from fastflow.training.trainer import TrainConfig, evaluate_bits_per_dim, middle_slices, train
+
+NAMES = ("dark", "bright")
+
+
+def make_set(volumes=12, slices=2, seed=0, names=NAMES):
+    """Two classes that differ in brightness and in the direction of their stripes."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(volumes) % len(names)
+    images = rng.normal(90, 12, (volumes, slices, 1, 16, 16)) + 50 * labels[:, None, None, None, None]
+    stripes = 25 * np.sin(np.arange(16))
+    images += np.where(labels[:, None, None, None, None] == 0, stripes[:, None], stripes)
+    return SliceSet(
+        np.clip(images, 0, 255).astype(np.uint8).reshape(-1, 1, 16, 16),
+        np.repeat(labels, slices).astype(np.int64),
+        np.repeat(np.arange(volumes), slices).astype(np.int64),
+        tuple(f"{i}.nii.gz" for i in range(volumes)),
+        tuple(f"sub-{i}" for i in range(volumes)),
+        names,
+    )
+
+
+def config(**changes):
+    values = {"epochs": 3, "batch_size": 8, "warmup_epochs": 0.5, "learning_rate": 3e-3, "augment": "none"}
+    return TrainConfig(**{**values, **changes})
+
+
+def new_model(**changes):
+    torch.manual_seed(0)
+    return MagicFlow(FlowConfig.tiny(2, dequantize="uniform", class_names=NAMES, **changes))
+
+
+@pytest.mark.parametrize("objective", ["likelihood", "pairwise", "hybrid"])
+def test_it_learns_and_records(tmp_path, objective):
+    model, seen = new_model(), []
+    history = train(
+        model,
+        make_set(24),
+        make_set(8, seed=1),
+        config(epochs=5, objective=objective),
+        tmp_path,
+        watch={"other": make_set(4, seed=2)},
+        progress=seen.append,
+    )
+    assert seen == history and [r["epoch"] for r in history] == [1, 2, 3, 4, 5]
+    assert history[-1]["train_bits_per_dim"] < history[0]["train_bits_per_dim"] - 0.1
+    assert history[-1]["val_accuracy"] >= 0.75
+    assert all({"val_bits_per_dim", "other_bits_per_dim", "seconds", "learning_rate"} <= set(r) for r in history)
+    assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
+
+
+def test_same_seed_same_weights(tmp_path):
+    def weights(folder, **changes):
+        model = new_model()
+        train(model, make_set(), make_set(4, seed=1), config(epochs=1, augment="paper", **changes), tmp_path / folder)
+        return model.state_dict()
+
+    first, again, other = weights("a"), weights("b"), weights("c", seed=1)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("select", ["accuracy", "loss"])
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_folder_holds_the_selected_epoch(tmp_path, select, ema):
+    model, val = new_model(), make_set(8, seed=1)
+    history = train(model, make_set(), val, config(select=select, ema=ema), tmp_path)
+    saved = MagicFlow.load(tmp_path)
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
+    assert saved.metadata["training"]["select"] == select and not model.training
+    assert MagicFlow.load(tmp_path / "checkpoints" / "accuracy").initialized
+    found = evaluate_bits_per_dim(saved, *middle_slices(val))
+    assert any(found == pytest.approx(r["val_bits_per_dim"], abs=1e-6) for r in history)
+    if select == "loss":
+        assert found == pytest.approx(min(r["val_bits_per_dim"] for r in history), abs=1e-6)
+
+
+def test_without_validation_the_last_epoch_stays(tmp_path):
+    model = new_model()
+    history = train(model, make_set(), None, config(epochs=1), tmp_path)
+    assert set(history[0]) == {"epoch", "learning_rate", "train_bits_per_dim", "seconds"}
+    assert MagicFlow.load(tmp_path).initialized
+
+
+def test_schedule_warms_up_and_ends_at_the_minimum(tmp_path):
+    rates = [r["learning_rate"] for r in train(new_model(), make_set(), None, config(epochs=4, warmup_epochs=1.0), tmp_path)]
+    assert rates[0] == pytest.approx(0.01 * 3e-3) and rates[1] == pytest.approx(3e-3)
+    assert rates[1] > rates[2] > rates[3] > 1e-5
+
+
+def test_balanced_sampling_takes_a_class_imbalance(tmp_path):
+    data = make_set(12)
+    few = data.subset([0, 2, 4, 6, 8, 10, 1])
+    history = train(new_model(), few, make_set(4, seed=1), config(sampler="balanced", epochs=1), tmp_path)
+    assert np.isfinite(history[0]["train_bits_per_dim"])
+
+
+def test_middle_slices_takes_one_per_volume():
+    data = make_set(3, slices=5)
+    images, labels = middle_slices(data)
+    assert np.array_equal(images, data.images[2::5]) and labels.tolist() == [0, 1, 0]
+
+
+def test_bits_per_dim_does_not_depend_on_the_batch():
+    model = new_model()
+    data = make_set(6)
+    model.initialize(torch.rand(4, 1, 16, 16))
+    model.eval()
+    whole = evaluate_bits_per_dim(model, data.images, data.labels)
+    assert evaluate_bits_per_dim(model, data.images, data.labels, batch_size=5) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("objective", "adversarial"),
+        ("augment", "mixup"),
+        ("sampler", "sorted"),
+        ("select", "best"),
+        ("ema", 1.0),
+        ("precision", "8-bit"),
+        ("contrast_temperature", 0.0),
+    ],
+)
+def test_settings_out_of_range_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(TrainConfig(), **{field: value})
+
+
+def test_sets_that_do_not_fit_are_named(tmp_path):
+    good = make_set()
+    empty = good.subset([])
+    with pytest.raises(ValueError, match="train_set has no slices"):
+        train(new_model(), empty, None, config(), tmp_path)
+    with pytest.raises(ValueError, match="val_set has labels"):
+        train(new_model(), good, dataclasses.replace(good, labels=good.labels + 1), config(), tmp_path)
+    with pytest.raises(ValueError, match=r"train_set has images \(1, 16, 16\)"):
+        train(MagicFlow(FlowConfig.tiny(2, input_shape=(1, 32, 32))), good, None, config(), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = new_model()
+    model.initialize(torch.rand(4, 1, 16, 16))
+    with torch.no_grad():
+        model.steps[0].actnorm.log_scale.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        train(model, make_set(), None, config(), tmp_path)
+
+
+def test_defaults_are_the_published_recipe():
+    c = TrainConfig.paper()
+    assert (c.batch_size, c.learning_rate, c.warmup_epochs, c.epochs, c.clip_norm, c.min_learning_rate) == (
+        16,
+        1e-3,
+        8,
+        300,
+        1.0,
+        1e-5,
+    )
+    g = TrainConfig.paper("generation")
+    assert (g.batch_size, g.learning_rate, g.warmup_epochs) == (8, 4e-4, 5)
