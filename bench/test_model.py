@@ -1,7 +1,7 @@
 """Whole models: images per second and peak memory. ``pytest bench/test_model.py --benchmark-only``.
 
 The paper preset (1x184x184, 7 classes, 151.6 M parameters) and the demo preset score all labels, sample and take a training step.
-`extra_info` of each row holds images per second and the peak resident memory of the process, and on a GPU the peak of its allocator.
+`extra_info` of each row holds images per second, the peak resident memory of the process and, on a GPU, the allocator's peak.
 Absolute times drift on shared machines; compare rows of one run.
 """
 

@@ -26,7 +26,7 @@ class VolumeError(FastflowError, ValueError):
 
     Attributes:
         path: the file.
-        code: a short stable identifier of the reason, e.g. ``"missing"`` or ``"crc"``; listed in `fastflow.data.volume.ERROR_CODES`.
+        code: a short stable identifier of the reason, such as ``"crc"``; `fastflow.data.volume.ERROR_CODES` lists them.
     """
 
     def __init__(self, path: str | PathLike[str], code: str, message: str) -> None:

@@ -60,10 +60,11 @@ class SliceSet:
             raise ValueError(f"images must be (N, 1, H, W) uint8, got {self.images.shape} {self.images.dtype}")
         if self.labels.shape != (n,) or self.volumes.shape != (n,) or len(self.paths) != len(self.subjects):
             raise ValueError(f"labels and volumes must be ({n},), paths and subjects of one length")
-        for name, lowest, end in (("labels", -1, len(self.class_names)), ("volumes", 0, len(self.paths))):
-            values = getattr(self, name)
-            if values.dtype != np.int64 or (n and not lowest <= values.min() <= values.max() < end):
-                raise ValueError(f"{name} must be int64 from {lowest} to {end - 1}, got {values.dtype} {np.unique(values)}")
+        if self.labels.dtype != np.int64 or (n and self.labels.min() < -1):
+            raise ValueError(f"labels must be int64 from -1, got {self.labels.dtype} {np.unique(self.labels)}")
+        if self.volumes.dtype != np.int64 or (n and not 0 <= self.volumes.min() <= self.volumes.max() < len(self.paths)):
+            last = len(self.paths) - 1
+            raise ValueError(f"volumes must be int64 from 0 to {last}, got {self.volumes.dtype} {np.unique(self.volumes)}")
 
     def __len__(self) -> int:
         return len(self.images)

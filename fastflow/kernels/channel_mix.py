@@ -72,14 +72,16 @@ def channel_mix(x: Tensor, weight: Tensor, bias: Tensor, squeeze: bool = False) 
     return channel_mix_reference(x, weight, bias, squeeze)
 
 
-def channel_unmix(y: Tensor, inverse_weight: Tensor, bias: Tensor, squeeze: bool = False) -> Tensor:
-    """Undo `channel_mix`: `inverse_weight @ (pixel - bias)` at every pixel, then unsqueeze when `squeeze`.
+def channel_unmix(y: Tensor, weight: Tensor, bias: Tensor, squeeze: bool = False, inverse_weight: Tensor | None = None) -> Tensor:
+    """Undo `channel_mix`: ``weight^-1 @ (pixel - bias)`` at every pixel, then unsqueeze when `squeeze`.
 
     Args:
         y: (B, C', H', W'), an output of `channel_mix`.
-        inverse_weight: (C', C'), the inverse of the weight given to `channel_mix`.
+        weight: (C', C'), the weight given to `channel_mix`.
         bias: (C',), the same bias.
         squeeze: whether `channel_mix` squeezed.
+        inverse_weight: (C', C'), the weight's inverse where the caller has it (from its LU factors, say); computed in float64
+            when None.
 
     Returns:
         (B, C, H, W).
@@ -88,11 +90,15 @@ def channel_unmix(y: Tensor, inverse_weight: Tensor, bias: Tensor, squeeze: bool
         ValueError: a shape does not fit.
 
     Example:
-        >>> channel_unmix(torch.full((1, 1, 1, 1), 3.0), torch.tensor([[0.5]]), torch.tensor([1.0])).item()
+        >>> channel_unmix(torch.full((1, 1, 1, 1), 3.0), torch.tensor([[2.0]]), torch.tensor([1.0])).item()
         1.0
     """
     check_image("y", y)
     if squeeze and y.shape[1] % 4:
         raise ValueError(f"y must have a multiple of 4 channels to be unsqueezed, got {tuple(y.shape)}")
-    _check(y, inverse_weight, bias, y.shape[1])
+    _check(y, weight, bias, y.shape[1])
+    if inverse_weight is None:
+        inverse_weight = torch.linalg.inv(weight.double())
+    elif inverse_weight.shape != weight.shape:
+        raise ValueError(f"inverse_weight must be {tuple(weight.shape)} like weight, got {tuple(inverse_weight.shape)}")
     return channel_unmix_reference(y, inverse_weight, bias, squeeze)

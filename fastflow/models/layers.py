@@ -233,6 +233,8 @@ class FlowStep(nn.Module):
             raise UninitializedModelError(
                 "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
             )
-        inverse = self.conv.inverse_weight() * (-self.actnorm.log_scale.double()).exp()[:, None]
-        bias = self.conv.weight() @ self.actnorm.bias.double()
-        return kernels.channel_unmix(y, inverse.to(y.dtype), bias.to(y.dtype), squeeze=self.squeeze)
+        scale = self.actnorm.log_scale.double().exp()
+        weight = self.conv.weight()
+        inverse = (self.conv.inverse_weight() / scale[:, None]).to(y.dtype)
+        bias = weight @ self.actnorm.bias.double()
+        return kernels.channel_unmix(y, (weight * scale).to(y.dtype), bias.to(y.dtype), self.squeeze, inverse)

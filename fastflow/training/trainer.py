@@ -185,11 +185,7 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
         self.flow, self.optimizer = self.fabric.setup(model, optimizer)
-        self.average = (
-            torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
-            if config.ema
-            else None
-        )
+        self.average: torch.optim.swa_utils.AveragedModel | None = None
 
     # -- epochs ---------------------------------------------------------------------------------------------------------
 
@@ -241,10 +237,18 @@ class _Run:
             self.fabric.clip_gradients(self.flow, self.optimizer, max_norm=self.config.clip_norm)
             self.optimizer.step()
             schedule.step()
-            if self.average is not None:
-                self.average.update_parameters(self.model)
+            self._update_average()
             mean.update(objectives.bits_per_dim(log_probs.detach(), self.model.config.num_dims))
         return float(mean.compute())
+
+    def _update_average(self) -> None:
+        if not self.config.ema:
+            return
+        if self.average is None:
+            # Not before the first step: the copy must find ActNorm initialised.
+            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema)
+            self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
+        self.average.update_parameters(self.model)
 
     def _batches(self, data: SliceSet, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         labels = torch.from_numpy(data.labels)

@@ -106,7 +106,6 @@ def test_subset_of_what_is_not_there(volumes: list[int]) -> None:
         ("images", np.zeros((2, 3, 2, 3), dtype=np.uint8)),
         ("images", np.zeros((2, 1, 2, 3), dtype=np.float32)),
         ("labels", np.array([0])),
-        ("labels", np.array([0, 2])),
         ("labels", np.array([0, -2])),
         ("labels", np.array([0.0, 1.0])),
         ("volumes", np.array([0, 2])),
