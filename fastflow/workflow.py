@@ -14,23 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastflow import __version__
 from fastflow._files import write_text
 from fastflow.archive.classify import Row, Summary, classify, pick_device
 from fastflow.archive.classify import class_names as model_class_names
+from fastflow.archive.explain import explain_slice
+from fastflow.archive.train import calibrate
 from fastflow.data.demo import SCANNERS, build_archive
 from fastflow.data.manifest import Record, class_names, write_manifest
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import SliceSet, load_slices
 from fastflow.evaluation.classification import HistogramBaseline, classification_metrics
-from fastflow.evaluation.figures import Explanation
 from fastflow.evaluation.report import PROVENANCE, TestSet, write_report
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.models.scoring import from_uint8, score_slices, volume_log_probs
-from fastflow.training.calibration import fit_temperature
 from fastflow.training.trainer import EpochRecord, TrainConfig, evaluate_bits_per_dim, middle_slices, train
 
 Notify = Callable[[str, int, int], None]
@@ -158,17 +156,6 @@ def _load_sets(
     return {name: slices.subset(members) for name, members in volumes.items()}
 
 
-def calibrate(model: MagicFlow, val_set: SliceSet, batch_size: int = 32) -> float:
-    """Fit the model's temperature to the volumes of a validation set, which must not have trained it; returns it.
-
-    A volume's log-likelihood is the sum over its slices; slices of one head are anything but independent, so the fitted
-    temperature is far above 1.
-    """
-    slices = score_slices(model, val_set.images, batch_size)
-    model.temperature = fit_temperature(volume_log_probs(slices, val_set.volumes), val_set.volume_labels)
-    return model.temperature
-
-
 # -- results --------------------------------------------------------------------------------------------------------------
 
 
@@ -222,26 +209,6 @@ def _details(metrics: Mapping[str, float], config: FlowConfig, training: TrainCo
 # -- pictures -------------------------------------------------------------------------------------------------------------
 
 
-def explain_slice(model: MagicFlow, image: NDArray[np.uint8], truth: int | None = None, name: str = "") -> Explanation:
-    """Likelihood attribution of one slice: of its most likely label, and of the log-odds between the two most likely.
-
-    Args:
-        model: the flow, in evaluation mode.
-        image: (1, H, W) uint8.
-        truth: the true label, where it is known.
-        name: what to call the picture.
-    """
-    with torch.inference_mode():
-        x = from_uint8(torch.from_numpy(image[None]).to(model.device))
-        log_probs = model.log_prob_all(x)[0]
-        label, rival = (int(k) for k in log_probs.argsort(descending=True)[:2])
-        maps, const = model.attribution(x.expand(2, -1, -1, -1), torch.tensor([label, rival], device=model.device))
-    spread = maps.double().sum(dim=1).cpu().numpy()
-    return Explanation(
-        image[0], log_probs.double().cpu().numpy(), label, rival, spread[0], spread[0] - spread[1], float(const[0]), truth, name
-    )
-
-
 def _write_report(
     path: Path,
     model: MagicFlow,
@@ -259,7 +226,7 @@ def _write_report(
     drawn = model.sample(torch.arange(classes).repeat_interleave(3).to(model.device), temperature=0.7, generator=generator)
     generated = torch.round((drawn.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu().numpy()[:, 0]
     names = model_class_names(model)
-    explanations = [explain_slice(model, images[members[0]], k, names[k]) for k, members in enumerate(by_class)]
+    explanations = [explain_slice(model, images[members[0]], truth=k, name=names[k]) for k, members in enumerate(by_class)]
     write_report(
         path,
         list(tests.values()),

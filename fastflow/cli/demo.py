@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.table import Table
 
 from fastflow.cli._console import FAILED, print_epoch, results, stages
 from fastflow.cli._options import Device, DeviceOption, Seed
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="right" if i else "left", no_wrap=True)
+    return table
 
 
 def demo(
@@ -27,13 +35,12 @@ def demo(
 
     with stages() as notify:
         result = run_demo(out, seed=seed, device=device.value, notify=notify, on_epoch=print_epoch)
-    table = Table(
-        "", "balanced accuracy", "histogram", "accuracy", "histogram", "bits/dim", title="Simulated scanners on real anatomy"
-    )
+    table = _table("", "balanced\naccuracy", "histogram\nbalanced", "\naccuracy", "histogram\naccuracy", "\nbits/dim")
+    table.title = "Simulated scanners on real anatomy"
     for test in result.tests:
         pairs = [(test.metrics[key], test.histogram[key]) for key in ("balanced_accuracy", "accuracy")]
         table.add_row(test.name, *(f"{value:.3f}" for pair in pairs for value in pair), f"{test.bits_per_dim:.3f}")
-    recall = Table("recall", *(name for test in result.tests for name in (test.name, "histogram")))
+    recall = _table("recall", *(name for test in result.tests for name in (test.name, "histogram")))
     for name in result.summary.class_names:
         values = [m["per_class_recall"][name] for test in result.tests for m in (test.metrics, test.histogram)]
         recall.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))

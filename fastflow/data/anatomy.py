@@ -1,7 +1,7 @@
 """The anatomy that ships with the package: four real heads at 2 mm, the deformations between them, and a coronal mask.
 
-The heads' sources and licences stand in ``assets/LICENCES.md``. Everything here was derived from 1 mm volumes on the MNI152 grid by
-``python -m fastflow.data.anatomy SOURCE_FOLDER`` (see `derive_assets`), which writes the files that `load_head` and the others read.
+The heads' sources and licences stand in ``assets/LICENCES.md``. Everything here was derived from 1 mm volumes on the MNI152 grid
+by ``python -m fastflow.data.anatomy SOURCE_FOLDER`` (see `derive_assets`), which writes the files that the functions here read.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ def _asset(name: str) -> Path:
     return Path(str(resources.files("fastflow.data") / "assets" / name))
 
 
+def _voxels(path: Path) -> NDArray[Any]:
+    image: Any = nib.load(path)
+    return np.asarray(image.dataobj)
+
+
 @functools.cache
 def load_head(name: str) -> Head:
     """A shipped head.
@@ -57,8 +62,8 @@ def load_head(name: str) -> Head:
     """
     if name not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}")
-    t1 = np.asarray(nib.load(_asset(f"{name}_T1w.nii.gz")).dataobj, dtype=np.float32)
-    parts = np.asarray(nib.load(_asset(f"{name}_tissues.nii.gz")).dataobj, dtype=np.float32)
+    t1 = _voxels(_asset(f"{name}_T1w.nii.gz")).astype(np.float32)
+    parts = _voxels(_asset(f"{name}_tissues.nii.gz")).astype(np.float32)
     return Head(name, t1, np.ascontiguousarray(np.moveaxis(parts, -1, 0)) / np.float32(8.0))
 
 
@@ -67,7 +72,7 @@ def load_velocity(source: str, target: str) -> FloatArray:
     """The stationary velocity field that carries one shipped head onto another.
 
     Returns:
-        (3, 46, 55, 46) float32 on the 4 mm grid, in its voxels; ``source`` warped by the exponential of the field resembles ``target``.
+        (3, 46, 55, 46) float32 on the 4 mm grid, in its voxels; `source` warped by the field's exponential resembles `target`.
 
     Raises:
         ValueError: a head is unknown, or both are the same.
@@ -83,8 +88,8 @@ def load_velocity(source: str, target: str) -> FloatArray:
 def coronal_mask(shape: tuple[int, int] = (184, 184)) -> NDArray[np.uint8]:
     """The default application mask: where central coronal slices are bright, the skull's dark ring left out.
 
-    The shipped mask is 182 x 182 at 1 mm. Along each axis it is thinned by the smallest whole factor that makes it fit, and padded
-    evenly, as slices are: 184 takes it as it is, 96 at 2 mm, 48 at 4 mm.
+    The shipped mask is 182 x 182 at 1 mm. Along each axis it is thinned by the smallest whole factor that makes it fit, and
+    padded evenly, as slices are: 184 takes it as it is, 96 at 2 mm, 48 at 4 mm.
 
     Args:
         shape: (H, W) of the model's image.
@@ -127,7 +132,7 @@ def warp(image: FloatArray, displacement: FloatArray) -> FloatArray:
     """Sample `image` (X, Y, Z) or (N, X, Y, Z) at ``x + displacement(x)``, linearly; the border continues outwards."""
     where = displacement + _identity(displacement.shape[1:])
     if image.ndim == 3:
-        return ndimage.map_coordinates(image, where, order=1, mode="nearest", prefilter=False)  # type: ignore[no-any-return]
+        return ndimage.map_coordinates(image, where, order=1, mode="nearest", prefilter=False)
     return np.stack([ndimage.map_coordinates(part, where, order=1, mode="nearest", prefilter=False) for part in image])
 
 
@@ -140,7 +145,7 @@ def jacobian_determinant(displacement: FloatArray) -> FloatArray:
     """Local change of volume of ``x + displacement(x)``, (X, Y, Z); positive everywhere when nothing folds."""
     gradient = np.stack([np.stack(np.gradient(part)) for part in displacement])
     gradient += np.eye(3, dtype=np.float32)[:, :, None, None, None]
-    return np.linalg.det(np.moveaxis(gradient, (0, 1), (-2, -1)))
+    return np.asarray(np.linalg.det(np.moveaxis(gradient, (0, 1), (-2, -1))))
 
 
 # -- derivation of the assets ---------------------------------------------------------------------------------------------
@@ -153,8 +158,8 @@ def _block_mean(data: NDArray[Any], factor: int) -> NDArray[np.float64]:
 
 def derive_head(t1_path: Path, labels_path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """2 mm intensities (X, Y, Z) and tissue shares in eighths (X, Y, Z, 5) from a 1 mm head and its labels (1 to 5)."""
-    t1 = np.asarray(nib.load(t1_path).dataobj, dtype=np.float32)
-    labels = np.asarray(nib.load(labels_path).dataobj)
+    t1 = _voxels(t1_path).astype(np.float32)
+    labels = _voxels(labels_path)
     shares = [np.rint(_block_mean(labels == k, 2) * 8.0) for k in range(1, len(TISSUES) + 1)]
     return np.rint(_block_mean(t1, 2)).astype(np.uint8), np.stack(shares, axis=-1).astype(np.uint8)
 
@@ -166,7 +171,7 @@ def register(source: Head, target: Head) -> FloatArray:
     """
     weights = np.array([0.7, 1.0, 0.35, 0.1, 0.6], dtype=np.float32)
     images = [np.tensordot(weights, head.fractions, axes=1) for head in (source, target)]
-    velocity: FloatArray | None = None
+    velocity: Any = None
     for factor, iterations in ((4, 60), (2, 40)):
         moving, fixed = (_coarsen(image, factor) for image in images)
         shape = fixed.shape
@@ -174,11 +179,10 @@ def register(source: Head, target: Head) -> FloatArray:
         for _ in range(iterations):
             warped = warp(moving, exponentiate(velocity))
             difference = fixed - warped
-            gradient = np.stack(np.gradient(warped)).astype(np.float32)
+            gradient = np.stack(list(np.gradient(warped))).astype(np.float32)
             force = difference * gradient / ((gradient**2).sum(axis=0) + difference**2 + 1e-4)
             velocity = ndimage.gaussian_filter(velocity + ndimage.gaussian_filter(force, (0, 1, 1, 1)), (0, 1, 1, 1))
-    assert velocity is not None
-    return velocity
+    return np.asarray(velocity, dtype=np.float32)
 
 
 def _coarsen(image: FloatArray, factor: int) -> FloatArray:
@@ -190,16 +194,15 @@ def _refine(velocity: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     where = [np.linspace(0, n - 1, m) for n, m in zip(velocity.shape[1:], shape, strict=True)]
     points = np.stack(np.meshgrid(*where, indexing="ij"))
     scale = np.array(shape) / np.array(velocity.shape[1:])
-    return np.stack(
-        [s * ndimage.map_coordinates(part, points, order=1) for s, part in zip(scale, velocity, strict=True)], dtype=np.float32
-    )
+    parts = [s * ndimage.map_coordinates(part, points, order=1) for s, part in zip(scale, velocity, strict=True)]
+    return np.stack(parts).astype(np.float32)
 
 
 def derive_mask(sources: list[tuple[Path, Path]]) -> NDArray[np.uint8]:
     """The coronal mask (182, 182), 0 or 255: soft tissue and brain in most heads and central slices, bone left out, smoothed."""
     votes = []
     for _, labels_path in sources:
-        labels = np.asarray(nib.load(labels_path).dataobj)
+        labels = _voxels(labels_path)
         middle = labels.shape[1] // 2
         for y in range(middle - 12, middle + 13, 4):
             plane = labels[:, y, ::-1].T

@@ -2,12 +2,12 @@
 
 Four real heads become hundreds of subjects: a random diffeomorphic deformation each, and for most a mixture of two heads, warped
 part of the way towards each other. Each subject is scanned once, by one of seven simulated scanners: the signal equation of its
-sequence per tissue, times the residual texture of the real images, then bias field, point spread, ringing, ghosts and Rician noise.
-The scanners' contrasts are close together and every parameter varies from scan to scan; what tells the scanners apart is mostly spatial
-(point spread, ringing, correlation of the noise, shape of the bias field), which an intensity histogram does not see.
+sequence per tissue, times the residual texture of the real images, then bias field, point spread, ringing, ghosts and Rician
+noise. The scanners' contrasts are close together and every parameter varies from scan to scan; what tells the scanners apart is
+mostly spatial (point spread, ringing, grain of the noise, shape of the bias field), which an intensity histogram does not see.
 
-Sources: tissue constants and sequence parameters are typical published values (1.5 T and 3 T; public BIDS sidecars); signal equations of
-MPRAGE and SPGR as in Bernstein et al., Handbook of MRI Pulse Sequences, 2004; Rician noise, Gudbjartsson & Patz, 1995.
+Sources: tissue constants and sequence parameters are typical published values (1.5 T and 3 T; public BIDS sidecars); signal
+equations of MPRAGE and SPGR, Bernstein et al., Handbook of MRI Pulse Sequences, 2004; Rician noise, Gudbjartsson & Patz, 1995.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from fastflow.data import anatomy
 from fastflow.data.anatomy import AFFINE, GRID, FloatArray
 from fastflow.data.manifest import Record, write_manifest
 
-# aomic_0042 comes from the same study as aomic_0017 and shares its field of view, so that a model has seen its kind of background:
-# the unseen head then tests anatomy, not padding.
+# aomic_0042 comes from the same study as aomic_0017 and shares its field of view, so that a model has seen its kind of
+# background: the unseen head then tests anatomy, not padding.
 UNSEEN_HEAD = "aomic_0042"
 TRAINING_HEADS = tuple(name for name in anatomy.HEADS if name != UNSEEN_HEAD)
 MIXED = 0.7
@@ -187,7 +187,7 @@ SCANNERS = (
         sequence="MPRAGE",
         repetition_time=2.4,
         echo_time=0.004,
-        inversion_time=0.8,
+        inversion_time=0.93,
         flip_angle=9.0,
         sharpness=(0.72, 0.85, 0.72),
         taper=0.1,
@@ -320,7 +320,10 @@ def _to_fine(displacement: FloatArray) -> FloatArray:
 
 def tissue_signals(scanner: Scanner, rng: Generator) -> FloatArray:
     """Signal of each tissue (5,), white matter at 1, for sequence parameters and tissue constants that vary by a few percent."""
-    vary = lambda value, spread=0.04: np.asarray(value) * np.exp(spread * rng.standard_normal(np.shape(value)))
+
+    def vary(value: float | Sequence[float], spread: float = 0.04) -> NDArray[np.float64]:
+        return np.asarray(np.asarray(value) * np.exp(spread * rng.standard_normal(np.shape(value))))
+
     t1, t2, density = vary(T1[scanner.field], 0.05), vary(T2_STAR, 0.05), vary(DENSITY, 0.03)
     repetition, echo = vary(scanner.repetition_time), vary(scanner.echo_time)
     if scanner.sequence == "MPRAGE":
@@ -393,11 +396,11 @@ def window_matrix(length: int, share: float, taper: float, ghost: float = 0.0) -
         ghost: amplitude of a copy shifted by half the field of view.
     """
     frequency = np.abs(np.fft.fftfreq(length)) * 2.0
-    # A window of share 1 ends beyond the largest frequency: nothing is cut.
-    edge = share * (1.0 + 0.5 * taper) if share < 1.0 else 1.0 + taper
+    edge = share * (1.0 + 0.5 * taper)
     start = share * (1.0 - taper)
-    window = np.where(frequency <= start, 1.0, 0.0)
-    rolling = (frequency > start) & (frequency < edge)
+    # A share of 1 is all of k-space: nothing is cut and nothing rolls off.
+    window = np.where((frequency <= start) | (share >= 1.0), 1.0, 0.0)
+    rolling = (frequency > start) & (frequency < edge) & (share < 1.0)
     window[rolling] = 0.5 * (1.0 + np.cos(np.pi * (frequency[rolling] - start) / max(edge - start, 1e-9)))
     response = np.fft.ifft(window).real
     columns = [np.roll(response, shift) for shift in range(length)]
@@ -407,7 +410,10 @@ def window_matrix(length: int, share: float, taper: float, ghost: float = 0.0) -
 
 def acquire(scanner: Scanner, image: FloatArray, rng: Generator) -> FloatArray:
     """Scan an ideal image: point spread, ringing, ghost and Rician noise. Returns magnitudes (91, 109, 91)."""
-    vary = lambda share: float(np.clip(share + 0.02 * rng.standard_normal(), 0.3, 1.0)) if share < 1 else 1.0
+
+    def vary(share: float) -> float:
+        return float(np.clip(share + 0.02 * rng.standard_normal(), 0.3, 1.0)) if share < 1 else 1.0
+
     ghosts = (0.0, 0.0, float(rng.uniform(*scanner.ghost)))
     taper = float(np.clip(scanner.taper + 0.05 * rng.standard_normal(), 0.0, 1.0))
     spread = [window_matrix(n, vary(s), taper, g) for n, s, g in zip(GRID, scanner.sharpness, ghosts, strict=True)]
@@ -452,7 +458,7 @@ def build_archive(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
-    """Write the archive: ``.nii.gz`` volumes with BIDS names, a JSON sidecar each, ``dataset_description.json``, ``manifest.csv``.
+    """Write the archive: ``.nii.gz`` volumes with BIDS names and JSON sidecars, ``dataset_description.json``, ``manifest.csv``.
 
     Args:
         folder: where; created when missing.

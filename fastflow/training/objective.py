@@ -55,7 +55,9 @@ def likelihood_loss(flow: Flow, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return bits_per_dim(lp, x[0].numel()).mean(), lp
 
 
-def pairwise_loss(flow: Flow, x: Tensor, y: Tensor, wrong: Tensor, weight: float, temperature: float) -> tuple[Tensor, Tensor]:
+def pairwise_loss(
+    flow: Flow, x: Tensor, y: Tensor, wrong: Tensor, weight: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Bits/dim of the right label plus the logistic loss against one wrong label per image.
 
     Args:
@@ -67,11 +69,13 @@ def pairwise_loss(flow: Flow, x: Tensor, y: Tensor, wrong: Tensor, weight: float
         temperature: nats of log-odds that count as one logit.
 
     Returns:
-        `(loss, log p(x|y) (B,))`.
+        `(loss, log p(x|y) (B,), logistic losses (B,))`; the last two only to be looked at.
     """
     both = log_prob(flow, torch.cat((x, x)), torch.cat((y, wrong)))
     lp, lp_wrong = both.chunk(2)
-    return bits_per_dim(lp, x[0].numel()).mean() + weight * F.softplus((lp_wrong - lp) / temperature).mean(), lp
+    logistic = F.softplus((lp_wrong - lp) / temperature)
+    loss = bits_per_dim(lp, x[0].numel()).mean() + weight * logistic.mean()
+    return loss, lp.detach(), logistic.detach()
 
 
 def hybrid_loss(flow: Flow, x: Tensor, y: Tensor, classes: int, weight: float, temperature: float) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,31 @@ def hybrid_loss(flow: Flow, x: Tensor, y: Tensor, classes: int, weight: float, t
     return bits_per_dim(lp, x[0].numel()).mean() + weight * F.cross_entropy(lp_all / temperature, y), lp
 
 
-def wrong_labels(y: Tensor, classes: int, generator: torch.Generator | None = None) -> Tensor:
-    """One label per sample, uniform over those that are not `y`."""
-    step = torch.randint(1, classes, y.shape, generator=generator)
-    return (y + step.to(y.device)) % classes
+class Rivals:
+    """Which wrong label to train against: drawn in proportion to how badly the pair is told apart so far.
+
+    Most pairs of classes are soon easy; drawing them as often as the hard ones would waste most of the passes.
+
+    Args:
+        classes: K, at least 2.
+        memory: share of a pair's running loss that an observation leaves.
+        floor: least weight of a pair, as a share of the mean: no pair is forgotten.
+    """
+
+    def __init__(self, classes: int, memory: float = 0.9, floor: float = 0.1) -> None:
+        self.memory, self.floor = memory, floor
+        self.losses = 1.0 - torch.eye(classes)
+
+    def draw(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One label (B,) per sample, never its own."""
+        weights = self.losses + self.floor * self.losses.mean()
+        weights.fill_diagonal_(0.0)
+        return torch.multinomial(weights[y.cpu()], 1, generator=generator).squeeze(1).to(y.device)
+
+    def update(self, y: Tensor, wrong: Tensor, losses: Tensor) -> None:
+        """Take in the logistic losses (B,) of the pairs (y, wrong)."""
+        index = (y.cpu(), wrong.cpu())
+        count = torch.zeros_like(self.losses).index_put_(index, torch.ones(len(y)), accumulate=True)
+        total = torch.zeros_like(self.losses).index_put_(index, losses.float().cpu(), accumulate=True)
+        seen = self.memory * self.losses + (1.0 - self.memory) * total / count.clamp_min(1.0)
+        self.losses = torch.where(count > 0, seen, self.losses)

@@ -78,6 +78,7 @@ def test_first_readable_volume_sets_the_grid(scans: Path) -> None:
 
 def test_recipes() -> None:
     assert recipe("small", "generation", epochs=3) == TrainConfig.paper("generation", epochs=3)
+    assert recipe("demo", "classification", seed=2) == TrainConfig.demo(seed=2)
     with pytest.raises(ValueError, match="learning_rate must be positive"):
         recipe("small", "classification", learning_rate=-1.0)
 

@@ -5,12 +5,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 import fastflow
+from fastflow import workflow
+from fastflow.archive.classify import Summary
 from fastflow.cli.main import app
+from fastflow.evaluation.classification import classification_metrics
+from fastflow.evaluation.report import TestSet
 
 COMMANDS = ("demo", "demo-data", "index", "train", "classify", "sample", "explain", "doctor")
 
@@ -41,6 +47,28 @@ def test_doctor_names_versions_and_the_device() -> None:
     assert result.exit_code == 0
     for word in ("torch", "triton", "device", "reference implementation", fastflow.__version__):
         assert word in result.stdout
+
+
+def test_demo_prints_the_baseline_beside_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("flat", "striped")
+    good = classification_metrics(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 1]), 2, names)
+    poor = classification_metrics(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0]), 2, names)
+
+    def run_demo(out: Path, **options: Any) -> workflow.DemoResult:
+        assert (out, options["seed"], options["device"]) == (tmp_path, 3, "cpu")
+        options["notify"]("training", 1, 2)
+        options["on_epoch"]({"epoch": 1, "train_bits_per_dim": 4.5})
+        test = TestSet("Unseen subjects", good, poor, 3.25)
+        return workflow.DemoResult(tmp_path, {"seconds": 12.0}, (test,), Summary((), names, "results.csv"))
+
+    monkeypatch.setattr(workflow, "run_demo", run_demo)
+    result = invoke("demo", "--out", tmp_path, "--seed", 3, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.replace("│", " ").splitlines()]
+    assert ["Unseen", "subjects", "1.000", "0.500", "1.000", "0.750", "3.250"] in lines
+    assert ["striped", "1.000", "0.000"] in lines
+    assert "Simulated scanners on real anatomy" in result.stdout
+    assert "epoch 1: train_bits_per_dim 4.5" in result.stderr
 
 
 def test_from_scans_to_pictures(scans: Path, tmp_path: Path) -> None:

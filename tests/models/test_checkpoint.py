@@ -25,8 +25,9 @@ def test_round_trip_gives_the_same_bits(tmp_path, task, dtype):
     loaded = MagicFlow.load(tmp_path / "new" / "folder")
     assert loaded.config == config and loaded.temperature == 12.5 and loaded.metadata == {"note": [1, "two"]}
     assert not loaded.training and loaded.initialized
+    got = loaded.state_dict()
     for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value) and loaded.state_dict()[name].dtype == value.dtype
+        assert torch.equal(got[name], value) and got[name].dtype == value.dtype
     x = images(config, 3, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(loaded.log_prob_all(x), model.log_prob_all(x))

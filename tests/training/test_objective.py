@@ -37,21 +37,28 @@ def test_losses_add_what_they_say():
     assert torch.allclose(lp, right) and torch.allclose(plain, objective.bits_per_dim(right, 4).mean())
 
     wrong = (y + 1) % 3
-    pair, lp = objective.pairwise_loss(gaussian_flow, x, y, wrong, weight=0.5, temperature=2.0)
+    pair, lp, logistic = objective.pairwise_loss(gaussian_flow, x, y, wrong, weight=0.5, temperature=2.0)
     margin = (right - every[torch.arange(6), wrong]) / 2.0
     assert torch.allclose(lp, right)
-    assert torch.allclose(pair, plain + 0.5 * torch.log1p(torch.exp(-margin)).mean())
+    assert torch.allclose(logistic, torch.log1p(torch.exp(-margin)))
+    assert torch.allclose(pair, plain + 0.5 * logistic.mean())
 
     hybrid, lp = objective.hybrid_loss(gaussian_flow, x, y, 3, weight=0.5, temperature=2.0)
     assert torch.allclose(lp, right)
     assert torch.allclose(hybrid, plain - 0.5 * torch.log_softmax(every / 2.0, dim=1)[torch.arange(6), y].mean())
 
 
-def test_wrong_labels_are_wrong_and_cover_the_rest():
-    y = torch.arange(5).repeat(400)
-    wrong = objective.wrong_labels(y, 5, torch.Generator().manual_seed(0))
-    assert (wrong != y).all() and wrong.min() == 0 and wrong.max() == 4
-    assert set(wrong[y == 2].tolist()) == {0, 1, 3, 4}
+def test_rivals_are_wrong_cover_the_rest_and_follow_the_losses():
+    y = torch.arange(4).repeat(500)
+    rivals = objective.Rivals(4)
+    wrong = rivals.draw(y, torch.Generator().manual_seed(0))
+    assert (wrong != y).all() and set(wrong[y == 2].tolist()) == {0, 1, 3}
+    for _ in range(60):
+        rivals.update(y, wrong, torch.where((y == 2) & (wrong == 3), 2.0, 0.01))
+    again = rivals.draw(y, torch.Generator().manual_seed(0))
+    assert float((again[y == 2] == 3).float().mean()) > 0.85
+    assert set(again[y == 2].tolist()) == {0, 1, 3}
+    assert abs(float(rivals.losses[2, 3]) - 2.0) < 0.01 and (rivals.losses.diagonal() == 0).all()
 
 
 def test_objectives_take_a_real_flow():
