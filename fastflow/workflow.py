@@ -137,7 +137,7 @@ def run_demo(
     (folder / "held_out.csv").unlink()
     tests = _evaluate(model, sets, summary)
     metrics = _metrics(tests) | {"seconds": time.perf_counter() - start}
-    _write_report(folder / "report.html", model, sets, tests, history, _details(metrics, config, training, seed, device))
+    _write_report(folder / "report.html", model, sets, tests, history, _details(metrics, model, seed, device))
     metrics["seconds"] = time.perf_counter() - start
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return DemoResult(folder, metrics, tuple(tests.values()), summary)
@@ -193,7 +193,7 @@ def _metrics(tests: Mapping[str, TestSet]) -> dict[str, float]:
     return metrics
 
 
-def _details(metrics: Mapping[str, float], config: FlowConfig, training: TrainConfig, seed: int, device: str) -> dict[str, Any]:
+def _details(metrics: Mapping[str, float], model: MagicFlow, seed: int, device: str) -> dict[str, Any]:
     return {
         "data": f"{PROVENANCE}: {len(SCANNERS)} scanners",
         "seed": seed,
@@ -201,8 +201,9 @@ def _details(metrics: Mapping[str, float], config: FlowConfig, training: TrainCo
         "seconds until this page": round(metrics["seconds"]),
         "versions": f"fastflow {__version__}, torch {torch.__version__}, numpy {np.__version__}, nibabel {version('nibabel')}, "
         f"Python {platform.python_version()}",
-        "flow": config.to_dict(),
-        "training": dataclasses.asdict(training),
+        "epoch that was kept (best validation accuracy)": model.metadata["training"]["kept_epoch"],
+        "flow": model.config.to_dict(),
+        "training": model.metadata["training"],
     }
 
 

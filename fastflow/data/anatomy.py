@@ -62,9 +62,12 @@ def load_head(name: str) -> Head:
     """
     if name not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}")
-    t1 = _voxels(_asset(f"{name}_T1w.nii.gz")).astype(np.float32)
-    parts = _voxels(_asset(f"{name}_tissues.nii.gz")).astype(np.float32)
-    return Head(name, t1, np.ascontiguousarray(np.moveaxis(parts, -1, 0)) / np.float32(8.0))
+    return _as_head(name, _voxels(_asset(f"{name}_T1w.nii.gz")), _voxels(_asset(f"{name}_tissues.nii.gz")))
+
+
+def _as_head(name: str, t1: NDArray[Any], eighths: NDArray[Any]) -> Head:
+    parts = eighths.astype(np.float32)
+    return Head(name, t1.astype(np.float32), np.ascontiguousarray(np.moveaxis(parts, -1, 0)) / np.float32(8.0))
 
 
 @functools.cache
@@ -117,7 +120,7 @@ def coronal_mask(shape: tuple[int, int] = (184, 184)) -> NDArray[np.uint8]:
 # -- deformations ---------------------------------------------------------------------------------------------------------
 
 
-def exponentiate(velocity: FloatArray, squarings: int = 4) -> FloatArray:
+def exponentiate(velocity: FloatArray, squarings: int = 3) -> FloatArray:
     """Displacement (3, X, Y, Z), in voxels, of the diffeomorphism that a stationary velocity field generates.
 
     Source: Arsigny et al., 2006 (scaling and squaring).
@@ -216,12 +219,13 @@ def derive_mask(sources: list[tuple[Path, Path]]) -> NDArray[np.uint8]:
 def derive_assets(source: Path, target: Path) -> None:
     """Write all assets into `target` from a folder of ``NAME_space-MNI152_{T1w,dseg}.nii.gz`` at 1 mm."""
     paths = [(source / f"{name}_space-MNI152_T1w.nii.gz", source / f"{name}_space-MNI152_dseg.nii.gz") for name in HEADS]
+    heads = []
     for name, pair in zip(HEADS, paths, strict=True):
         t1, shares = derive_head(*pair)
+        heads.append(_as_head(name, t1, shares))
         nib.save(nib.Nifti1Image(t1, AFFINE), target / f"{name}_T1w.nii.gz")
         nib.save(nib.Nifti1Image(shares, AFFINE), target / f"{name}_tissues.nii.gz")
     Image.fromarray(derive_mask(paths)).save(target / "coronal_mask.png", optimize=True)
-    heads = [load_head(name) for name in HEADS]
     fields = {
         f"{a.name}-{b.name}": np.rint(register(a, b) * 32).clip(-127, 127).astype(np.int8)
         for a, b in itertools.combinations(heads, 2)

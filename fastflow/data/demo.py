@@ -436,7 +436,7 @@ def plan_archive(size: str | Mapping[str, Sequence[int]] = "demo", seed: int = 0
         seed: of all randomness.
 
     Raises:
-        ValueError: the size is unknown or lists another number of scanners.
+        ValueError: the size is unknown, names a split that does not exist, or does not count every scanner.
     """
     if isinstance(size, str):
         if size not in SIZES:
@@ -444,8 +444,11 @@ def plan_archive(size: str | Mapping[str, Sequence[int]] = "demo", seed: int = 0
         size = SIZES[size]
     scans: list[Scan] = []
     for split, counts in size.items():
-        if len(counts) != len(SCANNERS):
-            raise ValueError(f"size[{split!r}] must list {len(SCANNERS)} scanners, got {len(counts)}")
+        # A misspelt unseen_head would quietly become a test on the training heads.
+        if split not in SIZES["demo"]:
+            raise ValueError(f"size: split must be one of {', '.join(SIZES['demo'])}, got {split!r}")
+        if len(counts) != len(SCANNERS) or min(counts) < 0:
+            raise ValueError(f"size[{split!r}] must list {len(SCANNERS)} scanners' counts from 0, got {tuple(counts)}")
         for scanner, count in enumerate(counts):
             scans += [Scan(f"sub-{len(scans) + i + 1:04d}", scanner, split, (seed, len(scans) + i)) for i in range(count)]
     return scans

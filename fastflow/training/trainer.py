@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
@@ -102,7 +103,7 @@ class TrainConfig:
         by which scanners differ.
         """
         values: dict[str, Any] = {
-            "epochs": 9,
+            "epochs": 7,
             "batch_size": 24,
             "learning_rate": 2e-3,
             "warmup_epochs": 0.2,
@@ -185,9 +186,12 @@ class _Run:
         self.generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)
         self.best = {"accuracy": -math.inf, "loss": math.inf}
+        self.kept = {"accuracy": 0, "loss": 0}
         self.augment = AUGMENTS[config.augment]
         self.rivals = objectives.Rivals(model.config.num_classes)
         folder.mkdir(parents=True, exist_ok=True)
+        # An earlier run's best epochs must not pass for this one's.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
         self.flow, self.optimizer = self.fabric.setup(model, optimizer)
         self.average: torch.optim.swa_utils.AveragedModel | None = None
@@ -318,11 +322,11 @@ class _Run:
         if loss is None:
             return
         if loss < self.best["loss"]:
-            self.best["loss"] = loss
+            self.best["loss"], self.kept["loss"] = loss, int(record["epoch"])
             self.candidate.save(checkpoints / "loss")
         score = record["val_accuracy"] - 1e-6 * loss
         if score > self.best["accuracy"]:
-            self.best["accuracy"] = score
+            self.best["accuracy"], self.kept["accuracy"] = score, int(record["epoch"])
             self.candidate.save(checkpoints / "accuracy")
 
     def _write_history(self, history: list[EpochRecord]) -> None:
@@ -333,10 +337,11 @@ class _Run:
 
     def finish(self) -> None:
         """Put the selected epoch into the model and into the folder."""
+        kept = self.kept[self.config.select]
         chosen = self.folder / "checkpoints" / self.config.select
-        best = MagicFlow.load(chosen).state_dict() if chosen.is_dir() else self.candidate.state_dict()
-        self.model.load_state_dict(best)
-        self.model.metadata["training"] = dataclasses.asdict(self.config)
+        self.model.load_state_dict(MagicFlow.load(chosen).state_dict() if kept else self.candidate.state_dict())
+        kept = kept or self.config.epochs
+        self.model.metadata["training"] = dataclasses.asdict(self.config) | {"kept_epoch": kept}
         self.model.eval().save(self.folder)
 
 

@@ -29,6 +29,9 @@ def test_heads_are_on_the_grid_and_look_like_heads(name):
 
 def test_every_head_has_its_licence():
     table = (ASSETS / "LICENCES.md").read_text(encoding="utf-8")
+    # The BSD licences ask for their own words, once for each of the two copyright holders.
+    for words in ("must retain the above copyright notice", "must reproduce the above copyright notice", "IMPLIED WARRANTIES"):
+        assert table.count(words) >= 2
     for word in (*(name for name in anatomy.HEADS if "aomic" not in name), "aomic_0017, aomic_0042", "BSD-3", "BSD-2", "CC0"):
         assert word in table
 
@@ -48,6 +51,32 @@ def test_the_way_back_is_the_inverse():
     back = anatomy.exponentiate(anatomy.load_velocity("pycortex_S1", "colin27"))
     both = there + anatomy.warp(back, there)
     assert np.abs(both[:, 5:-5, 5:-5, 5:-5]).mean() < 0.05
+
+
+def test_a_head_is_derived_by_averaging_blocks(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, (10, 8, 12)).astype(np.uint8)
+    t1 = rng.integers(0, 256, labels.shape).astype(np.uint8)
+    paths = tmp_path / "t1.nii.gz", tmp_path / "labels.nii.gz"
+    for path, voxels in zip(paths, (t1, labels), strict=True):
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+    small, shares = anatomy.derive_head(*paths)
+    assert small.shape == (5, 4, 6) and shares.shape == (5, 4, 6, 5)
+    assert abs(float(small[2, 1, 3]) - t1[4:6, 2:4, 6:8].mean()) <= 0.5
+    # Eighths are exact: eight 1 mm voxels make one of 2 mm, and what no tissue fills is air.
+    assert shares[2, 1, 3].tolist() == [(labels[4:6, 2:4, 6:8] == k).sum() for k in range(1, 6)]
+
+
+def test_registration_finds_a_shift():
+    ball = np.sum(np.square(np.indices((32, 32, 32)) - 15.5), axis=0) < 80
+    fractions = np.zeros((5, 32, 32, 32), dtype=np.float32)
+    fractions[1] = ball
+    moved = np.roll(fractions, 3, axis=1)
+    source, target = (anatomy.Head("ball", part[1], part) for part in (fractions, moved))
+    displacement = anatomy.exponentiate(anatomy.register(source, target))
+    images = [anatomy._coarsen(head.fractions[1], 2) for head in (source, target)]
+    before, after = (np.abs(image - images[1]).sum() for image in (images[0], anatomy.warp(images[0], displacement)))
+    assert after < 0.35 * before and anatomy.jacobian_determinant(displacement).min() > 0
 
 
 def test_unknown_heads_are_named():

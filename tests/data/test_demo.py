@@ -84,8 +84,12 @@ def test_plan_is_imbalanced_and_split_by_subject(size):
 def test_sizes_are_checked():
     with pytest.raises(ValueError, match="huge"):
         demo.plan_archive("huge")
-    with pytest.raises(ValueError, match=r"train.*7 scanners, got 2"):
+    with pytest.raises(ValueError, match=r"train.*7 scanners.*got \(1, 2\)"):
         demo.plan_archive({"train": (1, 2)})
+    with pytest.raises(ValueError, match=r"val.*from 0"):
+        demo.plan_archive({"val": (1, 1, 1, 1, 1, 1, -1)})
+    with pytest.raises(ValueError, match=r"unseen_head, got 'unseen-head'"):
+        demo.plan_archive({"unseen-head": (1,) * 7})
 
 
 @pytest.mark.parametrize("seed", range(6))

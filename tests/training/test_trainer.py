@@ -81,7 +81,7 @@ def test_the_folder_holds_the_selected_epoch(tmp_path, select, ema):
     assert saved.metadata["training"]["select"] == select and not model.training
     assert MagicFlow.load(tmp_path / "checkpoints" / "accuracy").initialized
     found = evaluate_bits_per_dim(saved, *middle_slices(val))
-    assert any(found == pytest.approx(r["val_bits_per_dim"], abs=1e-6) for r in history)
+    assert found == pytest.approx(history[saved.metadata["training"]["kept_epoch"] - 1]["val_bits_per_dim"], abs=1e-6)
     if select == "loss":
         assert found == pytest.approx(min(r["val_bits_per_dim"] for r in history), abs=1e-6)
 
@@ -91,6 +91,15 @@ def test_without_validation_the_last_epoch_stays(tmp_path):
     history = train(model, make_set(), None, config(epochs=1), tmp_path)
     assert set(history[0]) == {"epoch", "learning_rate", "train_bits_per_dim", "seconds"}
     assert MagicFlow.load(tmp_path).initialized
+
+
+def test_an_earlier_run_in_the_folder_leaves_nothing_behind(tmp_path):
+    train(new_model(), make_set(), make_set(4, seed=1), config(epochs=1), tmp_path)
+    model = new_model()
+    train(model, make_set(seed=3), None, config(epochs=1, seed=4), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    train(alone := new_model(), make_set(seed=3), None, config(epochs=1, seed=4), tmp_path / "alone")
+    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_schedule_warms_up_and_ends_at_the_minimum(tmp_path):
