@@ -43,7 +43,8 @@ TESTS = {
     "unseen_head": (
         "unseen_head_",
         "Unseen head",
-        "Everything made from one head that no training subject has any part of: a hard shift of anatomy with so few heads.",
+        "Everything made from one head that no training subject has any part of. It comes from the same study as one of the "
+        "training heads, so its field of view is known, its anatomy is not.",
     ),
 }
 

@@ -180,7 +180,7 @@ def register(source: Head, target: Head) -> FloatArray:
         shape = fixed.shape
         velocity = np.zeros((3, *shape), dtype=np.float32) if velocity is None else _refine(velocity, shape)
         for _ in range(iterations):
-            warped = warp(moving, exponentiate(velocity))
+            warped = warp(moving, exponentiate(velocity, squarings=4))
             difference = fixed - warped
             gradient = np.stack(list(np.gradient(warped))).astype(np.float32)
             force = difference * gradient / ((gradient**2).sum(axis=0) + difference**2 + 1e-4)

@@ -6,8 +6,8 @@ sequence per tissue, times the residual texture of the real images, then bias fi
 noise. The scanners' contrasts are close together and every parameter varies from scan to scan; what tells the scanners apart is
 mostly spatial (point spread, ringing, grain of the noise, shape of the bias field), which an intensity histogram does not see.
 
-Sources: tissue constants and sequence parameters are typical published values (1.5 T and 3 T; public BIDS sidecars); signal
-equations of MPRAGE and SPGR, Bernstein et al., Handbook of MRI Pulse Sequences, 2004; Rician noise, Gudbjartsson & Patz, 1995.
+Sources: tissue constants and sequence parameters are typical published values (1.5 T and 3 T; public BIDS sidecars); the
+signal equation of MPRAGE, Bernstein et al., Handbook of MRI Pulse Sequences, 2004; Rician noise, Gudbjartsson & Patz, 1995.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import gzip
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -53,11 +54,10 @@ class Scanner:
     Attributes:
         name: class name.
         field: tesla.
-        sequence: which signal equation.
         repetition_time: seconds.
         echo_time: seconds.
-        inversion_time: seconds (MPRAGE).
-        flip_angle: degrees.
+        inversion_time: seconds.
+        flip_angle: degrees; written into the sidecar, the signal equation neglects it.
         sharpness: share of k-space that is measured along (right, anterior, superior); below 1 blurs.
         taper: how softly the k-space window ends, 0 to 1; a hard end rings (Gibbs).
         noise: standard deviation of the complex noise.
@@ -71,7 +71,6 @@ class Scanner:
 
     name: str
     field: float
-    sequence: Literal["MPRAGE", "SPGR"]
     repetition_time: float
     echo_time: float
     inversion_time: float
@@ -94,7 +93,6 @@ SCANNERS = (
     Scanner(
         name="Aster",
         field=3.0,
-        sequence="MPRAGE",
         repetition_time=2.3,
         echo_time=0.0029,
         inversion_time=0.9,
@@ -112,7 +110,6 @@ SCANNERS = (
     Scanner(
         name="Borea",
         field=3.0,
-        sequence="MPRAGE",
         repetition_time=2.3,
         echo_time=0.003,
         inversion_time=0.9,
@@ -130,7 +127,6 @@ SCANNERS = (
     Scanner(
         name="Cirrus",
         field=3.0,
-        sequence="MPRAGE",
         repetition_time=2.2,
         echo_time=0.0033,
         inversion_time=0.89,
@@ -148,7 +144,6 @@ SCANNERS = (
     Scanner(
         name="Dorado",
         field=3.0,
-        sequence="MPRAGE",
         repetition_time=2.2,
         echo_time=0.0024,
         inversion_time=0.9,
@@ -166,7 +161,6 @@ SCANNERS = (
     Scanner(
         name="Eridan",
         field=3.0,
-        sequence="MPRAGE",
         repetition_time=2.4,
         echo_time=0.0036,
         inversion_time=0.93,
@@ -184,7 +178,6 @@ SCANNERS = (
     Scanner(
         name="Fornax",
         field=1.5,
-        sequence="MPRAGE",
         repetition_time=2.4,
         echo_time=0.004,
         inversion_time=0.93,
@@ -202,7 +195,6 @@ SCANNERS = (
     Scanner(
         name="Gemini",
         field=3.0,
-        sequence="MPRAGE",
         repetition_time=2.3,
         echo_time=0.003,
         inversion_time=0.91,
@@ -326,12 +318,8 @@ def tissue_signals(scanner: Scanner, rng: Generator) -> FloatArray:
 
     t1, t2, density = vary(T1[scanner.field], 0.05), vary(T2_STAR, 0.05), vary(DENSITY, 0.03)
     repetition, echo = vary(scanner.repetition_time), vary(scanner.echo_time)
-    if scanner.sequence == "MPRAGE":
-        inversion = vary(scanner.inversion_time)
-        recovery = np.abs(1.0 - 2.0 * np.exp(-inversion / t1) + np.exp(-repetition / t1)) / (1.0 + np.exp(-repetition / t1))
-    else:
-        angle, e1 = np.deg2rad(vary(scanner.flip_angle)), np.exp(-repetition / t1)
-        recovery = np.sin(angle) * (1.0 - e1) / (1.0 - np.cos(angle) * e1)
+    inversion = vary(scanner.inversion_time)
+    recovery = np.abs(1.0 - 2.0 * np.exp(-inversion / t1) + np.exp(-repetition / t1)) / (1.0 + np.exp(-repetition / t1))
     signal = density * recovery * np.exp(-echo / t2)
     return np.asarray(signal / signal[1], dtype=np.float32)
 
@@ -480,6 +468,7 @@ def build_archive(
     folder = Path(folder)
     scans = plan_archive(size, seed)
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_earlier_archive(folder)
     _write_json(folder / "dataset_description.json", _description(seed))
     records: list[Record] = []
     jobs = [(scan, str(folder)) for scan in scans]
@@ -492,6 +481,14 @@ def build_archive(
                 progress(done, len(scans))
     write_manifest(records, folder / "manifest.csv")
     return records
+
+
+def _remove_earlier_archive(folder: Path) -> None:
+    """Clear subjects that an earlier run wrote, so that none is left outside the new manifest; other folders stay untouched."""
+    description = folder / "dataset_description.json"
+    if description.is_file() and "fastflow demo-data" in description.read_text(encoding="utf-8"):
+        for subject in folder.glob("sub-[0-9][0-9][0-9][0-9]"):
+            shutil.rmtree(subject)
 
 
 class _single_threaded:
@@ -524,20 +521,21 @@ def make_scan(scan: Scan) -> tuple[NDArray[np.int16], dict[str, Any]]:
 
 
 def _sidecar(scan: Scan, scanner: Scanner, subject: Subject) -> dict[str, Any]:
-    values: dict[str, Any] = {
+    return {
         "ConversionSoftware": "fastflow demo-data",
         "Manufacturer": "simulated",
         "ManufacturersModelName": scanner.name,
         "MagneticFieldStrength": scanner.field,
-        "SequenceName": scanner.sequence,
+        "SequenceName": "MPRAGE",
         "RepetitionTime": scanner.repetition_time,
         "EchoTime": scanner.echo_time,
+        "InversionTime": scanner.inversion_time,
         "FlipAngle": scanner.flip_angle,
         "Description": "simulated scanner on real anatomy",
+        "Note": "sequence values are the scanner's nominal ones; each scan varies them by a few percent",
         "SourceHeads": {name: round(weight, 4) for name, weight in zip(subject.heads, subject.weights, strict=True)},
         "Seed": list(scan.seed),
     }
-    return values | ({"InversionTime": scanner.inversion_time} if scanner.sequence == "MPRAGE" else {})
 
 
 def _description(seed: int) -> dict[str, Any]:

@@ -40,6 +40,18 @@ def test_same_seed_same_bytes_whatever_the_workers(archive, tmp_path):
     assert not np.array_equal(other, np.asarray(first.dataobj))
 
 
+def test_a_smaller_archive_leaves_no_volume_of_the_larger_one(tmp_path):
+    keep = tmp_path / "sub-0002-notes.txt"
+    demo.build_archive(tmp_path, size={"test": (1, 1, 0, 0, 0, 0, 0)}, workers=1)
+    keep.write_text("mine")
+    records = demo.build_archive(tmp_path, size={"test": (1, 0, 0, 0, 0, 0, 0)}, workers=1)
+    assert [str(p) for p in tmp_path.rglob("*.nii.gz")] == [records[0].path] and keep.exists()
+    foreign = tmp_path / "foreign" / "sub-0007"
+    foreign.mkdir(parents=True)
+    demo.build_archive(tmp_path / "foreign", size={"test": (1, 0, 0, 0, 0, 0, 0)}, workers=1)
+    assert foreign.exists()
+
+
 def test_volumes_are_real_files_on_one_grid(archive):
     folder, records = archive
     assert read_manifest(folder / "manifest.csv") == records
