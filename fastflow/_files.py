@@ -17,6 +17,9 @@ def write_bytes(path: str | PathLike[str], content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
+            stream.flush()
+            # Or a power cut could leave an empty file under the new name.
+            os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

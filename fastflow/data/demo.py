@@ -30,6 +30,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from fastflow._files import write_bytes, write_text
 from fastflow.data import anatomy
 from fastflow.data.anatomy import AFFINE, GRID, FloatArray
 from fastflow.data.manifest import Record, write_manifest
@@ -561,16 +562,10 @@ def _make(job: tuple[Scan, str]) -> Record:
     image = nib.Nifti1Image(voxels, AFFINE)
     image.header.set_xyzt_units("mm", "sec")
     # No time and no name in the gzip header: equal seeds must give equal bytes.
-    _replace(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+    write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
     _write_json(stem.with_name(stem.name + ".json"), sidecar)
     return Record(str(path), scanner, scan.subject, scan.split)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    _replace(path, (json.dumps(values, indent=1) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_text(path, json.dumps(values, indent=1) + "\n")

@@ -6,11 +6,8 @@ the writer stops.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +19,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as format_tensors
 
 from fastflow import __version__
+from fastflow._files import write_bytes, write_text
 from fastflow.errors import CheckpointError, UninitializedModelError
 from fastflow.models.config import FlowConfig
 
@@ -41,7 +39,7 @@ def save(model: MagicFlow, folder: str | PathLike[str]) -> None:
     content = format_tensors({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
     digest = hashlib.sha256(content).hexdigest()
     weights = f"model-{digest[:16]}.safetensors"
-    _replace(folder / weights, content)
+    write_bytes(folder / weights, content)
     document = {
         "format": FORMAT,
         "fastflow_version": __version__,
@@ -51,25 +49,10 @@ def save(model: MagicFlow, folder: str | PathLike[str]) -> None:
         "temperature": model.temperature,
         "metadata": model.metadata,
     }
-    _replace(folder / CONFIG, (json.dumps(document, indent=1) + "\n").encode())
+    write_text(folder / CONFIG, json.dumps(document, indent=1) + "\n")
     for old in folder.glob("model-*.safetensors"):
         if old.name != weights:
             old.unlink()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def load(folder: str | PathLike[str], device: str | torch.device) -> MagicFlow:

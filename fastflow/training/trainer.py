@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from fastflow._files import write_text
 from fastflow.data.slices import SliceSet
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
@@ -330,10 +330,7 @@ class _Run:
             self.candidate.save(checkpoints / "accuracy")
 
     def _write_history(self, history: list[EpochRecord]) -> None:
-        path = self.folder / "history.jsonl"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(self.folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
     def finish(self) -> None:
         """Put the selected epoch into the model and into the folder."""
