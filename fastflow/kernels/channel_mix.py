@@ -22,7 +22,9 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.shape[1] == 1:
         # A convolution over one channel is a multiply-add; the library's convolution takes tens of times longer for it.
         return torch.addcmul(bias, x.to(wide), weight.reshape(1)).to(x.dtype)
-    y = torch.matmul(weight, x.to(wide).flatten(2)) + bias[:, None]
+    # The flow stream is never rounded: autocast, which is meant for the conditioners, would narrow this product.
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.matmul(weight, x.to(wide).flatten(2)) + bias[:, None]
     return y.unflatten(2, x.shape[2:]).to(x.dtype)
 
 

@@ -146,6 +146,13 @@ def test_mix_gradients(channels, squeeze):
     assert torch.autograd.gradcheck(lambda y, w, b: kernels.channel_unmix(y, w, b, squeeze), values)
 
 
+def test_mix_is_not_narrowed_by_autocast():
+    x, weight, bias = rand(2, 4, 3, 3, dtype=torch.float32), rand(4, 4, seed=1).float(), rand(4, seed=2).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = kernels.channel_mix(x, weight, bias)
+    assert torch.equal(narrow, kernels.channel_mix(x, weight, bias))
+
+
 def test_mix_refuses():
     with pytest.raises(ValueError, match="weight"):
         kernels.channel_mix(torch.zeros(1, 2, 2, 2), torch.eye(3), torch.zeros(2))

@@ -36,6 +36,21 @@ def test_float32_log_odds_stay_close_to_float64():
     assert ((a - a[:, :1]) - (b - b[:, :1])).abs().max() < 1e-2
 
 
+def test_bfloat16_conditioners_leave_the_flow_stream_alone():
+    """Under autocast only the conditioners are narrow: log-odds move by a fraction of what a narrow stream would cost."""
+    config = FlowConfig.tiny(3)
+    model = build(config, dtype=torch.float32)
+    x = images(config, 6, dtype=torch.float32)
+    with torch.no_grad():
+        want = model.log_prob_all(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model.log_prob_all(x)
+            z, logdet = model(x, torch.zeros(6, dtype=torch.int64))
+    assert got.dtype == z.dtype == logdet.dtype == torch.float32
+    assert not torch.equal(got, want)
+    assert ((got - got[:, :1]) - (want - want[:, :1])).abs().max() < 1.0
+
+
 def test_gradients_flow_through_all_labels():
     config = FlowConfig.tiny(3, dropout=0.0)
     model = build(config)

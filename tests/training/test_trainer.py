@@ -108,6 +108,13 @@ def test_schedule_warms_up_and_ends_at_the_minimum(tmp_path):
     assert rates[1] > rates[2] > rates[3] > 1e-5
 
 
+def test_conditioners_in_bfloat16_learn_too(tmp_path):
+    model = new_model()
+    history = train(model, make_set(), make_set(4, seed=1), config(precision="bf16-mixed"), tmp_path)
+    assert history[-1]["train_bits_per_dim"] < history[0]["train_bits_per_dim"]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_balanced_sampling_takes_a_class_imbalance(tmp_path):
     data = make_set(12)
     few = data.subset([0, 2, 4, 6, 8, 10, 1])
