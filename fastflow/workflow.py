@@ -228,13 +228,13 @@ def _write_report(
     drawn = model.sample(torch.arange(classes).repeat_interleave(3).to(model.device), temperature=0.7, generator=generator)
     generated = torch.round((drawn.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu().numpy()[:, 0]
     names = model_class_names(model)
-    explanations = [explain_slice(model, images[members[0]], truth=k, name=names[k]) for k, members in enumerate(by_class)]
+    explanations = [explain_slice(model, images[members[0]], truth=k, name=names[k]) for k, members in enumerate(by_class[:4])]
     write_report(
         path,
         list(tests.values()),
         real,
         generated.reshape(classes, 3, *generated.shape[1:]),
-        explanations[:4],
+        explanations,
         history,
         details,
     )

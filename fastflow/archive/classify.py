@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -202,32 +203,41 @@ def score_records(
     workers: int = 1,
 ) -> Iterator[Row]:
     """A row for each record, in order; files are read ahead of the model by `workers` processes."""
-    waiting: list[tuple[Record, Image | VolumeError]] = []
+    waiting: deque[tuple[Record, Image | VolumeError]] = deque()
+    # Slices that wait for a full batch, and scores that wait for the rest of their volume's slices.
+    slices = np.zeros((0, *model.config.input_shape), dtype=np.uint8)
+    scores = np.zeros((0, model.config.num_classes))
     results = iterate_images([record.path for record in records], preprocess, workers)
-    for pair in zip(records, results, strict=True):
-        waiting.append(pair)
-        if sum(len(image) for _, image in waiting if not isinstance(image, VolumeError)) >= batch_size:
-            yield from _score(model, waiting, prior, batch_size)
-            waiting = []
-    yield from _score(model, waiting, prior, batch_size)
+    for record, result in zip(records, results, strict=True):
+        waiting.append((record, result))
+        if not isinstance(result, VolumeError):
+            slices = np.concatenate((slices, result))
+        full = len(slices) - len(slices) % batch_size
+        if full:
+            scores = np.concatenate((scores, score_slices(model, slices[:full], batch_size)))
+            slices = slices[full:]
+        while waiting and (isinstance(waiting[0][1], VolumeError) or len(waiting[0][1]) <= len(scores)):
+            row, scores = _row(model, *waiting.popleft(), scores, prior)
+            yield row
+    if len(slices):
+        scores = np.concatenate((scores, _score_padded(model, slices, batch_size)))
+    while waiting:
+        row, scores = _row(model, *waiting.popleft(), scores, prior)
+        yield row
 
 
-def _score(
-    model: MagicFlow, waiting: Sequence[tuple[Record, Image | VolumeError]], prior: Sequence[float] | None, batch_size: int
-) -> Iterator[Row]:
-    images = [image for _, image in waiting if not isinstance(image, VolumeError)]
-    scores = iter(_split(_score_padded(model, np.concatenate(images), batch_size), [len(i) for i in images]) if images else [])
-    for record, image in waiting:
-        if isinstance(image, VolumeError):
-            yield Row(record, error=image)
-            continue
-        log_probs = next(scores).sum(axis=0)
-        if not np.isfinite(log_probs).all():
-            message = "the model gives it a log-likelihood that is not finite"
-            yield Row(record, error=VolumeError(record.path, "likelihood", message))
-            continue
-        posterior = posterior_from_log_probs(torch.from_numpy(log_probs)[None], model.temperature, prior)[0].numpy()
-        yield Row(record, log_probs, posterior, margin(log_probs, model.temperature, prior))
+def _row(
+    model: MagicFlow, record: Record, image: Image | VolumeError, scores: NDArray[np.float64], prior: Sequence[float] | None
+) -> tuple[Row, NDArray[np.float64]]:
+    """The row of the first volume in line, and the scores that are left for the next."""
+    if isinstance(image, VolumeError):
+        return Row(record, error=image), scores
+    log_probs, rest = scores[: len(image)].sum(axis=0), scores[len(image) :]
+    if not np.isfinite(log_probs).all():
+        message = "the model gives it a log-likelihood that is not finite"
+        return Row(record, error=VolumeError(record.path, "likelihood", message)), rest
+    posterior = posterior_from_log_probs(torch.from_numpy(log_probs)[None], model.temperature, prior)[0].numpy()
+    return Row(record, log_probs, posterior, margin(log_probs, model.temperature, prior)), rest
 
 
 def _score_padded(model: MagicFlow, images: Image, batch_size: int) -> NDArray[np.float64]:
@@ -236,10 +246,6 @@ def _score_padded(model: MagicFlow, images: Image, batch_size: int) -> NDArray[n
     """
     missing = -len(images) % batch_size
     return score_slices(model, np.concatenate((images, np.repeat(images[:1], missing, axis=0))), batch_size)[: len(images)]
-
-
-def _split(values: NDArray[np.float64], lengths: Sequence[int]) -> list[NDArray[np.float64]]:
-    return np.split(values, np.cumsum(lengths)[:-1])
 
 
 def format_csv(rows: Iterable[Row], names: Sequence[str]) -> str:
