@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from fastflow._files import write_text
 from fastflow.data.manifest import Record, find_files, read_manifest, subject_of
-from fastflow.data.preprocess import Preprocess
+from fastflow.data.preprocess import Preprocess, slice_indices
 from fastflow.data.slices import iterate_images
 from fastflow.errors import FastflowError, ManifestError, VolumeError
 from fastflow.evaluation.classification import classification_metrics
@@ -27,6 +26,9 @@ from fastflow.models.scoring import posterior_from_log_probs, score_slices
 MANIFESTS = (".csv", ".jsonl")
 COLUMNS = ("path", "status", "error_code", "error_message", "label", "predicted", "margin")
 FORMULA = ("=", "+", "-", "@", "\t")
+
+# Longer than any axis: how many slices a specification asks for does not depend on the volume.
+MANY = 1 << 20
 
 Image = NDArray[np.uint8]
 
@@ -203,49 +205,47 @@ def score_records(
     workers: int = 1,
 ) -> Iterator[Row]:
     """A row for each record, in order; files are read ahead of the model by `workers` processes."""
-    waiting: deque[tuple[Record, Image | VolumeError]] = deque()
-    # Slices that wait for a full batch, and scores that wait for the rest of their volume's slices.
-    slices = np.zeros((0, *model.config.input_shape), dtype=np.uint8)
-    scores = np.zeros((0, model.config.num_classes))
+    each = len(slice_indices(preprocess.slices, MANY))
+    chunk: list[tuple[Record, Image | VolumeError, int]] = []
+    used = 0
     results = iterate_images([record.path for record in records], preprocess, workers)
     for record, result in zip(records, results, strict=True):
-        waiting.append((record, result))
-        if not isinstance(result, VolumeError):
-            slices = np.concatenate((slices, result))
-        full = len(slices) - len(slices) % batch_size
-        if full:
-            scores = np.concatenate((scores, score_slices(model, slices[:full], batch_size)))
-            slices = slices[full:]
-        while waiting and (isinstance(waiting[0][1], VolumeError) or len(waiting[0][1]) <= len(scores)):
-            row, scores = _row(model, *waiting.popleft(), scores, prior)
-            yield row
-    if len(slices):
-        scores = np.concatenate((scores, _score_padded(model, slices, batch_size)))
-    while waiting:
-        row, scores = _row(model, *waiting.popleft(), scores, prior)
-        yield row
+        slots = 1 if record.path.lower().endswith(".png") else each
+        if chunk and used + slots > batch_size:
+            yield from _score(model, chunk, prior, batch_size)
+            chunk, used = [], 0
+        chunk.append((record, result, slots))
+        used += slots
+    if chunk:
+        yield from _score(model, chunk, prior, batch_size)
+
+
+def _score(
+    model: MagicFlow, chunk: Sequence[tuple[Record, Image | VolumeError, int]], prior: Sequence[float] | None, batch_size: int
+) -> Iterator[Row]:
+    """Rows of one batch. A file has its slots in it whether it can be read or not, and every batch is full: the last bits of a
+    sum depend on the place in the batch, so a bad file must not move another's slices.
+    """
+    starts = np.cumsum([0, *(slots for *_, slots in chunk)])
+    images = np.zeros((max(batch_size, int(starts[-1])), *model.config.input_shape), dtype=np.uint8)
+    for start, (_, image, slots) in zip(starts, chunk, strict=False):
+        if not isinstance(image, VolumeError):
+            images[start : start + slots] = image
+    scores = score_slices(model, images, len(images))
+    for start, (record, image, slots) in zip(starts, chunk, strict=False):
+        yield _row(model, record, image, scores[start : start + slots].sum(axis=0), prior)
 
 
 def _row(
-    model: MagicFlow, record: Record, image: Image | VolumeError, scores: NDArray[np.float64], prior: Sequence[float] | None
-) -> tuple[Row, NDArray[np.float64]]:
-    """The row of the first volume in line, and the scores that are left for the next."""
+    model: MagicFlow, record: Record, image: Image | VolumeError, log_probs: NDArray[np.float64], prior: Sequence[float] | None
+) -> Row:
     if isinstance(image, VolumeError):
-        return Row(record, error=image), scores
-    log_probs, rest = scores[: len(image)].sum(axis=0), scores[len(image) :]
+        return Row(record, error=image)
     if not np.isfinite(log_probs).all():
         message = "the model gives it a log-likelihood that is not finite"
-        return Row(record, error=VolumeError(record.path, "likelihood", message)), rest
+        return Row(record, error=VolumeError(record.path, "likelihood", message))
     posterior = posterior_from_log_probs(torch.from_numpy(log_probs)[None], model.temperature, prior)[0].numpy()
-    return Row(record, log_probs, posterior, margin(log_probs, model.temperature, prior)), rest
-
-
-def _score_padded(model: MagicFlow, images: Image, batch_size: int) -> NDArray[np.float64]:
-    """(N, K) nats. The last batch is filled up, since another batch size may mean other rounding: a row must not depend on which
-    other files are in the archive or can be read.
-    """
-    missing = -len(images) % batch_size
-    return score_slices(model, np.concatenate((images, np.repeat(images[:1], missing, axis=0))), batch_size)[: len(images)]
+    return Row(record, log_probs, posterior, margin(log_probs, model.temperature, prior))
 
 
 def format_csv(rows: Iterable[Row], names: Sequence[str]) -> str:

@@ -69,6 +69,27 @@ def test_a_bad_file_costs_its_row_and_no_other(scans: Path, model_folder: Path, 
     assert seen == [(i, len(mixed)) for i in range(1, len(mixed) + 1)]
 
 
+def test_a_file_that_goes_bad_moves_no_other_in_its_batch(
+    scans: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bits of a float32 score depend on the place in the batch; here all of it does."""
+
+    def by_place(model: MagicFlow, images: np.ndarray, batch_size: int) -> np.ndarray:
+        assert len(images) == batch_size
+        return np.arange(len(images))[:, None] * [1.0, 2.0] + images.sum(axis=(1, 2, 3))[:, None]
+
+    monkeypatch.setattr("fastflow.archive.classify.score_slices", by_place)
+    files = [tmp_path / path.name for path in sorted(scans.rglob("*.nii.gz"))]
+    for target, source in zip(files, sorted(scans.rglob("*.nii.gz")), strict=True):
+        target.write_bytes(source.read_bytes())
+    classify(files, model_folder, tmp_path / "before.csv", batch_size=7)
+    files[2].write_bytes(b"no longer a scan")
+    classify(files, model_folder, tmp_path / "after.csv", batch_size=7)
+    before, after = read(tmp_path / "before.csv"), read(tmp_path / "after.csv")
+    assert after[2]["status"] == "error"
+    assert [row for i, row in enumerate(after) if i != 2] == [row for i, row in enumerate(before) if i != 2]
+
+
 def test_workers_change_nothing(scans: Path, model_folder: Path, tmp_path: Path) -> None:
     classify([scans], model_folder, tmp_path / "one.csv")
     classify([scans], model_folder, tmp_path / "two.csv", workers=2)
