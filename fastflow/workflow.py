@@ -20,6 +20,7 @@ from fastflow._files import write_text
 from fastflow.archive.classify import Row, Summary, classify, pick_device
 from fastflow.archive.classify import class_names as model_class_names
 from fastflow.archive.explain import explain_slice
+from fastflow.archive.sample import draw
 from fastflow.archive.train import calibrate
 from fastflow.data.demo import SCANNERS, build_archive
 from fastflow.data.manifest import Record, class_names, write_manifest
@@ -32,6 +33,8 @@ from fastflow.models.magic_flow import MagicFlow
 from fastflow.training.trainer import EpochRecord, TrainConfig, evaluate_bits_per_dim, middle_slices, train
 
 Notify = Callable[[str, int, int], None]
+
+SAMPLE_TEMPERATURE = 0.7
 
 # The splits of the demo archive that are tests: key in metrics.json, heading, what it tests.
 TESTS = {
@@ -203,6 +206,7 @@ def _details(metrics: Mapping[str, float], model: MagicFlow, seed: int, device: 
         "versions": f"fastflow {__version__}, torch {torch.__version__}, numpy {np.__version__}, nibabel {version('nibabel')}, "
         f"Python {platform.python_version()}",
         "epoch that was kept (best validation accuracy)": model.metadata["training"]["kept_epoch"],
+        "latent temperature of the generated slices": SAMPLE_TEMPERATURE,
         "flow": model.config.to_dict(),
         "training": model.metadata["training"],
     }
@@ -224,16 +228,14 @@ def _write_report(
     by_class = [np.flatnonzero(labels == k) for k in range(classes)]
     shown = min(shown, *(len(members) for members in by_class))
     real = np.stack([images[members[:shown], 0] for members in by_class])
-    generator = torch.Generator().manual_seed(0)
-    drawn = model.sample(torch.arange(classes).repeat_interleave(3).to(model.device), temperature=0.7, generator=generator)
-    generated = torch.round((drawn.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu().numpy()[:, 0]
+    generated = draw(model, range(classes), 3, SAMPLE_TEMPERATURE)[:, :, 0]
     names = model_class_names(model)
     explanations = [explain_slice(model, images[members[0]], truth=k, name=names[k]) for k, members in enumerate(by_class[:4])]
     write_report(
         path,
         list(tests.values()),
         real,
-        generated.reshape(classes, 3, *generated.shape[1:]),
+        generated,
         explanations,
         history,
         details,
