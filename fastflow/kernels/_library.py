@@ -1,11 +1,126 @@
-"""What all ops share: the accumulation dtype, fixed-order sums and argument checks."""
+"""What all ops share: registration, the choice of an implementation, the accumulation dtype, fixed-order sums, argument checks.
+
+Every op is one entry of the library ``fastflow`` per direction (forward, backward), with an `autograd.Function` in front. On a CUDA
+device the entry starts Triton kernels, on a CPU it runs the reference; with ``TRITON_INTERPRET=1`` a CPU runs the kernels in
+Triton's interpreter. Graphs being exported take the reference itself.
+
+Autocast is none of the ops' business: they take any mix of dtypes (a float32 stream beside bfloat16 scales and shifts), widen after
+the load and narrow at the store. `custom_fwd` with `cast_inputs` and `register_autocast` cast every argument to one dtype, a pass
+over memory that would also round the stream; so neither is used, and `full_precision` keeps autocast away from the references.
+"""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastflow.kernels._launch import has_triton, interpreted
+
 CHUNK = 4096
+BACKENDS = ("auto", "triton", "reference")
+
+_library = torch.library.Library("fastflow", "DEF")
+
+
+# -- choice of an implementation ------------------------------------------------------------------------------------------
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_backend = _check_backend(os.environ.get("FASTFLOW_BACKEND", "auto"), "FASTFLOW_BACKEND")
+
+
+def set_backend(name: str) -> None:
+    """Choose what runs the ops.
+
+    Args:
+        name: ``"auto"``: Triton on a CUDA device, the reference elsewhere or where a kernel has no form for the input.
+            ``"triton"``: as auto, but an op that cannot run its kernel raises ValueError. ``"reference"``: plain ATen under
+            autograd on every device, differentiable any number of times.
+
+    The environment variable ``FASTFLOW_BACKEND`` sets what a process starts with.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _backend
+    _backend = _check_backend(name, "backend")
+
+
+def get_backend() -> str:
+    """The name given to `set_backend`."""
+    return _backend
+
+
+def takes_reference() -> bool:
+    """Whether public functions run the differentiable reference instead of a registered op."""
+    return _backend == "reference" or torch.compiler.is_exporting()
+
+
+def explain(device: str, limit: str = "") -> tuple[str, str]:
+    """(implementation, why) of an op with kernels on a type of device, ``"cuda"`` or ``"cpu"``; `limit` is added to the reason."""
+    if _backend == "reference":
+        return "reference", "the backend is set to reference"
+    if not has_triton():
+        return "reference", "Triton is not installed"
+    if device == "cuda":
+        return "triton", "CUDA device" + limit
+    if interpreted():
+        return "triton", "TRITON_INTERPRET=1: kernels run in the interpreter" + limit
+    return "reference", "no CUDA device"
+
+
+def use_triton(x: Tensor, unsupported: str = "") -> bool:
+    """Whether kernels run for `x`.
+
+    Args:
+        x: an input.
+        unsupported: why the kernel has no form for this input; empty when it has.
+
+    Raises:
+        ValueError: the backend is ``"triton"`` and the kernel cannot run.
+    """
+    implementation, why = explain("cuda" if x.is_cuda else "cpu")
+    why = unsupported or why
+    chosen = implementation == "triton" and not unsupported
+    if _backend == "triton" and not chosen:
+        raise ValueError(f"backend 'triton' cannot run here: {why} (x is on {x.device}); use set_backend('auto')")
+    return chosen
+
+
+def register(schema: str, *, reference: Callable[..., Any], triton: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Add an op to the library: `reference` and `triton` compute it, `fake` gives shapes, dtypes and strides.
+
+    The first argument is a tensor whose device decides. `triton` may return NotImplemented where it has no form.
+    """
+    name = schema.partition("(")[0]
+
+    def run(x: Tensor, *rest: Any) -> Any:
+        if use_triton(x):
+            return triton(x, *rest)
+        return reference(x, *rest)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CPU")
+    _library.impl(name, run, "CUDA")
+    torch.library.register_fake(f"fastflow::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastflow, name).default
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context without autocast on the device of `x`."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# -- numbers and layouts --------------------------------------------------------------------------------------------------
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -27,20 +142,71 @@ def sum_per_sample(x: Tensor) -> Tensor:
     return flat[:, :whole].unflatten(1, (-1, CHUNK)).sum(dim=2).sum(dim=1) + rest
 
 
+def _strides_fit(x: Tensor, order: tuple[int, ...]) -> bool:
+    expected = 1
+    for dim in order:
+        if x.shape[dim] != 1 and x.stride(dim) != expected:
+            return False
+        expected *= x.shape[dim]
+    return True
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether each sample of x (B, C, H, W) lies in memory with its channels together, and not also as a plain array."""
+    return not _strides_fit(x, (3, 2, 1)) and _strides_fit(x, (1, 3, 2))
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """torch's name of a layout."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty_image(shape: tuple[int, ...], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (B, C, H, W) tensor on the device of `like`."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(channels_last))
+
+
+def laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    """`x` with its samples dense in the given layout, copied only when they are not. The batch may have any stride."""
+    if _strides_fit(x, (1, 3, 2) if channels_last else (3, 2, 1)):
+        return x
+    return x.contiguous(memory_format=memory_format(channels_last))
+
+
+# -- checks ---------------------------------------------------------------------------------------------------------------
+
+
 def check_image(name: str, x: Tensor) -> None:
     """Raise ValueError unless `x` is a floating-point (B, C, H, W) tensor."""
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"{name} must be a floating-point (B, C, H, W) tensor, got {tuple(x.shape)} {x.dtype}")
+    check_dtype(name, x)
 
 
-def check_mask(mask: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless `mask` is boolean and (C, H, W) or (1, H, W) for `x` (B, C, H, W)."""
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raise ValueError unless `x` is float16, bfloat16, float32 or float64."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_mask(mask: Tensor, x: Tensor, name: str = "mask") -> None:
+    """Raise ValueError unless `mask` is boolean, on the device of `x`, and (C, H, W) or (1, H, W) for `x` (B, C, H, W)."""
     _, c, h, w = x.shape
     if mask.dtype != torch.bool or tuple(mask.shape) not in ((c, h, w), (1, h, w)):
-        raise ValueError(f"mask must be bool ({c}, {h}, {w}) or (1, {h}, {w}), got {tuple(mask.shape)} {mask.dtype}")
+        hint = "; convert a binary mask with mask.bool()" if mask.dtype != torch.bool else ""
+        raise ValueError(f"{name} must be bool ({c}, {h}, {w}) or (1, {h}, {w}), got {tuple(mask.shape)} {mask.dtype}{hint}")
+    check_device(name, mask, x)
+
+
+def check_device(name: str, value: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless `value` is on the device of `x`."""
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
 
 
 def check_same_shape(name: str, value: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless `value` has the shape of `x`."""
+    """Raise ValueError unless `value` is a floating-point tensor with the shape and device of `x`."""
     if value.shape != x.shape:
         raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}")
+    check_dtype(name, value)
+    check_device(name, value, x)

@@ -1,0 +1,227 @@
+"""How kernels are written and started: Triton is imported at the first launch, one grid axis, fixed options, stated partitions.
+
+A kernel is a plain function under `kernel`; `tl` in its body is `triton.language`, put into the module when the first of its
+kernels starts. Programs are numbered on grid axis 0 alone, since axes 1 and 2 end at 65,535, and every address is int64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+# Arguments that differ between shapes without saying anything about alignment: one build serves all their values.
+UNSPECIALIZED = ("n_chunks", "channels", "pixels", "width")
+
+
+class Kernel:
+    """A Triton kernel before Triton is there."""
+
+    def __init__(self, fn: Callable[..., None]) -> None:
+        self.fn = fn
+        self.compiled: Any = None
+
+    def load(self) -> Any:
+        """The kernel as Triton's object; imports Triton, and builds nothing before it is started."""
+        if self.compiled is None:
+            _load_module(self.fn.__module__)
+        return self.compiled
+
+    @property
+    def name(self) -> str:
+        return self.fn.__name__
+
+
+def kernel(fn: Callable[..., Any]) -> Any:
+    """Declare a Triton kernel, or a function that kernels call."""
+    return Kernel(fn)
+
+
+_kernels: dict[str, dict[str, Kernel]] = {}
+
+
+def _load_module(name: str) -> None:
+    import triton
+    import triton.language
+
+    namespace = vars(sys.modules[name])
+    found = {key: value for key, value in namespace.items() if isinstance(value, Kernel)}
+    own = _kernels.setdefault(name, {key: value for key, value in found.items() if value.fn.__module__ == name})
+    namespace["tl"] = triton.language
+    for item in own.values():
+        arguments = item.fn.__code__.co_varnames[: item.fn.__code__.co_argcount]
+        item.compiled = triton.jit(item.fn, do_not_specialize=[n for n in UNSPECIALIZED if n in arguments])
+    for key, item in found.items():
+        # A kernel calls another by its name in the module, where Triton must find its own object.
+        namespace[key] = item.load()
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def autotuned() -> bool:
+    """Whether the number of warps is measured instead of looked up. Sums may then differ in their last bits between machines."""
+    return os.environ.get("FASTFLOW_AUTOTUNE") == "1" and not interpreted()
+
+
+class Launch(NamedTuple):
+    """One start of a kernel, as `recording` notes it."""
+
+    kernel: str
+    module: str
+    programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+
+
+_records: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Note what would be launched instead of launching it; results are then undefined. For builds ahead of time and for counts."""
+    launches: list[Launch] = []
+    _records.append(launches)
+    try:
+        yield launches
+    finally:
+        _records.pop()
+
+
+_tuned: dict[tuple[str, str], Any] = {}
+
+
+def _tune(compiled: Any, module: str, name: str) -> Any:
+    import triton
+
+    if (module, name) not in _tuned:
+        # Outputs are only ever written, so running a candidate twice does no harm.
+        key = [p for p in compiled.arg_names if p.endswith("_v") or p in UNSPECIALIZED]
+        configs = [triton.Config({}, num_warps=warps) for warps in (1, 2, 4, 8)]
+        _tuned[module, name] = triton.autotune(configs=configs, key=key, cache_results=True)(compiled)
+    return _tuned[module, name]
+
+
+def launch(item: Any, programs: int, device_of: Tensor, num_warps: int, *values: Any, **constants: Any) -> None:
+    """Start `programs` programs of a kernel on the device of a tensor; none when `programs` is 0.
+
+    Args:
+        item: the kernel.
+        programs: length of grid axis 0.
+        device_of: a tensor on the device that runs it.
+        num_warps: warps per program.
+        values: the kernel's arguments in order.
+        constants: its constexpr arguments.
+
+    Raises:
+        ValueError: more programs than a grid axis holds.
+    """
+    if programs == 0:
+        return
+    if programs >= 2**31:
+        raise ValueError(f"the input needs {programs} programs, a grid holds {2**31 - 1}; split the batch")
+    if _records:
+        fn = item.fn
+        names = fn.__code__.co_varnames if isinstance(item, Kernel) else item.arg_names
+        arguments = dict(zip(names, values, strict=False)) | constants
+        _records[-1].append(Launch(fn.__name__, fn.__module__, programs, arguments, num_warps))
+        return
+    compiled = item.load() if isinstance(item, Kernel) else item
+    # Whether a product and a sum become one FMA is a matter of results, not of a compiler's default.
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if autotuned():
+        compiled = _tune(compiled, item.fn.__module__, item.fn.__name__)
+    else:
+        options["num_warps"] = num_warps
+    with torch.cuda.device_of(device_of) if device_of.is_cuda else contextlib.nullcontext():
+        compiled[(programs,)](*values, **constants, **options)
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of an accumulation dtype."""
+    import triton.language
+
+    return triton.language.float64 if dtype == torch.float64 else triton.language.float32
+
+
+def vector_width(*strides: int) -> int:
+    """The largest power of two, at most 8, that divides every stride: runs of so many elements never straddle a row's end."""
+    width = 8
+    while width > 1 and any(stride % width for stride in strides):
+        width //= 2
+    return width
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+# -- parts of kernels -----------------------------------------------------------------------------------------------------
+
+
+@kernel
+def locate(pid, n_chunks):
+    """(sample, chunk) of a program, int64: a sample times its size may pass 2^31."""
+    pid = tl.cast(pid, tl.int64)
+    return pid // n_chunks, pid % n_chunks
+
+
+@kernel
+def tanh(x):
+    """Hyperbolic tangent from exp, which every target has.
+
+    Near 0 the quotient would lose digits to cancellation; there its Taylor series is exact to 1e-8 relative.
+    """
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    far = tl.where(x < 0, -far, far)
+    if x.dtype == tl.float64:
+        return far
+    u = x * x
+    near = x * (1.0 + u * (-1.0 / 3.0 + u * (2.0 / 15.0 + u * (-17.0 / 315.0 + u * (62.0 / 2835.0)))))
+    return tl.where(tl.abs(x) < 0.25, near, far)
+
+
+@kernel
+def _sum_rows_kernel(partial_ptr, out_ptr, n_chunks, BLOCK: tl.constexpr):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    chunk = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
+    for start in range(0, n_chunks, BLOCK):
+        acc += tl.load(partial_ptr + row * n_chunks + start + chunk, mask=start + chunk < n_chunks, other=0.0)
+    tl.store(out_ptr + row, tl.sum(acc, axis=0))
+
+
+def sum_rows(partial: Tensor) -> Tensor:
+    """Second stage of a per-sample sum, (B, n) -> (B,).
+
+    ATen chooses the order of such a sum by the number of rows too; here a row's bits are its own.
+    """
+    rows, n = partial.shape
+    if n == 1:
+        return partial[:, 0]
+    out = torch.empty(rows, dtype=partial.dtype, device=partial.device)
+    launch(_sum_rows_kernel, rows, partial, 1, partial, out, n, BLOCK=min(1024, power_of_two(n)))
+    return out
