@@ -1,13 +1,15 @@
-"""The ops of the flow, one file each: a public function in front of its reference implementation in plain ATen.
+"""The ops of the flow, one file each: a public function in front of a registered op with its Triton kernels and its reference.
 
-The reference is the definition of an op: differentiable, right in float64, and the path that CPUs and exported graphs take.
+The reference is the definition of an op in plain ATen: differentiable, right in float64, and the path that CPUs and exported graphs
+take. On a CUDA device the ops of the flow itself run Triton kernels, which are imported at the first launch. `set_backend` chooses.
 """
 
 from __future__ import annotations
 
-from fastflow.kernels.affine_coupling import affine_coupling
+from fastflow.kernels._library import get_backend, set_backend
+from fastflow.kernels.affine_coupling import affine_coupling, coupling_step
 from fastflow.kernels.attention_pool import apply_gates, pool_channels, pool_pixels
-from fastflow.kernels.channel_mix import channel_mix, channel_unmix
+from fastflow.kernels.channel_mix import channel_mix, channel_mix_masked, channel_unmix
 from fastflow.kernels.coupling_head import coupling_head
 from fastflow.kernels.latent_prior import latent_prior
 from fastflow.kernels.norm_film_act import film_act, norm_film_act
@@ -17,13 +19,17 @@ __all__ = [
     "affine_coupling",
     "apply_gates",
     "channel_mix",
+    "channel_mix_masked",
     "channel_unmix",
     "coupling_head",
+    "coupling_step",
     "film_act",
+    "get_backend",
     "latent_prior",
     "norm_film_act",
     "pool_channels",
     "pool_pixels",
+    "set_backend",
     "squeeze2x2",
     "unsqueeze2x2",
 ]

@@ -189,9 +189,9 @@ def check_dtype(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
-def check_mask(mask: Tensor, x: Tensor, name: str = "mask") -> None:
-    """Raise ValueError unless `mask` is boolean, on the device of `x`, and (C, H, W) or (1, H, W) for `x` (B, C, H, W)."""
-    _, c, h, w = x.shape
+def check_mask(mask: Tensor, x: Tensor, name: str = "mask", shape: tuple[int, ...] | None = None) -> None:
+    """Raise ValueError unless `mask` is bool, on the device of `x`, and (C, H, W) or (1, H, W) for `shape`, that of x when None."""
+    _, c, h, w = shape or x.shape
     if mask.dtype != torch.bool or tuple(mask.shape) not in ((c, h, w), (1, h, w)):
         hint = "; convert a binary mask with mask.bool()" if mask.dtype != torch.bool else ""
         raise ValueError(f"{name} must be bool ({c}, {h}, {w}) or (1, {h}, {w}), got {tuple(mask.shape)} {mask.dtype}{hint}")
