@@ -10,7 +10,7 @@ from fastflow.kernels._library import get_backend, set_backend
 from fastflow.kernels.affine_coupling import affine_coupling, coupling_step
 from fastflow.kernels.attention_pool import apply_gates, pool_channels, pool_pixels
 from fastflow.kernels.channel_mix import channel_mix, channel_mix_masked, channel_unmix
-from fastflow.kernels.coupling_head import coupling_head
+from fastflow.kernels.coupling_head import coupling_head, coupling_head_step
 from fastflow.kernels.latent_prior import latent_prior
 from fastflow.kernels.norm_film_act import film_act, norm_film_act
 from fastflow.kernels.squeeze import squeeze2x2, unsqueeze2x2
@@ -22,6 +22,7 @@ __all__ = [
     "channel_mix_masked",
     "channel_unmix",
     "coupling_head",
+    "coupling_head_step",
     "coupling_step",
     "film_act",
     "get_backend",

@@ -148,7 +148,8 @@ def launch(item: Any, programs: int, device_of: Tensor, num_warps: int, *values:
     if autotuned():
         compiled = _tune(compiled, item.fn.__module__, item.fn.__name__)
     else:
-        options["num_warps"] = num_warps
+        # A warp of an AMD GPU is twice as wide, and the table counts threads.
+        options["num_warps"] = max(1, num_warps // 2) if torch.version.hip else num_warps
     with torch.cuda.device_of(device_of) if device_of.is_cuda else contextlib.nullcontext():
         compiled[(programs,)](*values, **constants, **options)
 
@@ -168,6 +169,11 @@ def vector_width(*strides: int) -> int:
     return width
 
 
+def is_wide(n: int, block: int) -> bool:
+    """Whether offsets within a sample of n elements, the last block rounded up, need int64: divisions in it are slow."""
+    return n + block >= 2**31
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
@@ -182,10 +188,17 @@ def power_of_two(n: int) -> int:
 
 
 @kernel
-def locate(pid, n_chunks):
-    """(sample, chunk) of a program, int64: a sample times its size may pass 2^31."""
+def locate(pid, n_chunks, WIDE: tl.constexpr):
+    """(sample, chunk) of a program. The sample is int64, since with its stride it passes 2^31; the chunk only where WIDE."""
     pid = tl.cast(pid, tl.int64)
-    return pid // n_chunks, pid % n_chunks
+    chunk = pid % n_chunks
+    return pid // n_chunks, chunk if WIDE else tl.cast(chunk, tl.int32)
+
+
+@kernel
+def elements(n_v, V: tl.constexpr, WIDE: tl.constexpr):
+    """n_v * V, in the type that offsets within a sample need."""
+    return tl.cast(n_v, tl.int64) * V if WIDE else n_v * V
 
 
 @kernel

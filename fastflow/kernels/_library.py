@@ -78,6 +78,11 @@ def explain(device: str, limit: str = "") -> tuple[str, str]:
     return "reference", "no CUDA device"
 
 
+def runs_triton(x: Tensor) -> bool:
+    """Whether ops with kernels run them for `x`."""
+    return not takes_reference() and explain("cuda" if x.is_cuda else "cpu")[0] == "triton"
+
+
 def use_triton(x: Tensor, unsupported: str = "") -> bool:
     """Whether kernels run for `x`.
 

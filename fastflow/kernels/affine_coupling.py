@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastflow.kernels._launch import cdiv, kernel, launch, locate, sum_rows, tanh, triton_dtype, vector_width
+from fastflow.kernels._launch import cdiv, elements, is_wide, kernel, launch, locate, sum_rows, tanh, triton_dtype, vector_width
 from fastflow.kernels._library import (
     accumulator,
     check_device,
@@ -56,9 +56,7 @@ def affine_coupling_reference(
     return y.to(x.dtype), -sum_per_sample(s) if inverse else sum_per_sample(s)
 
 
-def _couple(
-    x: Tensor, raw_scale: Tensor, shift: Tensor, mask: Tensor, bound: float, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def _couple(x: Tensor, raw_scale: Tensor, shift: Tensor, mask: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
     """(result, s), both wide."""
     wide = accumulator(x.dtype)
     s = (bound * torch.tanh(raw_scale.to(wide))).masked_fill(mask, 0.0)
@@ -173,9 +171,10 @@ def _coupling_fwd_kernel(
     x_stride_v, raw_stride_v, shift_stride_v, n_v, n_chunks, channels, pixels,
     V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, BOUND: tl.constexpr, INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SWAPPED: tl.constexpr, NEXT: tl.constexpr, AFFINE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    b, chunk = locate(tl.program_id(0), n_chunks)
-    n = tl.cast(n_v, tl.int64) * V
+    b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
+    n = elements(n_v, V, WIDE)
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = offs < n
     s, t, passive = _read_scale_shift(
@@ -213,9 +212,10 @@ def _coupling_bwd_kernel(
     saved_stride_v, raw_stride_v, shift_stride_v, grad_y_stride_v, grad_masked_stride_v, n_v, n_chunks, channels, pixels,
     V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, BOUND: tl.constexpr, INVERSE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SWAPPED: tl.constexpr, NEXT: tl.constexpr, AFFINE: tl.constexpr, RECOMPUTE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    b, chunk = locate(tl.program_id(0), n_chunks)
-    n = tl.cast(n_v, tl.int64) * V
+    b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
+    n = elements(n_v, V, WIDE)
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = offs < n
     s, t, passive = _read_scale_shift(
@@ -331,6 +331,7 @@ def _coupling_launch(
         x.stride(0) // v, raw_scale.stride(0) // v, shift.stride(0) // v, n // v, chunks, c, h * w,
         V=v, BLOCK=block, ACC=triton_dtype(acc), BOUND=bound, INVERSE=inverse, CHANNELS_LAST=channels_last,
         SWAPPED=layout != channels_last, NEXT=next_mask is not None, AFFINE=affine is not None,
+        WIDE=is_wide(n, block),
     )  # fmt: skip
     return y, sum_rows(partial), masked
 
@@ -373,6 +374,7 @@ def _coupling_backward_launch(
         *(stride // v for stride in strides[:4]), strides[-1] // v, n // v, chunks, c, h * w,
         V=v, BLOCK=block, ACC=triton_dtype(acc), BOUND=bound, INVERSE=inverse, CHANNELS_LAST=channels_last,
         SWAPPED=layout != channels_last, NEXT=next_mask is not None, AFFINE=affine is not None, RECOMPUTE=recompute,
+        WIDE=is_wide(n, block),
     )  # fmt: skip
     return dx, draw, dshift, partial.sum(dim=0) if affine is not None else partial
 

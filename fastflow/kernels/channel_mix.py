@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastflow.kernels._launch import cdiv, kernel, launch, locate, power_of_two, triton_dtype, vector_width
+from fastflow.kernels._launch import cdiv, elements, is_wide, kernel, launch, locate, power_of_two, triton_dtype, vector_width
 from fastflow.kernels._library import (
     accumulator,
     check_device,
@@ -128,19 +128,19 @@ def _place(
 @kernel
 def _mix_fwd_kernel(
     x_ptr, weight_ptr, before_ptr, after_ptr, mask_ptr, y_ptr, masked_ptr, x_stride_v, pixels_v, width, n_chunks,
-    V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, IN_SQUEEZED: tl.constexpr, OUT_SQUEEZED: tl.constexpr,
-    BEFORE: tl.constexpr, AFTER: tl.constexpr, NEXT: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, NEXT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    b, chunk = locate(tl.program_id(0), n_chunks)
-    pixels = tl.cast(pixels_v, tl.int64) * V
+    b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
+    pixels = elements(pixels_v, V, WIDE)
     p = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = p < pixels
     o = tl.arange(0, ROWS)
     real = o < CHANNELS
     x_ptr += b * (x_stride_v * V)
     acc = tl.zeros((ROWS, BLOCK), ACC)
-    for i in tl.static_range(CHANNELS):
+    for i in tl.range(0, CHANNELS, loop_unroll_factor=UNROLL):
         x = tl.load(x_ptr + _place(i, p, pixels, width, CHANNELS, CHANNELS_LAST, IN_SQUEEZED), mask=inside, other=0.0).to(ACC)
         if BEFORE:
             x -= tl.load(before_ptr + i)
@@ -152,34 +152,23 @@ def _mix_fwd_kernel(
     base = b * (pixels * CHANNELS)
     tl.store(y_ptr + base + place, acc.to(y_ptr.dtype.element_ty), mask=keep)
     if NEXT:
-        passive = tl.load(mask_ptr + _place(o[:, None], p[None, :], pixels, width, CHANNELS, False, OUT_SQUEEZED), mask=keep, other=0)
+        passive = tl.load(
+            mask_ptr + _place(o[:, None], p[None, :], pixels, width, CHANNELS, False, OUT_SQUEEZED), mask=keep, other=0
+        )
         tl.store(masked_ptr + base + place, tl.where(passive != 0, acc, 0.0).to(masked_ptr.dtype.element_ty), mask=keep)
-
-
-@kernel
-def _gradient(
-    grad_ptr, masked_ptr, mask_ptr, o, p, keep, pixels, width,
-    CHANNELS: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, SQUEEZED: tl.constexpr, NEXT: tl.constexpr,
-):  # fmt: skip
-    """The output's gradient at channels o and pixels p, with that of its masked copy."""
-    place = _place(o, p, pixels, width, CHANNELS, CHANNELS_LAST, SQUEEZED)
-    g = tl.load(grad_ptr + place, mask=keep, other=0.0).to(ACC)
-    if NEXT:
-        passive = tl.load(mask_ptr + _place(o, p, pixels, width, CHANNELS, False, SQUEEZED), mask=keep, other=0) != 0
-        g += tl.where(passive, tl.load(masked_ptr + place, mask=keep, other=0.0).to(ACC), 0.0)
-    return g
 
 
 @kernel
 def _mix_bwd_kernel(
     grad_ptr, masked_ptr, saved_ptr, weight_ptr, rebuild_ptr, before_ptr, after_ptr, mask_ptr, dx_ptr, d_weight_ptr, d_bias_ptr,
     grad_stride_v, masked_stride_v, saved_stride_v, pixels_v, width, n_chunks,
-    V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr,
+    V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, IN_SQUEEZED: tl.constexpr, OUT_SQUEEZED: tl.constexpr,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, NEXT: tl.constexpr, RECOMPUTE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    b, chunk = locate(tl.program_id(0), n_chunks)
-    pixels = tl.cast(pixels_v, tl.int64) * V
+    b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
+    pixels = elements(pixels_v, V, WIDE)
     grad_ptr += b * (grad_stride_v * V)
     if NEXT:
         masked_ptr += b * (masked_stride_v * V)
@@ -194,20 +183,11 @@ def _mix_bwd_kernel(
         inside = p < pixels
         keep = real[:, None] & inside[None, :]
         place = _place(i[:, None], p[None, :], pixels, width, CHANNELS, CHANNELS_LAST, IN_SQUEEZED)
-        # Gradient of the input: one row of the output's gradient at a time, as the forward kernel reads its input.
-        dx = tl.zeros((ROWS, BLOCK), ACC)
-        for o in tl.static_range(CHANNELS):
-            g = _gradient(
-                grad_ptr, masked_ptr, mask_ptr, o, p, inside, pixels, width, CHANNELS, ACC, CHANNELS_LAST, OUT_SQUEEZED, NEXT
-            )
-            dx += tl.load(weight_ptr + o * CHANNELS + i, mask=real, other=0.0)[:, None] * g[None, :]
-        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=keep)
-        # Gradient of the weight: the products of this tile, added to the tiles before it.
         if RECOMPUTE:
             x = tl.zeros((ROWS, BLOCK), ACC)
-            for o in tl.static_range(CHANNELS):
-                out = tl.load(saved_ptr + _place(o, p, pixels, width, CHANNELS, CHANNELS_LAST, OUT_SQUEEZED), mask=inside, other=0.0)
-                out = out.to(ACC)
+            for o in tl.range(0, CHANNELS, loop_unroll_factor=UNROLL):
+                where = _place(o, p, pixels, width, CHANNELS, CHANNELS_LAST, OUT_SQUEEZED)
+                out = tl.load(saved_ptr + where, mask=inside, other=0.0).to(ACC)
                 if AFTER:
                     out -= tl.load(after_ptr + o)
                 x += tl.load(rebuild_ptr + i * CHANNELS + o, mask=real, other=0.0)[:, None] * out[None, :]
@@ -215,15 +195,21 @@ def _mix_bwd_kernel(
             x = tl.load(saved_ptr + place, mask=keep, other=0.0).to(ACC)
             if BEFORE:
                 x -= tl.load(before_ptr + i, mask=real, other=0.0)[:, None]
-        # Outside, the gradient is 0 and x whatever the biases left of its 0: the products vanish.
-        g = _gradient(
-            grad_ptr, masked_ptr, mask_ptr, i[:, None], p[None, :], keep, pixels, width, CHANNELS, ACC, CHANNELS_LAST, OUT_SQUEEZED, NEXT
-        )
-        d_bias += tl.sum(g, axis=1)
-        if CHANNELS == 1:
-            d_weight += tl.sum(g * x, axis=1)[:, None]
-        else:
-            d_weight = tl.dot(g, tl.trans(x), d_weight, input_precision="ieee", out_dtype=ACC)
+        # One row of the output's gradient at a time, for the input's gradient and for its row of the weight's. Outside, it is 0
+        # and x whatever the biases leave of its 0: the products vanish.
+        dx = tl.zeros((ROWS, BLOCK), ACC)
+        for o in tl.range(0, CHANNELS, loop_unroll_factor=UNROLL):
+            where = _place(o, p, pixels, width, CHANNELS, CHANNELS_LAST, OUT_SQUEEZED)
+            g = tl.load(grad_ptr + where, mask=inside, other=0.0).to(ACC)
+            if NEXT:
+                mask_place = _place(o, p, pixels, width, CHANNELS, False, OUT_SQUEEZED)
+                passive = tl.load(mask_ptr + mask_place, mask=inside, other=0) != 0
+                g += tl.where(passive, tl.load(masked_ptr + where, mask=inside, other=0.0).to(ACC), 0.0)
+            dx += tl.load(weight_ptr + o * CHANNELS + i, mask=real, other=0.0)[:, None] * g[None, :]
+            row = tl.sum(x * g[None, :], axis=1)
+            d_weight += tl.where(i[:, None] == o, row[None, :], 0.0)
+            d_bias += tl.where(i == o, tl.sum(g, axis=0), 0.0)
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=keep)
     part = b * n_chunks + chunk
     square = i[:, None] * CHANNELS + i[None, :]
     tl.store(d_weight_ptr + part * (CHANNELS * CHANNELS) + square, d_weight, mask=real[:, None] & real[None, :])
@@ -237,22 +223,24 @@ class _Tile(NamedTuple):
     rows: int
     block: int
     warps: int
+    unroll: int
 
 
 def _forward_tile(channels: int, acc: torch.dtype) -> _Tile:
-    """Pixels per program so that a thread holds at most 64 accumulators."""
+    """At most 64 accumulators a thread; fewer in float64."""
     rows = power_of_two(channels)
-    block, warps = {1: (1024, 4), 2: (1024, 4), 4: (512, 4), 8: (512, 4), 16: (256, 4), 32: (128, 4), 64: (64, 4)}[rows]
-    return _Tile(rows, block // (2 if acc == torch.float64 and block > 64 else 1), warps)
+    block = {1: 1024, 2: 1024, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64}[rows]
+    return _Tile(rows, block // 2 if acc == torch.float64 else block, 4, 4 if rows <= 4 else 2)
 
 
 def _backward_tile(channels: int, acc: torch.dtype) -> _Tile:
-    """Rows padded to the 16 of a matrix product; a thread holds at most 32 values of a tile of pixels."""
-    rows = 1 if channels == 1 else max(16, power_of_two(channels))
-    block, warps = {1: (1024, 4), 16: (128, 4), 32: (64, 4), 64: (32, 8)}[rows]
-    return _Tile(rows, block // (2 if acc == torch.float64 and block > 32 else 1), warps)
+    """At most 32 values a thread of each of three tiles (x, dx and their product); fewer in float64."""
+    rows = power_of_two(channels)
+    block, warps = {1: (1024, 4), 2: (512, 2), 4: (512, 2), 8: (256, 2), 16: (128, 2), 32: (128, 4), 64: (64, 8)}[rows]
+    return _Tile(rows, block // 2 if acc == torch.float64 else block, warps, 4 if rows <= 2 else 2 if rows <= 16 else 1)
 
 
+# Pixels per program of the backward kernel: its partial sums of the weight's gradient are C' / (1.5 SPAN) of what it reads.
 SPAN = 1024
 
 
@@ -294,15 +282,16 @@ def _mix_launch(
     masked = x.new_empty(0) if mask is None else empty_image(shape, x, channels_last, dtype)
     if x.numel() == 0:
         return y, masked
-    rows, block, warps = _forward_tile(channels, acc)
+    rows, block, warps, unroll = _forward_tile(channels, acc)
     chunks, v = cdiv(pixels, block), vector_width(pixels, x.stride(0))
     weight, bias = weight.to(acc).contiguous(), bias.to(acc).contiguous()
     launch(
         _mix_fwd_kernel, shape[0] * chunks, x, warps,
         x, weight, bias if undo else None, None if undo else bias, _mask_bytes(mask, shape), y, None if mask is None else masked,
         x.stride(0) // v, pixels // v, width, chunks,
-        V=v, CHANNELS=channels, ROWS=rows, BLOCK=block, ACC=triton_dtype(acc), CHANNELS_LAST=channels_last,
+        V=v, CHANNELS=channels, ROWS=rows, UNROLL=min(unroll, channels), BLOCK=block, ACC=triton_dtype(acc), CHANNELS_LAST=channels_last,
         IN_SQUEEZED=squeeze and not undo, OUT_SQUEEZED=squeeze and undo, BEFORE=undo, AFTER=not undo, NEXT=mask is not None,
+        WIDE=is_wide(channels * pixels, channels * block),
     )  # fmt: skip
     return y, masked
 
@@ -329,7 +318,7 @@ def _mix_backward_launch(
     if mask is not None:
         grad_masked = laid_out(grad_masked, channels_last)
         strides[1] = grad_masked.stride(0)
-    rows, block, warps = _backward_tile(channels, acc)
+    rows, block, warps, unroll = _backward_tile(channels, acc)
     tiles = min(SPAN // block, power_of_two(cdiv(pixels, block)))
     chunks, v = cdiv(pixels, block * tiles), vector_width(pixels, *strides)
     parts = shape[0] * chunks
@@ -341,9 +330,9 @@ def _mix_backward_launch(
         grad, None if mask is None else grad_masked, saved, weight, rebuild if recompute else None, bias if undo else None,
         None if undo else bias, _mask_bytes(mask, tuple(grad.shape)), dx, d_weight, d_bias,
         *(stride // v for stride in strides), pixels // v, width, chunks,
-        V=v, CHANNELS=channels, ROWS=rows, BLOCK=block, TILES=tiles, ACC=triton_dtype(acc), CHANNELS_LAST=channels_last,
+        V=v, CHANNELS=channels, ROWS=rows, UNROLL=min(unroll, channels), BLOCK=block, TILES=tiles, ACC=triton_dtype(acc), CHANNELS_LAST=channels_last,
         IN_SQUEEZED=squeeze and not undo, OUT_SQUEEZED=squeeze and undo, BEFORE=undo, AFTER=not undo, NEXT=mask is not None,
-        RECOMPUTE=recompute,
+        RECOMPUTE=recompute, WIDE=is_wide(channels * pixels, channels * block * tiles),
     )  # fmt: skip
     total = d_bias.sum(dim=0)
     # Summed over all pixels, the input's gradient is A^T times the output's.

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastflow.kernels._library import check_image, check_mask, sum_per_sample
-from fastflow.kernels.affine_coupling import affine_coupling_reference
+from fastflow.kernels._library import check_image, check_mask, runs_triton, sum_per_sample
+from fastflow.kernels.affine_coupling import (
+    affine_coupling,
+    affine_coupling_reference,
+    check_affine,
+    coupling_step,
+    finish_step_reference,
+)
 
 
 def head_reference(x: Tensor, features: Tensor, weight: Tensor, table: Tensor, rows: Tensor) -> Tensor:
@@ -34,8 +40,7 @@ def coupling_head_reference(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The definition, in plain ATen."""
-    raw_scale, shift = (head_reference(x, *head, rows) for head in zip(features, weights, tables, strict=True))
-    return affine_coupling_reference(x, raw_scale, shift, mask, bound, inverse)
+    return affine_coupling_reference(x, *_heads(x, features, weights, tables, rows), mask, bound, inverse)
 
 
 class _CouplingHead(torch.autograd.Function):
@@ -119,6 +124,73 @@ def coupling_head(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
+    _check(x, features, weights, tables, mask)
+    if runs_triton(x):
+        return affine_coupling(x, *_heads(x, features, weights, tables, rows), mask, bound, inverse)
+    trained = torch.is_grad_enabled() and not inverse and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if trained and len({v.dtype for v in (x, *features, *weights, *tables)}) == 1 and x.dtype in (torch.float32, torch.float64):
+        active = (~mask).to(x.dtype).expand(x.shape[1:]).reshape(-1)
+        y, logdet = _CouplingHead.apply(x, *features, *weights, *tables, rows, active, bound)
+        return y, logdet
+    return coupling_head_reference(x, features, weights, tables, rows, mask, bound, inverse)
+
+
+def coupling_head_step(
+    x: Tensor,
+    features: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+    tables: tuple[Tensor, Tensor],
+    rows: Tensor,
+    mask: Tensor,
+    next_mask: Tensor,
+    bound: float = 0.5,
+    inverse: bool = False,
+    *,
+    affine: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`coupling_head` with the end of `coupling_step`: the one-channel mix that may follow, and the next conditioner's input.
+
+    Args:
+        x: (B, C, H, W), N = C*H*W.
+        features: two (B, F).
+        weights: two (N, F).
+        tables: two (K, N).
+        rows: (B,) int64, the table row of each sample.
+        mask: (C, H, W) or (1, H, W), bool, True = passive.
+        next_mask: like `mask`; the next conditioner sees the result where it is True, and 0 elsewhere.
+        bound: the log-scale lies in (-bound, bound).
+        inverse: undo the coupling instead.
+        affine: (2,), see `coupling_step`.
+        dtype: of the next conditioner's input; that of x when None.
+
+    Returns:
+        `(y, logdet, next_input)`: y like x; logdet (B,) in nats, that of the coupling alone; next_input (B, C, H, W).
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    if runs_triton(x):
+        _check(x, features, weights, tables, mask)
+        heads = _heads(x, features, weights, tables, rows)
+        return coupling_step(x, *heads, mask, next_mask, bound, inverse, affine=affine, dtype=dtype)
+    y, logdet = coupling_head(x, features, weights, tables, rows, mask, bound, inverse)
+    check_mask(next_mask, x, "next_mask")
+    check_affine(affine, x)
+    y, masked = finish_step_reference(y, next_mask, affine, inverse, dtype or x.dtype)
+    return y, logdet, masked
+
+
+def _heads(
+    x: Tensor, features: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor], rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    scale, shift = (head_reference(x, *head, rows) for head in zip(features, weights, tables, strict=True))
+    return scale, shift
+
+
+def _check(
+    x: Tensor, features: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor], mask: Tensor
+) -> None:
     check_image("x", x)
     check_mask(mask, x)
     size = x.shape[1] * x.shape[2] * x.shape[3]
@@ -131,9 +203,3 @@ def coupling_head(
             raise ValueError(
                 f"features (B, F) and weights (N, F) must fit x {tuple(x.shape)}, got {tuple(value.shape)}, {tuple(weight.shape)}"
             )
-    trained = torch.is_grad_enabled() and not inverse and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if trained and len({v.dtype for v in (x, *features, *weights, *tables)}) == 1 and x.dtype in (torch.float32, torch.float64):
-        active = (~mask).to(x.dtype).expand(x.shape[1:]).reshape(-1)
-        y, logdet = _CouplingHead.apply(x, *features, *weights, *tables, rows, active, bound)
-        return y, logdet
-    return coupling_head_reference(x, features, weights, tables, rows, mask, bound, inverse)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastflow.kernels._launch import cdiv, kernel, launch, locate, sum_rows, triton_dtype, vector_width
+from fastflow.kernels._launch import cdiv, elements, is_wide, kernel, launch, locate, sum_rows, triton_dtype, vector_width
 from fastflow.kernels._library import accumulator, check_dtype, register, sum_per_sample, takes_reference
 
 if TYPE_CHECKING:
@@ -42,21 +42,27 @@ def latent_prior_backward_reference(grad: Tensor, z: Tensor) -> Tensor:
 
 
 @kernel
-def _prior_fwd_kernel(z_ptr, partial_ptr, z_stride_v, n_v, n_chunks, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    b, chunk = locate(tl.program_id(0), n_chunks)
+def _prior_fwd_kernel(
+    z_ptr, partial_ptr, z_stride_v, n_v, n_chunks, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr
+):
+    b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
+    n = elements(n_v, V, WIDE)
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(z_ptr + b * (z_stride_v * V) + offs, mask=offs < n_v * V, other=0.0).to(ACC)
+    z = tl.load(z_ptr + b * (z_stride_v * V) + offs, mask=offs < n, other=0.0).to(ACC)
     tl.store(partial_ptr + b * n_chunks + chunk, tl.sum(z * z, axis=0))
 
 
 @kernel
-def _prior_bwd_kernel(grad_ptr, z_ptr, dz_ptr, z_stride_v, n_v, n_chunks, V: tl.constexpr, BLOCK: tl.constexpr):
-    b, chunk = locate(tl.program_id(0), n_chunks)
+def _prior_bwd_kernel(
+    grad_ptr, z_ptr, dz_ptr, z_stride_v, n_v, n_chunks, V: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
+    n = elements(n_v, V, WIDE)
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < n_v * V
+    inside = offs < n
     grad = tl.load(grad_ptr + b)
     z = tl.load(z_ptr + b * (z_stride_v * V) + offs, mask=inside, other=0.0).to(grad.dtype)
-    tl.store(dz_ptr + b * (n_v * V) + offs, (-z * grad).to(dz_ptr.dtype.element_ty), mask=inside)
+    tl.store(dz_ptr + b * n + offs, (-z * grad).to(dz_ptr.dtype.element_ty), mask=inside)
 
 
 # -- launchers ------------------------------------------------------------------------------------------------------------
@@ -76,7 +82,7 @@ def _prior_launch(z: Tensor) -> Tensor:
     partial = torch.empty(batch, chunks, dtype=acc, device=z.device)
     launch(
         _prior_fwd_kernel, batch * chunks, z, 4, z, partial, z.stride(0) // v, n // v, chunks,
-        V=v, BLOCK=BLOCK, ACC=triton_dtype(acc),
+        V=v, BLOCK=BLOCK, ACC=triton_dtype(acc), WIDE=is_wide(n, BLOCK),
     )  # fmt: skip
     return -0.5 * (sum_rows(partial) + n * LOG_2PI)
 
@@ -88,7 +94,19 @@ def _prior_backward_launch(grad: Tensor, z: Tensor) -> Tensor:
     if z.numel():
         chunks, v = cdiv(n, BLOCK), vector_width(n, z.stride(0))
         launch(
-            _prior_bwd_kernel, batch * chunks, z, 4, grad.contiguous(), z, dz, z.stride(0) // v, n // v, chunks, V=v, BLOCK=BLOCK
+            _prior_bwd_kernel,
+            batch * chunks,
+            z,
+            4,
+            grad.contiguous(),
+            z,
+            dz,
+            z.stride(0) // v,
+            n // v,
+            chunks,
+            V=v,
+            BLOCK=BLOCK,
+            WIDE=is_wide(n, BLOCK),
         )
     return dz
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastflow.kernels._launch import cdiv, kernel, launch, locate, vector_width
+from fastflow.kernels._launch import cdiv, elements, is_wide, kernel, launch, locate, vector_width
 from fastflow.kernels._library import check_image, laid_out, register, takes_reference
 
 if TYPE_CHECKING:
@@ -54,13 +54,23 @@ def _large_offsets(j, width_v, row, V: tl.constexpr):
 
 @kernel
 def _squeeze_kernel(
-    x_ptr, y_ptr, x_stride_v, groups, width_v, pixels_v, n_chunks, V: tl.constexpr, BLOCK: tl.constexpr, UNDO: tl.constexpr
+    x_ptr,
+    y_ptr,
+    x_stride_v,
+    groups,
+    width_v,
+    pixels_v,
+    n_chunks,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNDO: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    outer, chunk = locate(tl.program_id(0), n_chunks)
-    row = outer % 2
+    outer, chunk = locate(tl.program_id(0), n_chunks, WIDE)
+    row = (outer % 2).to(chunk.dtype)
     b = outer // 2 // groups
-    group = outer // 2 % groups
-    pixels = tl.cast(pixels_v, tl.int64) * V
+    group = (outer // 2 % groups).to(chunk.dtype)
+    pixels = elements(pixels_v, V, WIDE)
     p = chunk * BLOCK + tl.arange(0, BLOCK)
     j = 2 * chunk * BLOCK + tl.arange(0, 2 * BLOCK)
     large = group * 4 * pixels + _large_offsets(j, width_v, row, V)
@@ -90,7 +100,7 @@ def _move(x: Tensor, y: Tensor, groups: int, height: int, width: int, undo: bool
         chunks, v = cdiv(pixels, BLOCK), vector_width(width, x.stride(0))
         launch(
             _squeeze_kernel, x.shape[0] * groups * 2 * chunks, x, 4, x, y, x.stride(0) // v, groups, width // v, pixels // v, chunks,
-            V=v, BLOCK=BLOCK, UNDO=undo,
+            V=v, BLOCK=BLOCK, UNDO=undo, WIDE=is_wide(4 * groups * pixels, 2 * BLOCK),
         )  # fmt: skip
     return y
 

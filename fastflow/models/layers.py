@@ -12,7 +12,7 @@ from fastflow import kernels
 from fastflow.errors import UninitializedModelError
 from fastflow.kernels._library import accumulator
 from fastflow.models.conditioners import ClassificationConditioner, GenerationConditioner
-from fastflow.models.conditioners.blocks import Tables
+from fastflow.models.conditioners.blocks import Tables, Then, conditioner_dtype
 from fastflow.models.config import FlowConfig, Shape
 
 STD_FLOOR = 1e-3
@@ -169,15 +169,22 @@ class AffineCoupling(nn.Module):
         """What each conditioner needs to know of `labels` (R,), as tables with R rows."""
         return [net.tables(labels) for net in self.conditioners]
 
-    def forward(self, x: Tensor, tables: list[Tables], rows: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """x (B, C, H, W) and the table row of each sample (B,) -> (y, logdet (B,))."""
-        total: Tensor | None = None
-        for index, mask in reversed(self.halves()) if inverse else self.halves():
-            net = self.conditioners[index]
-            x, logdet = net.couple(x, x.masked_fill(~mask, 0.0), tables[index], rows, mask, self.bound, inverse)
-            total = logdet if total is None else total + logdet
-        assert total is not None
-        return x, total
+    def forward(
+        self, x: Tensor, masked: Tensor, tables: list[Tables], rows: Tensor, inverse: bool = False, then: Then | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x (B, C, H, W), its masked form for the first conditioner, the table row of each sample (B,), what follows.
+
+        Returns (y, logdet (B,), y masked as `then` says).
+        """
+        (first, mask), (second, opposite) = reversed(self.halves()) if inverse else self.halves()
+        x, logdet, between = self.conditioners[first].couple(
+            x, masked, tables[first], rows, mask, self.bound, inverse, Then(opposite)
+        )
+        assert between is not None
+        x, more, following = self.conditioners[second].couple(
+            x, between, tables[second], rows, opposite, self.bound, inverse, then
+        )
+        return x, logdet + more, following
 
     def forward_with_map(self, x: Tensor, tables: list[Tables], rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, but with the log-determinant still spread over its elements: (y, (B, C, H, W))."""
@@ -216,6 +223,11 @@ class FlowStep(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """Squeeze, ActNorm and convolution: x (B, C', H', W') -> (B, C, H, W). The first training batch sets ActNorm."""
+        weight, bias = self._map(x)
+        return kernels.channel_mix(x, weight, bias, squeeze=self.squeeze)
+
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Matrix and constant of `mix`, in the dtype of x."""
         if not self.actnorm.ready:
             if not self.training:
                 raise UninitializedModelError(
@@ -225,7 +237,24 @@ class FlowStep(nn.Module):
         weight = self.conv.weight()
         scale = self.actnorm.log_scale.double().exp()
         bias = weight @ self.actnorm.bias.double()
-        return kernels.channel_mix(x, (weight * scale).to(x.dtype), bias.to(x.dtype), squeeze=self.squeeze)
+        return (weight * scale).to(x.dtype), bias.to(x.dtype)
+
+    def mix_masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`mix`, and the result as the first conditioner of the coupling sees it."""
+        weight, bias = self._map(x)
+        return kernels.channel_mix_masked(x, weight, bias, self.coupling.mask, self.squeeze, dtype=conditioner_dtype(x))
+
+    def folded(self, inverse: bool = False) -> Tensor | None:
+        """The mix of a one-channel step as (2,), a factor and a constant, for the coupling before it; None where it is more.
+
+        With `inverse`, factor and constant of `unmix`.
+        """
+        if self.conv.log_s.numel() != 1 or self.squeeze or not self.actnorm.ready:
+            return None
+        weight = self.conv.weight().reshape(1)
+        scale = self.actnorm.log_scale.double().exp()
+        factor = self.conv.inverse_weight().reshape(1) / scale if inverse else weight * scale
+        return torch.cat((factor, weight * self.actnorm.bias.double())).to(self.actnorm.bias.dtype)
 
     def unmix(self, y: Tensor) -> Tensor:
         """Inverse of `mix`."""

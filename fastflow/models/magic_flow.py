@@ -13,7 +13,7 @@ from fastflow import kernels
 from fastflow.errors import UninitializedModelError
 from fastflow.kernels._library import accumulator
 from fastflow.models.attribution import attribution
-from fastflow.models.conditioners.blocks import Tables
+from fastflow.models.conditioners.blocks import Tables, Then, conditioner_dtype
 from fastflow.models.config import FlowConfig
 from fastflow.models.layers import ActNorm, FlowStep
 from fastflow.models.masks import build_masks
@@ -163,13 +163,33 @@ class MagicFlow(nn.Module):
             for block, shape in zip(torch.split(z.to(self.dtype), [c * h * w for c, h, w in shapes], dim=1), shapes, strict=True)
         ]
         h = blocks.pop(0)
+        masked: Tensor | None = None
         for i in reversed(range(self.config.num_steps)):
             step = self.steps[i]
             if step.split:
                 h = torch.cat((h, blocks.pop()), dim=1)
-            h, _ = step.coupling(h, tables.steps[i], tables.rows(i, rows), inverse=True)
-            h = step.unmix(h)
+            if masked is None:
+                # The second half's conditioner goes first; it sees what the first half moves.
+                masked = h.masked_fill(step.coupling.mask, 0.0).to(conditioner_dtype(h))
+            then = self._before(i)
+            h, _, masked = step.coupling(h, masked, tables.steps[i], tables.rows(i, rows), inverse=True, then=then)
+            if then is None:
+                h = step.unmix(h)
         return h
+
+    def _after(self, i: int, last: int) -> Then | None:
+        """What the coupling of step i can do of step i + 1, the range ending before `last`."""
+        if i + 1 >= last or self.steps[i].split:
+            return None
+        affine = self.steps[i + 1].folded()
+        return None if affine is None else Then(self.steps[i + 1].coupling.mask, affine)
+
+    def _before(self, i: int) -> Then | None:
+        """What the inverse coupling of step i can do of its own inverse mix, for the step before it."""
+        if i == 0 or self.steps[i - 1].split:
+            return None
+        affine = self.steps[i].folded(inverse=True)
+        return None if affine is None else Then(~self.steps[i - 1].coupling.mask, affine)
 
     def label_tables(self, labels: Tensor) -> LabelTables:
         """What the conditioners need to know of `labels` (R,), computed once for any number of images."""
@@ -194,10 +214,12 @@ class MagicFlow(nn.Module):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Steps `first` to `last` (exclusive) on h (B, C, H, W): (h, blocks split off, log-determinants (B,) of each step)."""
         splits, logdets = [], []
+        masked: Tensor | None = None
         for i in range(first, last):
             step = self.steps[i]
-            h = step.mix(h)
-            h, logdet = step.coupling(h, tables.steps[i], tables.rows(i, rows))
+            if masked is None:
+                h, masked = step.mix_masked(h)
+            h, logdet, masked = step.coupling(h, masked, tables.steps[i], tables.rows(i, rows), then=self._after(i, last))
             logdets.append(logdet.double() + step.mixing_logdet())
             if step.split:
                 h, block = h.chunk(2, dim=1)

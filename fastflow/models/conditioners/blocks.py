@@ -34,6 +34,25 @@ class Tables(NamedTuple):
     heads: tuple[Tensor, ...] = ()
 
 
+class Then(NamedTuple):
+    """What follows a coupling, and is done while its result is at hand.
+
+    The next conditioner sees the result where `mask` is True; a step of one channel that lies between is the factor and the
+    constant of `affine` (2,).
+    """
+
+    mask: Tensor
+    affine: Tensor | None = None
+
+
+def conditioner_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a conditioner reads a stream x: that of autocast where it is on."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def normed_conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """A weight-normalised convolution, padded to keep the size at stride 1. Source: Salimans & Kingma, 2016."""
     conv: nn.Conv2d = weight_norm(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2))

@@ -7,7 +7,17 @@ from torch.nn import functional as F
 
 from fastflow import kernels
 from fastflow.kernels.coupling_head import head_reference
-from fastflow.models.conditioners.blocks import CBAM, EMBEDDING, NormFiLM, ResidualBlock, Tables, normed_conv, one_hot_linear
+from fastflow.models.conditioners.blocks import (
+    CBAM,
+    EMBEDDING,
+    NormFiLM,
+    ResidualBlock,
+    Tables,
+    Then,
+    conditioner_dtype,
+    normed_conv,
+    one_hot_linear,
+)
 from fastflow.models.config import FlowConfig, Shape
 
 HIDDEN = 64
@@ -116,9 +126,12 @@ class ClassificationConditioner(nn.Module):
         )
 
     def couple(
-        self, x: Tensor, a: Tensor, tables: Tables, rows: Tensor, mask: Tensor, bound: float, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Couple x by what the masked input `a` says: (y, logdet (B,))."""
+        self, x: Tensor, a: Tensor, tables: Tables, rows: Tensor, mask: Tensor, bound: float, inverse: bool, then: Then | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Couple x by what the masked input `a` says: (y, logdet (B,), the input of the conditioner that `then` names)."""
         weights = (self.scale.image_out.weight, self.shift.image_out.weight)
         heads = (tables.heads[0], tables.heads[1])
-        return kernels.coupling_head(x, self.encode(a, tables, rows), weights, heads, rows, mask, bound, inverse)
+        arguments = x, self.encode(a, tables, rows), weights, heads, rows, mask
+        if then is None:
+            return *kernels.coupling_head(*arguments, bound, inverse), None
+        return kernels.coupling_head_step(*arguments, then.mask, bound, inverse, affine=then.affine, dtype=conditioner_dtype(x))

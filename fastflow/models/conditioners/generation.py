@@ -14,6 +14,8 @@ from fastflow.models.conditioners.blocks import (
     NormFiLM,
     ResidualBlock,
     Tables,
+    Then,
+    conditioner_dtype,
     normed_conv,
     one_hot_linear,
 )
@@ -118,8 +120,12 @@ class GenerationConditioner(nn.Module):
         return self.scale(v), self.shift(v)
 
     def couple(
-        self, x: Tensor, a: Tensor, tables: Tables, rows: Tensor, mask: Tensor, bound: float, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Couple x by what the masked input `a` says: (y, logdet (B,))."""
+        self, x: Tensor, a: Tensor, tables: Tables, rows: Tensor, mask: Tensor, bound: float, inverse: bool, then: Then | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Couple x by what the masked input `a` says: (y, logdet (B,), the input of the conditioner that `then` names)."""
         raw_scale, shift = self(a, tables, rows)
-        return kernels.affine_coupling(x, raw_scale, shift, mask, bound, inverse)
+        if then is None:
+            return *kernels.affine_coupling(x, raw_scale, shift, mask, bound, inverse), None
+        return kernels.coupling_step(
+            x, raw_scale, shift, mask, then.mask, bound, inverse, affine=then.affine, dtype=conditioner_dtype(x)
+        )
