@@ -53,5 +53,19 @@ def _device() -> dict[str, str]:
         if torch.version.hip
         else "CPU",
         "device": device,
-        "ops run as": "reference implementation (plain torch); fused Triton kernels are not in this version",
-    }
+    } | _ops("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _ops(device: str) -> dict[str, str]:
+    """Which implementation of each op runs on the machine's best device, and why."""
+    from fastflow import kernels
+    from fastflow.kernels import _library
+    from fastflow.kernels.channel_mix import MAX_CHANNELS
+
+    source = " (from FASTFLOW_BACKEND)" if os.environ.get("FASTFLOW_BACKEND") else ""
+    implementation, why = _library.explain(device)
+    facts = {"backend": kernels.get_backend() + source}
+    for op in _library.OPS_WITH_KERNELS:
+        limit = f"; above {MAX_CHANNELS} channels a batched matrix product" if op.startswith("channel_") else ""
+        facts[f"op {op}"] = f"{implementation}: {why}{limit if implementation == 'triton' else ''}"
+    return facts | {f"op {op}": "reference: no Triton kernel in this version" for op in _library.OPS_WITHOUT_KERNELS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -16,6 +17,17 @@ from hypothesis import HealthCheck, settings
 # Before torch or matplotlib are imported: small tensors lose more to many threads than they win.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Triton decides while it is imported whether it interprets; kernels then run on CPU tensors wherever a test sets the variable
+# again. Where there is a GPU, it compiles, and the same tests run on the GPU.
+if importlib.util.find_spec("triton") is not None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton.language  # noqa: F401
+
+        del os.environ["TRITON_INTERPRET"]
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True, print_blob=True)

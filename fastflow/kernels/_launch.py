@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ _records: list[list[Launch]] = []
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Note what would be launched instead of launching it; results are then undefined. For builds ahead of time and for counts."""
+    """Note what would be launched instead of launching it; results are then undefined. For builds and counts without a GPU."""
     launches: list[Launch] = []
     _records.append(launches)
     try:
@@ -150,8 +150,15 @@ def launch(item: Any, programs: int, device_of: Tensor, num_warps: int, *values:
     else:
         # A warp of an AMD GPU is twice as wide, and the table counts threads.
         options["num_warps"] = max(1, num_warps // 2) if torch.version.hip else num_warps
+    if torch.version.hip is None:
+        options["maxnreg"] = register_limit(value.dtype for value in values if isinstance(value, Tensor))
     with torch.cuda.device_of(device_of) if device_of.is_cuda else contextlib.nullcontext():
         compiled[(programs,)](*values, **constants, **options)
+
+
+def register_limit(dtypes: Iterable[torch.dtype]) -> int:
+    """Registers per thread on NVIDIA GPUs: left to itself, ptxas spills a few bytes for one more block."""
+    return 255 if torch.float64 in dtypes else 168
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

@@ -1,12 +1,13 @@
 """What all ops share: registration, the choice of an implementation, the accumulation dtype, fixed-order sums, argument checks.
 
-Every op is one entry of the library ``fastflow`` per direction (forward, backward), with an `autograd.Function` in front. On a CUDA
-device the entry starts Triton kernels, on a CPU it runs the reference; with ``TRITON_INTERPRET=1`` a CPU runs the kernels in
+Every op is one entry of the library ``fastflow`` per direction (forward, backward), with an `autograd.Function` in front. On a
+CUDA device the entry starts Triton kernels, on a CPU it runs the reference; with ``TRITON_INTERPRET=1`` a CPU runs the kernels in
 Triton's interpreter. Graphs being exported take the reference itself.
 
-Autocast is none of the ops' business: they take any mix of dtypes (a float32 stream beside bfloat16 scales and shifts), widen after
-the load and narrow at the store. `custom_fwd` with `cast_inputs` and `register_autocast` cast every argument to one dtype, a pass
-over memory that would also round the stream; so neither is used, and `full_precision` keeps autocast away from the references.
+Autocast is none of the ops' business: they take any mix of dtypes (a float32 stream beside bfloat16 scales and shifts), widen
+after the load and narrow at the store. `custom_fwd` with `cast_inputs` and `register_autocast` cast every argument to one dtype,
+a pass over memory that would also round the stream; so neither is used, and `full_precision` keeps autocast away from the
+references.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from torch import Tensor
 from fastflow.kernels._launch import has_triton, interpreted
 
 CHUNK = 4096
+OPS_WITH_KERNELS = (
+    "affine_coupling", "coupling_step", "channel_mix", "channel_mix_masked", "channel_unmix", "squeeze2x2", "unsqueeze2x2",
+    "latent_prior",
+)  # fmt: skip
+OPS_WITHOUT_KERNELS = ("norm_film_act", "film_act", "pool_pixels", "pool_channels", "apply_gates", "coupling_head")
 BACKENDS = ("auto", "triton", "reference")
 
 _library = torch.library.Library("fastflow", "DEF")
@@ -65,16 +71,16 @@ def takes_reference() -> bool:
     return _backend == "reference" or torch.compiler.is_exporting()
 
 
-def explain(device: str, limit: str = "") -> tuple[str, str]:
-    """(implementation, why) of an op with kernels on a type of device, ``"cuda"`` or ``"cpu"``; `limit` is added to the reason."""
+def explain(device: str) -> tuple[str, str]:
+    """(implementation, why) of an op with kernels on a ``"cuda"`` or ``"cpu"`` device."""
     if _backend == "reference":
         return "reference", "the backend is set to reference"
     if not has_triton():
         return "reference", "Triton is not installed"
     if device == "cuda":
-        return "triton", "CUDA device" + limit
+        return "triton", "CUDA device"
     if interpreted():
-        return "triton", "TRITON_INTERPRET=1: kernels run in the interpreter" + limit
+        return "triton", "TRITON_INTERPRET=1: kernels run in the interpreter"
     return "reference", "no CUDA device"
 
 
@@ -104,7 +110,7 @@ def use_triton(x: Tensor, unsupported: str = "") -> bool:
 def register(schema: str, *, reference: Callable[..., Any], triton: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Add an op to the library: `reference` and `triton` compute it, `fake` gives shapes, dtypes and strides.
 
-    The first argument is a tensor whose device decides. `triton` may return NotImplemented where it has no form.
+    The first argument is a tensor, whose device decides.
     """
     name = schema.partition("(")[0]
 
@@ -118,6 +124,15 @@ def register(schema: str, *, reference: Callable[..., Any], triton: Callable[...
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"fastflow::{name}", fake, lib=_library)
     return getattr(torch.ops.fastflow, name).default
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Raise RuntimeError in a backward pass that is recorded: torch's `once_differentiable` would leave terms out silently."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op} has one derivative here (create_graph=True asks for more); set_backend('reference') differentiates any number "
+            "of times"
+        )
 
 
 def full_precision(x: Tensor) -> torch.autocast:
@@ -195,7 +210,7 @@ def check_dtype(name: str, x: Tensor) -> None:
 
 
 def check_mask(mask: Tensor, x: Tensor, name: str = "mask", shape: tuple[int, ...] | None = None) -> None:
-    """Raise ValueError unless `mask` is bool, on the device of `x`, and (C, H, W) or (1, H, W) for `shape`, that of x when None."""
+    """Raise ValueError unless `mask` is bool, on the device of `x`, and (C, H, W) or (1, H, W) for `shape` (None: that of x)."""
     _, c, h, w = shape or x.shape
     if mask.dtype != torch.bool or tuple(mask.shape) not in ((c, h, w), (1, h, w)):
         hint = "; convert a binary mask with mask.bool()" if mask.dtype != torch.bool else ""

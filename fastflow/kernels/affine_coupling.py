@@ -14,8 +14,8 @@ u the result and g = du: dt = -g e^{-s}; dy = g e^{-s}; dr = -(g u + q)(b - s^2/
 ``y a + c`` (inverse: ``(y - c) a``), and the result masked for the conditioner that reads it next is written beside it in that
 conditioner's dtype.
 
-x may be contiguous or channels_last with any batch stride; results have its layout. Sources: RealNVP (Dinh et al., 2017), eq. 7-9;
-MAGIC-Flow for the bound; RevNet (Gomez et al., 2017) for the backward pass that rebuilds its input.
+x may be contiguous or channels_last with any batch stride; results have its layout. Sources: RealNVP (Dinh et al., 2017),
+eq. 7-9; MAGIC-Flow for the bound; RevNet (Gomez et al., 2017) for the backward pass that rebuilds its input.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from fastflow.kernels._library import (
     is_channels_last,
     laid_out,
     memory_format,
+    refuse_second_derivative,
     register,
     sum_per_sample,
     takes_reference,
@@ -178,10 +179,10 @@ def _coupling_fwd_kernel(
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = offs < n
     s, t, passive = _read_scale_shift(
-        raw_ptr + b * (raw_stride_v * V), shift_ptr + b * (shift_stride_v * V), mask_ptr, offs, inside, channels, pixels,
+        raw_ptr + b * raw_stride_v * V, shift_ptr + b * shift_stride_v * V, mask_ptr, offs, inside, channels, pixels,
         BOUND, ACC, CHANNELS_LAST, SWAPPED,
     )  # fmt: skip
-    x = tl.load(x_ptr + b * (x_stride_v * V) + offs, mask=inside, other=0.0).to(ACC)
+    x = tl.load(x_ptr + b * x_stride_v * V + offs, mask=inside, other=0.0).to(ACC)
     total = tl.sum(s, axis=0)
     if INVERSE:
         y = tl.where(passive, x, (x - t) * tl.exp(-s))
@@ -219,19 +220,19 @@ def _coupling_bwd_kernel(
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = offs < n
     s, t, passive = _read_scale_shift(
-        raw_ptr + b * (raw_stride_v * V), shift_ptr + b * (shift_stride_v * V), mask_ptr, offs, inside, channels, pixels,
+        raw_ptr + b * raw_stride_v * V, shift_ptr + b * shift_stride_v * V, mask_ptr, offs, inside, channels, pixels,
         BOUND, ACC, CHANNELS_LAST, SWAPPED,
     )  # fmt: skip
     q = tl.load(grad_logdet_ptr + b).to(ACC)
-    g = tl.load(grad_y_ptr + b * (grad_y_stride_v * V) + offs, mask=inside, other=0.0).to(ACC)
+    g = tl.load(grad_y_ptr + b * grad_y_stride_v * V + offs, mask=inside, other=0.0).to(ACC)
     if NEXT:
         mask_offs = offs
         if CHANNELS_LAST:
             mask_offs = _swap(offs, channels, pixels, CHANNELS_LAST)
         keep = tl.load(next_mask_ptr + mask_offs, mask=inside, other=0) != 0
-        extra = tl.load(grad_masked_ptr + b * (grad_masked_stride_v * V) + offs, mask=inside, other=0.0).to(ACC)
+        extra = tl.load(grad_masked_ptr + b * grad_masked_stride_v * V + offs, mask=inside, other=0.0).to(ACC)
         g += tl.where(keep, extra, 0.0)
-    saved = tl.load(saved_ptr + b * (saved_stride_v * V) + offs, mask=inside, other=0.0).to(ACC)
+    saved = tl.load(saved_ptr + b * saved_stride_v * V + offs, mask=inside, other=0.0).to(ACC)
     if AFFINE:
         a = tl.load(affine_ptr).to(ACC)
         c = tl.load(affine_ptr + 1).to(ACC)
@@ -284,9 +285,9 @@ def _coupling_bwd_kernel(
 # -- launchers ------------------------------------------------------------------------------------------------------------
 
 
-def _block(n: int) -> int:
+def _block(n: int, acc: torch.dtype) -> int:
     """Elements per program: enough programs for small images, enough work per program for large ones."""
-    return 2048 if n > 8192 else 1024
+    return 2048 if n > 8192 and acc == torch.float32 else 1024
 
 
 def _bytes(mask: Tensor, shape: torch.Size) -> Tensor:
@@ -321,7 +322,7 @@ def _coupling_launch(
     masked = x.new_empty(0) if next_mask is None else empty_image(x.shape, x, channels_last, dtype)
     if x.numel() == 0:
         return y, x.new_zeros(batch, dtype=acc), masked
-    block = _block(n)
+    block = _block(n, acc)
     chunks, v = cdiv(n, block), vector_width(n, x.stride(0), raw_scale.stride(0), shift.stride(0))
     partial = torch.empty(batch, chunks, dtype=acc, device=x.device)
     launch(
@@ -363,7 +364,7 @@ def _coupling_backward_launch(
     if next_mask is not None:
         grad_masked = laid_out(grad_masked, channels_last)
         strides.append(grad_masked.stride(0))
-    block = _block(n)
+    block = _block(n, acc)
     chunks, v = cdiv(n, block), vector_width(n, *strides)
     partial = saved.new_empty(0, dtype=acc) if affine is None else saved.new_empty(batch * chunks, 2, dtype=acc)
     launch(
@@ -482,8 +483,8 @@ class AffineCoupling(torch.autograd.Function):
         return y, logdet, masked
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("affine_coupling")
         grads = _backward(grad_y, grad_logdet, grad_masked, *ctx.saved_tensors, ctx.bound, ctx.inverse, ctx.recompute)
         affine = ctx.saved_tensors[5]
         d_affine = None if affine is None else grads[3].to(affine.dtype)

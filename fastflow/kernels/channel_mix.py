@@ -8,8 +8,8 @@ H*W*log|det A|, belongs to the caller, who knows A's factors. Products are summe
 Both directions are one map with different ends, ``out = A (in - before) + after``: the bias comes after the product in
 `channel_mix` and is taken off before it in `channel_unmix`, and the squeeze is an index map of the input or of the output.
 
-The kernels stream pixels past A and hold C' accumulators per pixel in registers, which fits up to C' = `MAX_CHANNELS` = 64; above it
-the ops fall back to a batched matrix product. Contiguous or channels_last, any batch stride. Source: Glow (Kingma & Dhariwal,
+The kernels stream pixels past A and hold C' accumulators per pixel in registers, which fits up to C' = `MAX_CHANNELS` = 64; above
+it the ops fall back to a batched matrix product. Contiguous or channels_last, any batch stride. Source: Glow (Kingma & Dhariwal,
 2018), sections 3.1-3.2.
 """
 
@@ -32,6 +32,7 @@ from fastflow.kernels._library import (
     is_channels_last,
     laid_out,
     memory_format,
+    refuse_second_derivative,
     register,
     takes_reference,
     use_triton,
@@ -138,7 +139,7 @@ def _mix_fwd_kernel(
     inside = p < pixels
     o = tl.arange(0, ROWS)
     real = o < CHANNELS
-    x_ptr += b * (x_stride_v * V)
+    x_ptr += b * x_stride_v * V
     acc = tl.zeros((ROWS, BLOCK), ACC)
     for i in tl.range(0, CHANNELS, loop_unroll_factor=UNROLL):
         x = tl.load(x_ptr + _place(i, p, pixels, width, CHANNELS, CHANNELS_LAST, IN_SQUEEZED), mask=inside, other=0.0).to(ACC)
@@ -162,17 +163,17 @@ def _mix_fwd_kernel(
 def _mix_bwd_kernel(
     grad_ptr, masked_ptr, saved_ptr, weight_ptr, rebuild_ptr, before_ptr, after_ptr, mask_ptr, dx_ptr, d_weight_ptr, d_bias_ptr,
     grad_stride_v, masked_stride_v, saved_stride_v, pixels_v, width, n_chunks,
-    V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, IN_SQUEEZED: tl.constexpr, OUT_SQUEEZED: tl.constexpr,
+    V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, IN_SQUEEZED: tl.constexpr, OUT_SQUEEZED: tl.constexpr,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, NEXT: tl.constexpr, RECOMPUTE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
     pixels = elements(pixels_v, V, WIDE)
-    grad_ptr += b * (grad_stride_v * V)
+    grad_ptr += b * grad_stride_v * V
     if NEXT:
-        masked_ptr += b * (masked_stride_v * V)
-    saved_ptr += b * (saved_stride_v * V)
+        masked_ptr += b * masked_stride_v * V
+    saved_ptr += b * saved_stride_v * V
     dx_ptr += b * (pixels * CHANNELS)
     i = tl.arange(0, ROWS)
     real = i < CHANNELS
@@ -227,16 +228,16 @@ class _Tile(NamedTuple):
 
 
 def _forward_tile(channels: int, acc: torch.dtype) -> _Tile:
-    """At most 64 accumulators a thread; fewer in float64."""
+    """16 accumulators a thread; fewer in float64."""
     rows = power_of_two(channels)
-    block = {1: 1024, 2: 1024, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64}[rows]
-    return _Tile(rows, block // 2 if acc == torch.float64 else block, 4, 4 if rows <= 4 else 2)
+    block, warps = {1: (1024, 4), 2: (1024, 4), 4: (512, 4), 8: (256, 4), 16: (128, 4), 32: (64, 4), 64: (64, 8)}[rows]
+    return _Tile(rows, block // 2 if acc == torch.float64 else block, warps, 4 if rows <= 4 else 2)
 
 
 def _backward_tile(channels: int, acc: torch.dtype) -> _Tile:
-    """At most 32 values a thread of each of three tiles (x, dx and their product); fewer in float64."""
+    """16 values a thread of each of three tiles (x, dx and their product); fewer in float64."""
     rows = power_of_two(channels)
-    block, warps = {1: (1024, 4), 2: (512, 2), 4: (512, 2), 8: (256, 2), 16: (128, 2), 32: (128, 4), 64: (64, 8)}[rows]
+    block, warps = {1: (1024, 4), 2: (1024, 4), 4: (512, 4), 8: (256, 4), 16: (128, 4), 32: (64, 4), 64: (32, 8)}[rows]
     return _Tile(rows, block // 2 if acc == torch.float64 else block, warps, 4 if rows <= 2 else 2 if rows <= 16 else 1)
 
 
@@ -289,8 +290,9 @@ def _mix_launch(
         _mix_fwd_kernel, shape[0] * chunks, x, warps,
         x, weight, bias if undo else None, None if undo else bias, _mask_bytes(mask, shape), y, None if mask is None else masked,
         x.stride(0) // v, pixels // v, width, chunks,
-        V=v, CHANNELS=channels, ROWS=rows, UNROLL=min(unroll, channels), BLOCK=block, ACC=triton_dtype(acc), CHANNELS_LAST=channels_last,
-        IN_SQUEEZED=squeeze and not undo, OUT_SQUEEZED=squeeze and undo, BEFORE=undo, AFTER=not undo, NEXT=mask is not None,
+        V=v, CHANNELS=channels, ROWS=rows, UNROLL=min(unroll, channels), BLOCK=block, ACC=triton_dtype(acc),
+        CHANNELS_LAST=channels_last, IN_SQUEEZED=squeeze and not undo, OUT_SQUEEZED=squeeze and undo,
+        BEFORE=undo, AFTER=not undo, NEXT=mask is not None,
         WIDE=is_wide(channels * pixels, channels * block),
     )  # fmt: skip
     return y, masked
@@ -330,8 +332,9 @@ def _mix_backward_launch(
         grad, None if mask is None else grad_masked, saved, weight, rebuild if recompute else None, bias if undo else None,
         None if undo else bias, _mask_bytes(mask, tuple(grad.shape)), dx, d_weight, d_bias,
         *(stride // v for stride in strides), pixels // v, width, chunks,
-        V=v, CHANNELS=channels, ROWS=rows, UNROLL=min(unroll, channels), BLOCK=block, TILES=tiles, ACC=triton_dtype(acc), CHANNELS_LAST=channels_last,
-        IN_SQUEEZED=squeeze and not undo, OUT_SQUEEZED=squeeze and undo, BEFORE=undo, AFTER=not undo, NEXT=mask is not None,
+        V=v, CHANNELS=channels, ROWS=rows, UNROLL=min(unroll, channels), BLOCK=block, TILES=tiles,
+        ACC=triton_dtype(acc), CHANNELS_LAST=channels_last, IN_SQUEEZED=squeeze and not undo, OUT_SQUEEZED=squeeze and undo,
+        BEFORE=undo, AFTER=not undo, NEXT=mask is not None,
         RECOMPUTE=recompute, WIDE=is_wide(channels * pixels, channels * block * tiles),
     )  # fmt: skip
     total = d_bias.sum(dim=0)
@@ -420,8 +423,8 @@ class ChannelMix(torch.autograd.Function):
         return y, masked
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("channel_mix")
         _, weight, _, bias, _ = ctx.saved_tensors
         dx, d_weight, d_bias = _backward(grad, grad_masked, *ctx.saved_tensors, *ctx.flags)
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, None, None, None, None

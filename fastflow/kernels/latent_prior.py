@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from fastflow.kernels._launch import cdiv, elements, is_wide, kernel, launch, locate, sum_rows, triton_dtype, vector_width
-from fastflow.kernels._library import accumulator, check_dtype, register, sum_per_sample, takes_reference
+from fastflow.kernels._library import (
+    accumulator,
+    check_dtype,
+    refuse_second_derivative,
+    register,
+    sum_per_sample,
+    takes_reference,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -48,7 +55,7 @@ def _prior_fwd_kernel(
     b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
     n = elements(n_v, V, WIDE)
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(z_ptr + b * (z_stride_v * V) + offs, mask=offs < n, other=0.0).to(ACC)
+    z = tl.load(z_ptr + b * z_stride_v * V + offs, mask=offs < n, other=0.0).to(ACC)
     tl.store(partial_ptr + b * n_chunks + chunk, tl.sum(z * z, axis=0))
 
 
@@ -61,7 +68,7 @@ def _prior_bwd_kernel(
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = offs < n
     grad = tl.load(grad_ptr + b)
-    z = tl.load(z_ptr + b * (z_stride_v * V) + offs, mask=inside, other=0.0).to(grad.dtype)
+    z = tl.load(z_ptr + b * z_stride_v * V + offs, mask=inside, other=0.0).to(grad.dtype)
     tl.store(dz_ptr + b * n + offs, (-z * grad).to(dz_ptr.dtype.element_ty), mask=inside)
 
 
@@ -138,8 +145,8 @@ class LatentPrior(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        refuse_second_derivative("latent_prior")
         (z,) = ctx.saved_tensors
         out: Tensor = _backward(grad, z)
         return out

@@ -38,8 +38,8 @@ def unsqueeze2x2_reference(y: Tensor) -> Tensor:
 
 
 # -- kernels --------------------------------------------------------------------------------------------------------------
-# One program moves BLOCK pixels of the squeezed image for one of its four-channel groups and one row parity: two rows of channels,
-# which lie interleaved in the large image. `pixels` and `width` are those of the squeezed image.
+# One program moves BLOCK pixels of the squeezed image for one of its four-channel groups and one row parity: two rows of
+# channels, which lie interleaved in the large image. `pixels` and `width` are those of the squeezed image.
 
 
 @kernel
@@ -76,13 +76,13 @@ def _squeeze_kernel(
     large = group * 4 * pixels + _large_offsets(j, width_v, row, V)
     small = (group * 4 + 2 * row) * pixels + p
     if UNDO:
-        x_ptr += b * (x_stride_v * V)
+        x_ptr += b * x_stride_v * V
         y_ptr += b * groups * 4 * pixels
         even = tl.load(x_ptr + small, mask=p < pixels, other=0.0)
         odd = tl.load(x_ptr + small + pixels, mask=p < pixels, other=0.0)
         tl.store(y_ptr + large, tl.reshape(tl.join(even, odd), (2 * BLOCK,)), mask=j < 2 * pixels)
     else:
-        x_ptr += b * (x_stride_v * V)
+        x_ptr += b * x_stride_v * V
         y_ptr += b * groups * 4 * pixels
         pair = tl.load(x_ptr + large, mask=j < 2 * pixels, other=0.0)
         even, odd = tl.split(tl.reshape(pair, (BLOCK, 2)))
@@ -99,7 +99,8 @@ def _move(x: Tensor, y: Tensor, groups: int, height: int, width: int, undo: bool
         pixels = height * width
         chunks, v = cdiv(pixels, BLOCK), vector_width(width, x.stride(0))
         launch(
-            _squeeze_kernel, x.shape[0] * groups * 2 * chunks, x, 4, x, y, x.stride(0) // v, groups, width // v, pixels // v, chunks,
+            _squeeze_kernel, x.shape[0] * groups * 2 * chunks, x, 4,
+            x, y, x.stride(0) // v, groups, width // v, pixels // v, chunks,
             V=v, BLOCK=BLOCK, UNDO=undo, WIDE=is_wide(4 * groups * pixels, 2 * BLOCK),
         )  # fmt: skip
     return y

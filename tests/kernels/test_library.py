@@ -1,0 +1,204 @@
+"""Registered ops: schema and fake implementations, the choice of a backend, what is imported when, compile and export."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import build, images, labels
+from torch._dynamo.backends.common import aot_autograd
+
+from fastflow import FlowConfig, kernels
+from fastflow.kernels import _library
+
+OPS = torch.ops.fastflow
+
+
+def rand(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def cases():
+    x, raw, shift = (rand(2, 3, 4, 6, seed=i) for i in range(3))
+    mask = torch.rand(3, 4, 6) > 0.5
+    one = rand(2, 1, 4, 6)
+    plane, pair, logdet = mask[:1], torch.tensor([1.5, 0.2]), rand(2)
+    weight, bias = rand(3, 3), rand(3)
+    last = x.contiguous(memory_format=torch.channels_last)
+    large, none = rand(2, 1, 4, 6), torch.empty(0)
+    yield OPS.affine_coupling, (x, raw, shift, mask, None, None, 0.5, False, None)
+    yield OPS.affine_coupling, (last, raw, shift, mask, ~mask, None, 0.5, True, torch.bfloat16)
+    yield OPS.affine_coupling, (one, one, one, plane, ~plane, pair, 0.5, False, torch.float32)
+    yield OPS.affine_coupling_backward, (x, logdet, none, x, raw, shift, mask, None, None, 0.5, False, True)
+    yield OPS.affine_coupling_backward, (one, logdet, one, one, one, one, plane, plane, pair, 0.5, True, False)
+    yield OPS.channel_mix, (x, weight, bias, None, False, False, None)
+    yield OPS.channel_mix, (last, weight, bias, mask, False, False, torch.bfloat16)
+    yield OPS.channel_mix, (large, rand(4, 4), rand(4), None, True, False, None)
+    yield OPS.channel_mix, (rand(2, 4, 2, 3), rand(4, 4), rand(4), None, True, True, None)
+    yield OPS.channel_mix_backward, (x, none, x, weight, weight, bias, None, False, False, False)
+    yield OPS.channel_mix_backward, (x, x, x, weight, weight, bias, mask, False, False, True)
+    yield OPS.channel_mix_backward, (rand(2, 4, 2, 3), none, large, rand(4, 4), rand(4, 4), rand(4), None, True, False, False)
+    yield OPS.channel_mix_backward, (large, none, rand(2, 4, 2, 3), rand(4, 4), rand(4, 4), rand(4), None, True, True, False)
+    yield OPS.squeeze2x2, (large,)
+    yield OPS.unsqueeze2x2, (rand(2, 4, 2, 3),)
+    yield OPS.latent_prior, (rand(3, 50),)
+    yield OPS.latent_prior_backward, (rand(3), rand(3, 50))
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: str(case[0]).rpartition(".")[2])
+@pytest.mark.parametrize("kernel", [False, True], ids=["reference", "triton"])
+def test_opcheck(case, kernel, request):
+    if kernel:
+        request.getfixturevalue("device")
+    op, arguments = case
+    torch.library.opcheck(op, arguments)
+
+
+def test_every_op_is_checked():
+    registered = {
+        name.removeprefix("fastflow::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastflow::")
+    }
+    assert registered == {str(op).rpartition(".")[2] for op, _ in cases()}
+
+
+# -- backends -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend():
+    yield kernels.set_backend
+    kernels.set_backend("auto")
+
+
+def test_backend_names(backend):
+    backend("reference")
+    assert kernels.get_backend() == "reference" and _library.explain("cuda")[0] == "reference"
+    with pytest.raises(ValueError, match="auto, triton, reference, got 'cuda'"):
+        backend("cuda")
+
+
+def test_triton_refuses_a_cpu_without_the_interpreter(backend):
+    backend("triton")
+    with pytest.raises(ValueError, match="no CUDA device"):
+        kernels.latent_prior(torch.zeros(1, 2))
+    backend("auto")
+    assert torch.isfinite(kernels.latent_prior(torch.zeros(1, 2)))
+
+
+def test_the_reference_has_every_derivative(backend):
+    backend("reference")
+    values = [rand(1, 2, 2, 2, seed=i, dtype=torch.float64).requires_grad_() for i in range(3)]
+    mask = torch.rand(2, 2, 2) > 0.5
+    assert torch.autograd.gradgradcheck(lambda *v: kernels.affine_coupling(*v, mask), values)
+
+
+def test_devices_are_not_mixed():
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="shift must be on the device of x, cpu, got meta"):
+        kernels.affine_coupling(x, x, x.to("meta"), torch.zeros(1, 2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="weight must be on the device"):
+        kernels.channel_mix(x, torch.eye(1, device="meta"), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"mask must be bool.*got \(1, 2, 2\) torch.float32; convert"):
+        kernels.affine_coupling(x, x, x, torch.zeros(1, 2, 2))
+    with pytest.raises(ValueError, match="float16, bfloat16, float32 or float64"):
+        kernels.latent_prior(torch.zeros(1, 2).to(torch.float8_e4m3fn))
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_triton_is_imported_at_the_first_launch():
+    code = (
+        "import sys, torch\nfrom fastflow import kernels\nx = torch.zeros(1, 2)\nkernels.latent_prior(x)\n"
+        "print('triton' in sys.modules)\nimport os\nos.environ['TRITON_INTERPRET'] = '1'\nkernels.latent_prior(x)\n"
+        "print('triton' in sys.modules)"
+    )
+    assert run_python(code).split() == ["False", "True"]
+
+
+def test_works_without_triton():
+    code = (
+        "import sys, torch, importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\nsys.modules['triton'] = None\n"
+        "from fastflow import kernels\nfrom fastflow.kernels import _library\nx = torch.ones(1, 1, 2, 2, requires_grad=True)\n"
+        "kernels.channel_mix(x, torch.eye(4), torch.zeros(4), squeeze=True).sum().backward()\n"
+        "print(_library.explain('cuda'), x.grad.sum().item())"
+    )
+    assert run_python(code) == "('reference', 'Triton is not installed') 4.0"
+
+
+def test_the_environment_sets_the_backend():
+    code = "from fastflow import kernels\nprint(kernels.get_backend())"
+    assert run_python(code, FASTFLOW_BACKEND="reference") == "reference"
+
+
+# -- compile and export ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_compiled_model_scores_the_same(task):
+    model = build(FlowConfig.tiny(3, task=task), dtype=torch.float32)
+    x, y = images(model.config, 4, dtype=torch.float32), labels(model.config, 4)
+    seen = set()
+
+    def note(graph, _):
+        seen.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend=aot_autograd(fw_compiler=note))
+    with torch.no_grad():
+        assert torch.allclose(compiled(x, y), model.log_prob(x, y), rtol=1e-6)
+    ops = {"channel_mix", "latent_prior"} | ({"affine_coupling"} if task == "generation" else set())
+    assert {f"fastflow.{op}.default" for op in ops} <= seen
+
+
+@pytest.mark.slow
+def test_compiled_gradients_are_the_same():
+    model = build(FlowConfig.tiny(3, task="generation"))
+    x, y = images(model.config, 4), labels(model.config, 4)
+    parameters = list(model.parameters())
+    want = torch.autograd.grad(model.log_prob(x, y).sum(), parameters, allow_unused=True)
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x, y).sum(), parameters, allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.allclose(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_inductor_scores_the_same():
+    model = build(FlowConfig.tiny(3), dtype=torch.float32)
+    x, y = images(model.config, 4, dtype=torch.float32), labels(model.config, 4)
+    with torch.no_grad():
+        want = model.log_prob(x, y)
+        got = torch.compile(model.log_prob, fullgraph=True)(x, y)
+    assert torch.allclose(got, want, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_exported_graphs_hold_no_op_of_ours(task):
+    class LogProb(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, y):
+            return self.model.log_prob(x, y)
+
+    model = build(FlowConfig.tiny(3, task=task), dtype=torch.float32)
+    x, y = images(model.config, 4, dtype=torch.float32), labels(model.config, 4)
+    batch = torch.export.Dim("batch", min=3, max=64)
+    program = torch.export.export(LogProb(model), (x, y), dynamic_shapes=({0: batch}, {0: batch}))
+    assert all("fastflow" not in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    more = images(model.config, 7, seed=3, dtype=torch.float32)
+    want = model.log_prob(more, labels(model.config, 7))
+    assert torch.allclose(program.module()(more, labels(model.config, 7)), want, rtol=1e-6)
