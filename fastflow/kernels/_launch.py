@@ -7,6 +7,7 @@ kernels starts. Programs are numbered on grid axis 0 alone, since axes 1 and 2 e
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -65,6 +66,7 @@ def _load_module(name: str) -> None:
         namespace[key] = item.load()
 
 
+@functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed; does not import it."""
     return importlib.util.find_spec("triton") is not None

@@ -228,10 +228,10 @@ class _Tile(NamedTuple):
 
 
 def _forward_tile(channels: int, acc: torch.dtype) -> _Tile:
-    """16 accumulators a thread; fewer in float64."""
+    """At most 32 accumulators a thread; fewer in float64."""
     rows = power_of_two(channels)
-    block, warps = {1: (1024, 4), 2: (1024, 4), 4: (512, 4), 8: (256, 4), 16: (128, 4), 32: (64, 4), 64: (64, 8)}[rows]
-    return _Tile(rows, block // 2 if acc == torch.float64 else block, warps, 4 if rows <= 4 else 2)
+    block, warps = {1: (1024, 4), 2: (1024, 4), 4: (512, 4), 8: (256, 4), 16: (256, 4), 32: (64, 4), 64: (64, 8)}[rows]
+    return _Tile(rows, block // 2 if acc == torch.float64 else block, warps, 4 if rows <= 4 else 2 if rows <= 8 else 1)
 
 
 def _backward_tile(channels: int, acc: torch.dtype) -> _Tile:
