@@ -68,4 +68,8 @@ def _ops(device: str) -> dict[str, str]:
     for op in _library.OPS_WITH_KERNELS:
         limit = f"; above {MAX_CHANNELS} channels a batched matrix product" if op.startswith("channel_") else ""
         facts[f"op {op}"] = f"{implementation}: {why}{limit if implementation == 'triton' else ''}"
-    return facts | {f"op {op}": "reference: no Triton kernel in this version" for op in _library.OPS_WITHOUT_KERNELS}
+    for op in _library.OPS_WITHOUT_KERNELS:
+        facts[f"op {op}"] = "reference: no Triton kernel in this version"
+    if implementation == "triton":
+        facts["op coupling_head"] = "dense heads by torch, then the kernel of affine_coupling"
+    return facts
