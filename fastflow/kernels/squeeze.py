@@ -75,15 +75,13 @@ def _squeeze_kernel(
     j = 2 * chunk * BLOCK + tl.arange(0, 2 * BLOCK)
     large = group * 4 * pixels + _large_offsets(j, width_v, row, V)
     small = (group * 4 + 2 * row) * pixels + p
+    x_ptr += b * x_stride_v * V
+    y_ptr += b * groups * 4 * pixels
     if UNDO:
-        x_ptr += b * x_stride_v * V
-        y_ptr += b * groups * 4 * pixels
         even = tl.load(x_ptr + small, mask=p < pixels, other=0.0)
         odd = tl.load(x_ptr + small + pixels, mask=p < pixels, other=0.0)
         tl.store(y_ptr + large, tl.reshape(tl.join(even, odd), (2 * BLOCK,)), mask=j < 2 * pixels)
     else:
-        x_ptr += b * x_stride_v * V
-        y_ptr += b * groups * 4 * pixels
         pair = tl.load(x_ptr + large, mask=j < 2 * pixels, other=0.0)
         even, odd = tl.split(tl.reshape(pair, (BLOCK, 2)))
         tl.store(y_ptr + small, even, mask=p < pixels)
