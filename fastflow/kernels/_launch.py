@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,13 +34,10 @@ class Kernel:
 
     def load(self) -> Any:
         """The kernel as Triton's object; imports Triton, and builds nothing before it is started."""
-        if self.compiled is None:
-            _load_module(self.fn.__module__)
+        with _loading:
+            if self.compiled is None:
+                _load_module(self.fn.__module__)
         return self.compiled
-
-    @property
-    def name(self) -> str:
-        return self.fn.__name__
 
 
 def kernel(fn: Callable[..., Any]) -> Any:
@@ -47,7 +45,8 @@ def kernel(fn: Callable[..., Any]) -> Any:
     return Kernel(fn)
 
 
-_kernels: dict[str, dict[str, Kernel]] = {}
+# Backward passes run in threads of their own. Re-entrant, since loading a module loads the parts that it imports.
+_loading = threading.RLock()
 
 
 def _load_module(name: str) -> None:
@@ -56,11 +55,11 @@ def _load_module(name: str) -> None:
 
     namespace = vars(sys.modules[name])
     found = {key: value for key, value in namespace.items() if isinstance(value, Kernel)}
-    own = _kernels.setdefault(name, {key: value for key, value in found.items() if value.fn.__module__ == name})
     namespace["tl"] = triton.language
-    for item in own.values():
-        arguments = item.fn.__code__.co_varnames[: item.fn.__code__.co_argcount]
-        item.compiled = triton.jit(item.fn, do_not_specialize=[n for n in UNSPECIALIZED if n in arguments])
+    for item in found.values():
+        if item.fn.__module__ == name:
+            arguments = item.fn.__code__.co_varnames[: item.fn.__code__.co_argcount]
+            item.compiled = triton.jit(item.fn, do_not_specialize=[n for n in UNSPECIALIZED if n in arguments])
     for key, item in found.items():
         # A kernel calls another by its name in the module, where Triton must find its own object.
         namespace[key] = item.load()

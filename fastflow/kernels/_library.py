@@ -193,6 +193,11 @@ def laid_out(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=memory_format(channels_last))
 
 
+def mask_bytes(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """A mask for samples of `shape` (B, C, H, W) as contiguous (C, H, W) bytes; None for None."""
+    return None if mask is None else mask.expand(shape[1:]).contiguous().view(torch.uint8)
+
+
 # -- checks ---------------------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from fastflow.kernels._library import (
     empty_image,
     is_channels_last,
     laid_out,
+    mask_bytes,
     memory_format,
     refuse_second_derivative,
     register,
@@ -53,18 +54,12 @@ def affine_coupling_reference(
     x: Tensor, raw_scale: Tensor, shift: Tensor, mask: Tensor, bound: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The definition, in plain ATen. The passive part comes back bit for bit: it is multiplied by exp(0) and 0 is added."""
-    y, s = _couple(x, raw_scale, shift, mask, bound, inverse)
-    return y.to(x.dtype), -sum_per_sample(s) if inverse else sum_per_sample(s)
-
-
-def _couple(x: Tensor, raw_scale: Tensor, shift: Tensor, mask: Tensor, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(result, s), both wide."""
     wide = accumulator(x.dtype)
     s = (bound * torch.tanh(raw_scale.to(wide))).masked_fill(mask, 0.0)
     t = shift.to(wide).masked_fill(mask, 0.0)
     if inverse:
-        return (x.to(wide) - t) * torch.exp(-s), s
-    return torch.addcmul(t, x.to(wide), torch.exp(s)), s
+        return ((x.to(wide) - t) * torch.exp(-s)).to(x.dtype), -sum_per_sample(s)
+    return torch.addcmul(t, x.to(wide), torch.exp(s)).to(x.dtype), sum_per_sample(s)
 
 
 def finish_step_reference(
@@ -290,11 +285,6 @@ def _block(n: int, acc: torch.dtype) -> int:
     return 2048 if n > 8192 and acc == torch.float32 else 1024
 
 
-def _bytes(mask: Tensor, shape: torch.Size) -> Tensor:
-    """A mask as (C, H, W) bytes."""
-    return mask.expand(shape[1:]).contiguous().view(torch.uint8)
-
-
 def _conditioner_layout(raw_scale: Tensor, shift: Tensor, channels_last: bool) -> tuple[Tensor, Tensor, bool]:
     """Raw scale and shift in one layout, their own where they share one, else that of x: (raw_scale, shift, channels_last)."""
     own = is_channels_last(raw_scale)
@@ -327,7 +317,7 @@ def _coupling_launch(
     partial = torch.empty(batch, chunks, dtype=acc, device=x.device)
     launch(
         _coupling_fwd_kernel, batch * chunks, x, 4,
-        x, raw_scale, shift, _bytes(mask, x.shape), None if next_mask is None else _bytes(next_mask, x.shape), affine,
+        x, raw_scale, shift, mask_bytes(mask, x.shape), mask_bytes(next_mask, x.shape), affine,
         y, None if next_mask is None else masked, partial,
         x.stride(0) // v, raw_scale.stride(0) // v, shift.stride(0) // v, n // v, chunks, c, h * w,
         V=v, BLOCK=block, ACC=triton_dtype(acc), BOUND=bound, INVERSE=inverse, CHANNELS_LAST=channels_last,
@@ -369,7 +359,7 @@ def _coupling_backward_launch(
     partial = saved.new_empty(0, dtype=acc) if affine is None else saved.new_empty(batch * chunks, 2, dtype=acc)
     launch(
         _coupling_bwd_kernel, batch * chunks, saved, 4,
-        saved, raw_scale, shift, _bytes(mask, saved.shape), None if next_mask is None else _bytes(next_mask, saved.shape), affine,
+        saved, raw_scale, shift, mask_bytes(mask, saved.shape), mask_bytes(next_mask, saved.shape), affine,
         grad_y, grad_logdet.contiguous(), None if next_mask is None else grad_masked, dx, draw, dshift,
         None if affine is None else partial,
         *(stride // v for stride in strides[:4]), strides[-1] // v, n // v, chunks, c, h * w,

@@ -31,6 +31,7 @@ from fastflow.kernels._library import (
     full_precision,
     is_channels_last,
     laid_out,
+    mask_bytes,
     memory_format,
     refuse_second_derivative,
     register,
@@ -241,7 +242,7 @@ def _backward_tile(channels: int, acc: torch.dtype) -> _Tile:
     return _Tile(rows, block // 2 if acc == torch.float64 else block, warps, 4 if rows <= 2 else 2 if rows <= 16 else 1)
 
 
-# Pixels per program of the backward kernel: its partial sums of the weight's gradient are C' / (1.5 SPAN) of what it reads.
+# Pixels per program of the backward kernel: its partial sums of the weight's gradient are C' / (1.5 SPAN) of what it moves.
 SPAN = 1024
 
 
@@ -288,7 +289,7 @@ def _mix_launch(
     weight, bias = weight.to(acc).contiguous(), bias.to(acc).contiguous()
     launch(
         _mix_fwd_kernel, shape[0] * chunks, x, warps,
-        x, weight, bias if undo else None, None if undo else bias, _mask_bytes(mask, shape), y, None if mask is None else masked,
+        x, weight, bias if undo else None, None if undo else bias, mask_bytes(mask, shape), y, None if mask is None else masked,
         x.stride(0) // v, pixels // v, width, chunks,
         V=v, CHANNELS=channels, ROWS=rows, UNROLL=min(unroll, channels), BLOCK=block, ACC=triton_dtype(acc),
         CHANNELS_LAST=channels_last, IN_SQUEEZED=squeeze and not undo, OUT_SQUEEZED=squeeze and undo,
@@ -296,10 +297,6 @@ def _mix_launch(
         WIDE=is_wide(channels * pixels, channels * block),
     )  # fmt: skip
     return y, masked
-
-
-def _mask_bytes(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    return None if mask is None else mask.expand(shape[1:]).contiguous().view(torch.uint8)
 
 
 def _mix_backward_launch(
@@ -330,7 +327,7 @@ def _mix_backward_launch(
     launch(
         _mix_bwd_kernel, parts, grad, warps,
         grad, None if mask is None else grad_masked, saved, weight, rebuild if recompute else None, bias if undo else None,
-        None if undo else bias, _mask_bytes(mask, tuple(grad.shape)), dx, d_weight, d_bias,
+        None if undo else bias, mask_bytes(mask, tuple(grad.shape)), dx, d_weight, d_bias,
         *(stride // v for stride in strides), pixels // v, width, chunks,
         V=v, CHANNELS=channels, ROWS=rows, UNROLL=min(unroll, channels), BLOCK=block, TILES=tiles,
         ACC=triton_dtype(acc), CHANNELS_LAST=channels_last, IN_SQUEEZED=squeeze and not undo, OUT_SQUEEZED=squeeze and undo,
