@@ -31,8 +31,18 @@ from torch import Tensor
 
 from fastflow.kernels import _launch
 from fastflow.kernels.affine_coupling import _coupling_backward_launch, _coupling_launch
+from fastflow.kernels.attention_pool import (
+    _channels_backward_launch,
+    _channels_launch,
+    _gates_backward_launch,
+    _gates_launch,
+    _pixels_backward_launch,
+    _pixels_launch,
+)
 from fastflow.kernels.channel_mix import _mix_backward_launch, _mix_launch
+from fastflow.kernels.coupling_head import _head_backward_launch, _head_launch
 from fastflow.kernels.latent_prior import _prior_backward_launch, _prior_launch
+from fastflow.kernels.norm_film_act import _norm_backward_launch, _norm_launch
 from fastflow.kernels.squeeze import _squeeze_launch, _unsqueeze_launch
 
 TABLE = Path(__file__).with_name("aot.csv")
@@ -130,6 +140,100 @@ def _mix(
             )
 
 
+def _head_cases() -> Iterator[Callable[[], Any]]:
+    for (stream, net), inverse, following in itertools.product(DTYPES, (False, True), ("nothing", "next", "affine")):
+        # The other dtypes on the smallest and on the largest program.
+        if (stream, net) in ((F32, F32), (F32, BF16)) or (inverse, following) in ((False, "next"), (True, "affine")):
+            yield from _head((32, 1 if following == "affine" else 16, 32, 32), stream, net, inverse, following)
+    for stream, net in ((F32, F32), (F32, BF16)):
+        # Batches, images and features that are no multiple of a block.
+        yield from _head((3, 1, 23, 23), stream, net, False, "affine")
+        yield from _head((3, 16, 23, 23), stream, net, False, "next", features=48)
+
+
+def _head(
+    shape: tuple[int, ...], stream: torch.dtype, net: torch.dtype, inverse: bool, following: str, features: int = 64
+) -> Iterator[Callable[[], Any]]:
+    batch, size, wide = shape[0], shape[1] * shape[2] * shape[3], F64 if stream == F64 else F32
+    x, masked, logdet = _image(shape, stream), _image(shape, net), torch.empty(batch, dtype=wide)
+    # Weights stay in the stream's dtype under autocast.
+    f, weight, table = (
+        torch.empty(s, dtype=d) for s, d in (((batch, features), net), ((size, features), stream), ((7, size), net))
+    )
+    rows, mask, order = torch.zeros(batch, dtype=torch.int64), torch.zeros(shape[1:], dtype=torch.bool), torch.arange(size)
+    rest = (x, f, f, weight, weight, table, table, rows, mask, order.to(torch.int32), size // 2)
+    end = (None if following == "nothing" else mask, torch.ones(2, dtype=wide) if following == "affine" else None, 0.5, inverse)
+    yield lambda: _head_launch(*rest, *end, net, False)
+    yield lambda: _head_backward_launch(x, logdet, masked, logdet, *rest, *end)
+
+
+def _norm_cases() -> Iterator[Callable[[], Any]]:
+    # One shape for each size of tile, the last two larger than one; whatever else changes the program on the first alone.
+    shapes = [(16, 46, 46), (32, 23, 23), (64, 12, 12), (128, 6, 6), (256, 3, 3), (16, 184, 184), (64, 92, 92)]
+    for dtype, (i, shape) in itertools.product((F32, BF16, F16, F64), enumerate(shapes)):
+        if dtype in (F16, F64) and i not in (0, 1, 5):
+            continue
+        yield from _norm(shape, dtype, False, 0.0, False)
+        if i in (0, 5):
+            yield from _norm(shape, dtype, True, 0.3, False)
+        if i in (0, 1, 5) and dtype in (F32, BF16):
+            yield from _norm(shape, dtype, False, 0.3, False)
+            yield from _norm(shape, dtype, True, 0.0, False)
+            yield from _norm(shape, dtype, True, 0.3, True)
+
+
+def _norm(
+    shape: tuple[int, int, int], dtype: torch.dtype, residual: bool, dropout: float, last: bool
+) -> Iterator[Callable[[], Any]]:
+    x = _image((2, *shape), dtype, last)
+    wide = F64 if dtype == F64 else F32
+    tables, rows = [torch.empty(7, shape[0], dtype=wide) for _ in range(2)], torch.zeros(2, dtype=torch.int64)
+    keys = torch.zeros(2, dtype=torch.int32) if dropout else None
+    rest = (*tables, rows, x if residual else None, keys, 8)
+    stats = torch.empty(2, 8, 2, dtype=wide)
+    yield lambda: _norm_launch(x, *rest, 1e-5, dropout, dtype)
+    yield lambda: _norm_backward_launch(x, x, stats, *rest, dropout)
+
+
+def _pool_cases() -> Iterator[Callable[[], Any]]:
+    # A plane within one chunk, and a larger one; what inference leaves out, and other layouts, on two dtypes alone.
+    for dtype, logits in ((F32, F32), (BF16, F32), (BF16, BF16), (F16, F16), (F64, F64)):
+        yield from _pool((2, 16, 92, 92), dtype, logits, False)
+        if (dtype, logits) in ((F32, F32), (BF16, BF16)):
+            yield from _pool((2, 16, 92, 92), dtype, logits, True)
+            yield from _pool((2, 32, 32, 32), dtype, logits, False)
+            yield from _pool_without((2, 32, 32, 32), dtype, logits)
+    # Planes that are no multiple of a vector, the largest plane, and more channels than a tile holds.
+    for shape in ((2, 32, 23, 23), (2, 32, 184, 184), (2, 256, 6, 6)):
+        yield from _pool(shape, F32, F32, False)
+    yield from _pool((2, 256, 6, 6), F32, F32, True)
+
+
+def _pool(shape: tuple[int, ...], dtype: torch.dtype, net: torch.dtype, last: bool) -> Iterator[Callable[[], Any]]:
+    batch, channels, h, w = shape
+    x, logits, spatial = _image(shape, dtype, last), torch.empty(batch, channels, dtype=net), _image((batch, 1, h, w), net)
+    first, places = (torch.empty(size, dtype=torch.int32) for size in ((batch, channels), (batch, h, w)))
+    yield lambda: _pixels_launch(x, True, True)
+    yield lambda: _pixels_backward_launch(torch.empty(2, batch, channels, dtype=dtype), first, x, h, w, last)
+    yield lambda: _channels_launch(x, logits, True)
+    yield lambda: _channels_backward_launch(_image((batch, 2, h, w), dtype), x, logits, places, x)
+    yield lambda: _gates_launch(x, logits, spatial)
+    yield lambda: _gates_backward_launch(x, x, logits, spatial)
+
+
+def _pool_without(shape: tuple[int, ...], dtype: torch.dtype, net: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Poolings without a maximum, without its place, and of an x that nothing else reads."""
+    batch, channels, h, w = shape
+    x, logits = _image(shape, dtype), torch.empty(batch, channels, dtype=net)
+    grad, first = torch.empty(2, batch, channels, dtype=dtype), torch.empty(batch, channels, dtype=torch.int32)
+    yield lambda: _pixels_launch(x, True, False)
+    yield lambda: _pixels_launch(x, False, False)
+    yield lambda: _pixels_backward_launch(grad[:1], None, x, h, w, False)
+    yield lambda: _pixels_backward_launch(grad, first, None, h, w, False)
+    yield lambda: _channels_launch(x, logits, False)
+    yield lambda: _channels_backward_launch(_image((batch, 2, h, w), dtype), x, logits, first.new_empty(batch, h, w), None)
+
+
 def _other_cases() -> Iterator[Callable[[], Any]]:
     for dtype in (F32, BF16, F16, F64):
         z, grad = torch.empty(2, 4096, dtype=dtype), torch.empty(2, dtype=F64 if dtype == F64 else F32)
@@ -141,7 +245,7 @@ def _other_cases() -> Iterator[Callable[[], Any]]:
             yield lambda y=y: _unsqueeze_launch(y)
 
 
-CASES = (_coupling_cases, _mix_cases, _other_cases)
+CASES = (_coupling_cases, _mix_cases, _head_cases, _norm_cases, _pool_cases, _other_cases)
 
 
 def builds() -> list[Build]:
@@ -182,7 +286,7 @@ def _specialise(launch: _launch.Launch) -> Build:
     return Build(launch.kernel, launch.module, variant, tuple(signature), tuple(constants), tuple(aligned), launch.num_warps)
 
 
-TYPES = {F32: "fp32", BF16: "bf16", F16: "fp16", F64: "fp64", torch.uint8: "u8"}
+TYPES = {F32: "fp32", BF16: "bf16", F16: "fp16", F64: "fp64", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 
 
 def _variant(signature: list[tuple[str, str]], constants: dict[str, Any], aligned: set[str]) -> str:
@@ -214,7 +318,7 @@ def compile_one(build: Build, target: str) -> Result:
     source = ASTSource(kernel, signature, constants, attributes)
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     # As `launch` does: a warp of an AMD GPU is twice as wide, and has no limit of registers.
-    limit = _launch.register_limit([F64] if any(kind == "*fp64" for _, kind in build.signature) else [])
+    limit = _launch.register_limit([F64] if any(kind == "*fp64" for _, kind in build.signature) else [], build.num_warps)
     options: dict[str, Any] = {} if gpu.backend == "hip" else {"maxnreg": limit}
     warps = max(1, build.num_warps // 2) if gpu.backend == "hip" else build.num_warps
     compiled = triton.compile(source, target=gpu, options={"num_warps": warps, "enable_fp_fusion": True, **options})

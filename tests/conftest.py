@@ -25,8 +25,17 @@ if importlib.util.find_spec("triton") is not None:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
-        import triton.language  # noqa: F401
+        import triton.language as tl
+        from triton.runtime import interpreter
 
+        def call_from_a_kernel(self, *args, **kwargs):
+            # Triton 3.7 patches its whole language again at every call of one kernel from another, which takes milliseconds.
+            modules = [value for value in self.fn.__globals__.values() if value is tl or value is tl.core]
+            if any(tl.core.is_builtin(module.load) for module in modules):
+                interpreter._patch_lang(self.fn)
+            return self.rewrite()(*args, **kwargs)
+
+        interpreter.InterpretedFunction.__call__ = call_from_a_kernel
         del os.environ["TRITON_INTERPRET"]
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 # Arguments that differ between shapes without saying anything about alignment: one build serves all their values.
-UNSPECIALIZED = ("n_chunks", "channels", "pixels", "width")
+UNSPECIALIZED = ("n_chunks", "channels", "pixels", "width", "batch")
 
 
 class Kernel:
@@ -152,14 +152,17 @@ def launch(item: Any, programs: int, device_of: Tensor, num_warps: int, *values:
         # A warp of an AMD GPU is twice as wide, and the table counts threads.
         options["num_warps"] = max(1, num_warps // 2) if torch.version.hip else num_warps
     if torch.version.hip is None:
-        options["maxnreg"] = register_limit(value.dtype for value in values if isinstance(value, Tensor))
+        options["maxnreg"] = register_limit((value.dtype for value in values if isinstance(value, Tensor)), num_warps)
     with torch.cuda.device_of(device_of) if device_of.is_cuda else contextlib.nullcontext():
         compiled[(programs,)](*values, **constants, **options)
 
 
-def register_limit(dtypes: Iterable[torch.dtype]) -> int:
-    """Registers per thread on NVIDIA GPUs: left to itself, ptxas spills a few bytes for one more block."""
-    return 255 if torch.float64 in dtypes else 168
+def register_limit(dtypes: Iterable[torch.dtype], num_warps: int) -> int:
+    """Registers per thread on NVIDIA GPUs: left to itself, ptxas spills a few bytes for one more block.
+
+    A block's threads share 65,536 registers.
+    """
+    return min(255 if torch.float64 in dtypes else 168, 65_536 // (32 * num_warps))
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

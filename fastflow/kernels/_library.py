@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastflow.kernels._launch import has_triton, interpreted
 
 CHUNK = 4096
 OPS_WITH_KERNELS = (
     "affine_coupling", "coupling_step", "channel_mix", "channel_mix_masked", "channel_unmix", "squeeze2x2", "unsqueeze2x2",
-    "latent_prior",
+    "latent_prior", "coupling_head", "norm_film_act", "pool_pixels", "average_pixels", "pool_channels", "apply_gates",
 )  # fmt: skip
-OPS_WITHOUT_KERNELS = ("norm_film_act", "film_act", "pool_pixels", "pool_channels", "apply_gates", "coupling_head")
+OPS_WITHOUT_KERNELS = ("film_act",)
 BACKENDS = ("auto", "triton", "reference")
 
 _library = torch.library.Library("fastflow", "DEF")
@@ -227,6 +228,36 @@ def check_device(name: str, value: Tensor, x: Tensor) -> None:
     """Raise ValueError unless `value` is on the device of `x`."""
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+
+
+def check_tables(first: tuple[str, Tensor], second: tuple[str, Tensor], columns: int, x: Tensor) -> None:
+    """Raise ValueError unless two named tables are floating-point (K, columns) with one K, on the device of `x`."""
+    (name, table), (other, partner) = first, second
+    if table.ndim != 2 or table.shape[1] != columns or table.shape != partner.shape:
+        raise ValueError(f"{name} and {other} must be (K, {columns}), got {tuple(table.shape)} and {tuple(partner.shape)}")
+    for label, value in (first, second):
+        check_dtype(label, value)
+        check_device(label, value, x)
+
+
+def check_rows(rows: Tensor, batch: int, classes: int, x: Tensor) -> None:
+    """Raise ValueError unless `rows` is (batch,) int64 on the device of `x` and names rows of tables with `classes` rows.
+
+    The values of a tensor are looked at once, however many ops take it: on a CUDA device the look waits for the device. Graphs
+    that are compiled, exported or captured are not looked at.
+    """
+    if tuple(rows.shape) != (batch,) or rows.dtype != torch.int64:
+        raise ValueError(f"rows must be ({batch},) int64, got {tuple(rows.shape)} {rows.dtype}")
+    check_device("rows", rows, x)
+    if torch.compiler.is_compiling() or isinstance(rows, FakeTensor) or rows.is_meta or batch == 0:
+        return
+    state = (classes, rows.data_ptr(), 0 if rows.is_inference() else rows._version)
+    if getattr(rows, "_fastflow_rows", None) == state or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    low, high = (int(value) for value in torch.aminmax(rows))
+    if low < 0 or high >= classes:
+        raise ValueError(f"rows must lie from 0 to {classes - 1}, the rows of the tables, got {low if low < 0 else high}")
+    rows._fastflow_rows = state  # type: ignore[attr-defined]
 
 
 def check_same_shape(name: str, value: Tensor, x: Tensor) -> None:

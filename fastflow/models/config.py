@@ -32,7 +32,8 @@ class FlowConfig:
         scale_bound: b; each log-scale lies in (-b, b).
         dropout: probability in the classification conditioner (the generation conditioner has none).
         condition_from_step: first step whose conditioner sees the label; the steps before it are label-free.
-        reversible: constant-memory training; not available in this version, must be False.
+        reversible: train in activation memory that does not grow with the steps of a scale, for one more evaluation of every
+            conditioner (`fastflow.models.reversible`); results stay the same.
         norm: ``"group"``, or ``"batch"`` for BatchNorm in the generation conditioner's residual blocks (published weights).
         block_size: edge, in pixels, of the blocks of the ``"block_checkerboard"`` mask.
         class_names: K distinct names, or None.
@@ -232,8 +233,8 @@ def _check_choices(config: FlowConfig) -> None:
             raise ValueError(f"masks[{i}] must be one of {', '.join(MASKS)}, got {mask!r}")
     if config.norm == "batch" and config.task != "generation":
         raise ValueError("norm='batch' belongs to the residual blocks of task='generation'; use norm='group' for classification")
-    if config.reversible:
-        raise ValueError("reversible=True is not available in this version; use reversible=False")
+    if config.reversible and config.norm == "batch":
+        raise ValueError("reversible=True needs norm='group': the batch statistics of norm='batch' cannot be replayed")
 
 
 def _check_numbers(config: FlowConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from fastflow import kernels
 from fastflow.errors import UninitializedModelError
 from fastflow.kernels._library import accumulator
 from fastflow.models.conditioners import ClassificationConditioner, GenerationConditioner
-from fastflow.models.conditioners.blocks import Tables, Then, conditioner_dtype
+from fastflow.models.conditioners.blocks import Passive, Tables, Then, conditioner_dtype
 from fastflow.models.config import FlowConfig, Shape
 
 STD_FLOOR = 1e-3
@@ -137,6 +137,18 @@ class InvertibleConv1x1(nn.Module):
         return out
 
 
+Conditioner = ClassificationConditioner | GenerationConditioner
+Keys = tuple[Tensor | None, Tensor | None]
+
+
+class Half(NamedTuple):
+    """One half of a coupling: where its conditioner and that one's tables stand in their lists, and what it keeps."""
+
+    place: int
+    net: Conditioner
+    passive: Passive
+
+
 class AffineCoupling(nn.Module):
     """Two masked affine couplings in a row: the first moves the pixels where the mask is False, the second the others.
 
@@ -150,51 +162,99 @@ class AffineCoupling(nn.Module):
     """
 
     mask: Tensor
-    conditioners: Sequence[ClassificationConditioner | GenerationConditioner]
+    first_order: Tensor
+    second_order: Tensor
+    conditioners: Sequence[Conditioner]
 
     def __init__(self, config: FlowConfig, step: int, shape: Shape, mask: Tensor) -> None:
         super().__init__()
         self.bound = config.scale_bound
         self.register_buffer("mask", mask)
+        # What a mask says, as kernels of the heads read it. Its counts are Python numbers, lest every call wait for the device.
+        self.ordered = config.task == "classification"
+        self.active = (0, 0)
+        for name in ("first_order", "second_order"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int32, device=mask.device), persistent=False)
+        _read_mask(self)
+        self.register_load_state_dict_post_hook(_read_mask)
         conditioner = ClassificationConditioner if config.task == "classification" else GenerationConditioner
         count = 1 if config.share_halves else 2
         # A ModuleList, declared as the sequence that it is.
         self.conditioners = nn.ModuleList(conditioner(config, step, shape) for _ in range(count))  # type: ignore[assignment]
 
-    def halves(self) -> list[tuple[int, Tensor]]:
-        """(index of the conditioner, passive mask) of the two halves in forward order."""
-        return [(0, self.mask), (len(self.conditioners) - 1, ~self.mask)]
+    def halves(self) -> list[Half]:
+        """The two halves in forward order."""
+        masks = (self.mask, ~self.mask)
+        orders = [
+            kernels.PixelOrder(pixels, active) if self.ordered else None
+            for pixels, active in zip((self.first_order, self.second_order), self.active, strict=True)
+        ]
+        nets = (self.conditioners[0], self.conditioners[-1])
+        return [
+            Half(i, net, Passive(mask, order)) for i, net, mask, order in zip((0, -1), nets, masks, orders, strict=True)
+        ]
 
     def tables(self, labels: Tensor) -> list[Tables]:
         """What each conditioner needs to know of `labels` (R,), as tables with R rows."""
         return [net.tables(labels) for net in self.conditioners]
 
+    def draw_keys(self, batch: int, device: torch.device) -> Keys:
+        """What the dropouts of the two halves are drawn from, in forward order."""
+        return self.conditioners[0].draw_keys(batch, device), self.conditioners[-1].draw_keys(batch, device)
+
     def forward(
-        self, x: Tensor, masked: Tensor, tables: list[Tables], rows: Tensor, inverse: bool = False, then: Then | None = None
+        self,
+        x: Tensor,
+        masked: Tensor,
+        tables: list[Tables],
+        rows: Tensor,
+        inverse: bool = False,
+        then: Then | None = None,
+        keys: Keys | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x (B, C, H, W), its masked form for the first conditioner, the table row of each sample (B,), what follows.
 
-        Returns (y, logdet (B,), y masked as `then` says).
+        `keys` are those of `draw_keys`, fresh ones when None. Returns (y, logdet (B,), y masked as `then` says).
         """
-        (first, mask), (second, opposite) = reversed(self.halves()) if inverse else self.halves()
-        x, logdet, between = self.conditioners[first].couple(
-            x, masked, tables[first], rows, mask, self.bound, inverse, Then(opposite)
-        )
+        first, second = zip(self.halves(), keys or self.draw_keys(len(x), x.device), strict=True)
+        if inverse:
+            first, second = second, first
+        x, logdet, between = self._half(*first, x, masked, tables, rows, inverse, Then(second[0].passive.mask))
         assert between is not None
-        x, more, following = self.conditioners[second].couple(
-            x, between, tables[second], rows, opposite, self.bound, inverse, then
-        )
+        x, more, following = self._half(*second, x, between, tables, rows, inverse, then)
         return x, logdet + more, following
+
+    def _half(
+        self,
+        half: Half,
+        keys: Tensor | None,
+        x: Tensor,
+        masked: Tensor,
+        tables: list[Tables],
+        rows: Tensor,
+        inverse: bool,
+        then: Then | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        table = tables[half.place]
+        driven = half.net.encode(masked, table, rows, keys)
+        return half.net.couple(x, driven, table, rows, half.passive, self.bound, inverse, then)
 
     def forward_with_map(self, x: Tensor, tables: list[Tables], rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, but with the log-determinant still spread over its elements: (y, (B, C, H, W))."""
         wide = accumulator(x.dtype)
         spread = torch.zeros_like(x, dtype=wide)
-        for index, mask in self.halves():
-            raw_scale, shift = self.conditioners[index](x.masked_fill(~mask, 0.0), tables[index], rows)
+        for place, net, (mask, _) in self.halves():
+            raw_scale, shift = net(x.masked_fill(~mask, 0.0), tables[place], rows)
             x, _ = kernels.affine_coupling(x, raw_scale, shift, mask, self.bound)
             spread = spread + (self.bound * torch.tanh(raw_scale.to(wide))).masked_fill(mask, 0.0)
         return x, spread
+
+
+def _read_mask(module: AffineCoupling, _: Any = None) -> None:
+    if module.ordered:
+        first, second = kernels.pixel_order(module.mask), kernels.pixel_order(~module.mask)
+        module.first_order, module.second_order = first.pixels, second.pixels
+        module.active = (first.active, second.active)
 
 
 class FlowStep(nn.Module):

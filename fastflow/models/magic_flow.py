@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastflow import kernels
 from fastflow.errors import UninitializedModelError
 from fastflow.kernels._library import accumulator
+from fastflow.models import reversible
 from fastflow.models.attribution import attribution
 from fastflow.models.conditioners.blocks import Tables, Then, conditioner_dtype
 from fastflow.models.config import FlowConfig
@@ -110,7 +111,7 @@ class MagicFlow(nn.Module):
             for module in self.modules():
                 if isinstance(module, FlowStep):
                     module.training = True
-            self._encode(x, *self._tables_for(y))
+            self._encode(x, y)
         finally:
             self.train(was_training)
 
@@ -133,7 +134,7 @@ class MagicFlow(nn.Module):
         """
         x = self._check_images(x)
         y = self._check_labels(y, x.shape[0])
-        return self._encode(x, *self._tables_for(y))
+        return self._encode(x, y)
 
     def inverse(self, z: Tensor, y: Tensor) -> Tensor:
         """Latent to image, the inverse of `forward`.
@@ -177,7 +178,7 @@ class MagicFlow(nn.Module):
                 h = step.unmix(h)
         return h
 
-    def _after(self, i: int, last: int) -> Then | None:
+    def following(self, i: int, last: int) -> Then | None:
         """What the coupling of step i can do of step i + 1, the range ending before `last`."""
         if i + 1 >= last or self.steps[i].split:
             return None
@@ -193,19 +194,31 @@ class MagicFlow(nn.Module):
 
     def label_tables(self, labels: Tensor) -> LabelTables:
         """What the conditioners need to know of `labels` (R,), computed once for any number of images."""
-        free = self.config.condition_from_step
-        nobody = torch.zeros(1, dtype=torch.int64, device=labels.device)
-        steps = [step.coupling.tables(nobody if i < free else labels) for i, step in enumerate(self.steps)]
-        return LabelTables(steps, free)
+        steps = [step.coupling.tables(self.step_labels(i, labels, labels)[0]) for i, step in enumerate(self.steps)]
+        return LabelTables(steps, self.config.condition_from_step)
+
+    def step_labels(self, i: int, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (R,) of the tables of step i, and each sample's row (B,): a single row where the step ignores the label."""
+        if i < self.config.condition_from_step:
+            return torch.zeros(1, dtype=torch.int64, device=labels.device), torch.zeros_like(rows)
+        return labels, rows
+
+    def _rows_for(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels of the tables and each sample's row: one per class, or per sample where there are fewer samples than classes."""
+        if self.config.num_classes <= y.shape[0]:
+            return torch.arange(self.config.num_classes, device=y.device), y
+        return y, torch.arange(y.shape[0], device=y.device)
 
     def _tables_for(self, y: Tensor) -> tuple[LabelTables, Tensor]:
-        """Tables and each sample's row. One row per class, or per sample where there are fewer samples than classes."""
-        if self.config.num_classes <= y.shape[0]:
-            return self.label_tables(torch.arange(self.config.num_classes, device=y.device)), y
-        return self.label_tables(y), torch.arange(y.shape[0], device=y.device)
+        labels, rows = self._rows_for(y)
+        return self.label_tables(labels), rows
 
-    def _encode(self, x: Tensor, tables: LabelTables, rows: Tensor) -> tuple[Tensor, Tensor]:
-        h, splits, logdets = self.run_steps(x, tables, rows, 0, self.config.num_steps)
+    def _encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.reversible and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            h, splits, logdets = reversible.encode(self, x, *self._rows_for(y))
+        else:
+            tables, rows = self._tables_for(y)
+            h, splits, logdets = self.run_steps(x, tables, rows, 0, self.config.num_steps)
         z = torch.cat([block.flatten(1) for block in (h, *splits)], dim=1)
         return z, self.total(logdets)
 
@@ -219,7 +232,7 @@ class MagicFlow(nn.Module):
             step = self.steps[i]
             if masked is None:
                 h, masked = step.mix_masked(h)
-            h, logdet, masked = step.coupling(h, masked, tables.steps[i], tables.rows(i, rows), then=self._after(i, last))
+            h, logdet, masked = step.coupling(h, masked, tables.steps[i], tables.rows(i, rows), then=self.following(i, last))
             logdets.append(logdet.double() + step.mixing_logdet())
             if step.split:
                 h, block = h.chunk(2, dim=1)

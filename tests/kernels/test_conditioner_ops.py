@@ -69,33 +69,3 @@ def test_norm_film_act_refuses(change, words):
     good = {"x": torch.zeros(2, 4, 3, 3), "groups": 2, "gamma": torch.ones(2, 4), "beta": torch.ones(2, 4)}
     with pytest.raises(ValueError, match=words):
         kernels.norm_film_act(**{**good, "rows": torch.zeros(2, dtype=torch.int64), **change})
-
-
-def test_pools_and_gates():
-    x, gate, spatial = rand(2, 5, 3, 4), rand(2, 5, seed=1), rand(2, 1, 3, 4, seed=2)
-    mean, top = kernels.pool_pixels(x)
-    assert torch.allclose(mean, F.adaptive_avg_pool2d(x, 1).flatten(1)) and torch.equal(
-        top, F.adaptive_max_pool2d(x, 1).flatten(1)
-    )
-    gated = x * gate[:, :, None, None]
-    pooled = kernels.pool_channels(x, gate)
-    assert torch.allclose(pooled[:, 0], gated.mean(dim=1)) and torch.equal(pooled[:, 1], gated.amax(dim=1))
-    assert torch.allclose(kernels.apply_gates(x, gate, spatial), gated * spatial)
-
-
-def test_pool_gradients_and_the_first_maximum():
-    x, gate, spatial = rand(2, 3, 2, 3), rand(2, 3, seed=1), rand(2, 1, 2, 3, seed=2)
-    values = [v.requires_grad_() for v in (x, gate, spatial)]
-    assert torch.autograd.gradcheck(kernels.pool_pixels, values[:1])
-    assert torch.autograd.gradcheck(kernels.pool_channels, values[:2])
-    assert torch.autograd.gradcheck(kernels.apply_gates, values)
-    ties = torch.zeros(1, 1, 2, 2, requires_grad=True)
-    kernels.pool_pixels(ties)[1].sum().backward()
-    assert ties.grad.flatten().tolist() == [1.0, 0.0, 0.0, 0.0]
-
-
-def test_gates_refuse():
-    with pytest.raises(ValueError, match="channel_gate"):
-        kernels.pool_channels(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="spatial_gate"):
-        kernels.apply_gates(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3), torch.zeros(2, 1, 4, 5))

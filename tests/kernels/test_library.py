@@ -44,8 +44,36 @@ def cases():
     yield OPS.channel_mix_backward, (large, none, rand(2, 4, 2, 3), rand(4, 4), rand(4, 4), rand(4), None, True, True, False)
     yield OPS.squeeze2x2, (large,)
     yield OPS.unsqueeze2x2, (rand(2, 4, 2, 3),)
+    heads = rand(2, 8), rand(2, 8), rand(24, 8), rand(24, 8), rand(3, 24), rand(3, 24), torch.tensor([2, 0])
+    narrow = [v.bfloat16() if v.is_floating_point() else v for v in heads]
+    order, kept = kernels.pixel_order(plane), rand(4, 24).tanh()
+    yield OPS.coupling_head, (one, *heads, plane, *order, None, None, 0.5, False, None, False)
+    yield OPS.coupling_head, (one, *heads, plane, None, 0, ~plane, pair, 0.5, True, torch.bfloat16, True)
+    yield (
+        OPS.coupling_head,
+        (rand(2, 6, 4, 1)[:, ::2].expand(2, 3, 4, 2), *narrow, mask[:, :, :2], None, 0, None, None, 0.5, False, None, True),
+    )
+    yield OPS.coupling_head_backward, (one, logdet, none, kept, one, *heads, plane, *order, None, None, 0.5, False)
+    yield OPS.coupling_head_backward, (one, logdet, one, kept, one, *narrow, plane, None, 0, ~plane, pair, 0.5, True)
     yield OPS.latent_prior, (rand(3, 50),)
     yield OPS.latent_prior_backward, (rand(3), rand(3, 50))
+    yield from pool_cases(x, last)
+
+
+def pool_cases(x, last):
+    logits, spatial, first = rand(2, 3), rand(2, 1, 4, 6), torch.ones(2, 3, dtype=torch.int32)
+    places, pooled = torch.ones(2, 4, 6, dtype=torch.int32), rand(2, 2, 4, 6)
+    for image in (x, last):
+        yield OPS.pool_pixels, (image, True, True)
+        yield OPS.pool_channels, (image, logits, True)
+        yield OPS.pool_channels_backward, (pooled, image, logits, places, x)
+        yield OPS.apply_gates, (image, logits, spatial)
+        yield OPS.apply_gates_backward, (last, image, logits, spatial)
+    yield OPS.pool_pixels, (x, False, False)
+    yield OPS.pool_pixels_backward, (rand(2, 2, 3), first, last, 4, 6, False)
+    yield OPS.pool_pixels_backward, (rand(1, 2, 3), None, None, 4, 6, True)
+    yield OPS.pool_channels, (x.bfloat16(), logits, False)
+    yield OPS.pool_channels_backward, (pooled.bfloat16(), last.bfloat16(), logits, places, None)
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: str(case[0]).rpartition(".")[2])
@@ -156,7 +184,7 @@ def test_compiled_model_scores_the_same(task):
     compiled = torch.compile(model.log_prob, fullgraph=True, backend=aot_autograd(fw_compiler=note))
     with torch.no_grad():
         assert torch.allclose(compiled(x, y), model.log_prob(x, y), rtol=1e-6)
-    ops = {"channel_mix", "latent_prior"} | ({"affine_coupling"} if task == "generation" else set())
+    ops = {"channel_mix", "latent_prior", "affine_coupling" if task == "generation" else "coupling_head"}
     assert {f"fastflow.{op}.default" for op in ops} <= seen
 
 

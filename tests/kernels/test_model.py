@@ -47,7 +47,8 @@ def test_one_channel_mixes_are_folded_and_conditioner_inputs_written_beside(mode
         model.log_prob(x, y)
     names = [launch.kernel for launch in launches]
     # Step 0 has one channel and step 1 squeezes: a mix each, and two couplings a step.
-    assert names.count("_coupling_fwd_kernel") == 2 * model.config.num_steps
+    coupling = "_coupling_fwd_kernel" if model.config.task == "generation" else "_head_fwd_kernel"
+    assert names.count(coupling) == 2 * model.config.num_steps
     assert names.count("_mix_fwd_kernel") == model.config.num_steps
     assert all(launch.arguments["NEXT"] for launch in launches if launch.kernel == "_mix_fwd_kernel")
     deep = build(FlowConfig.tiny(3, squeeze_before=(4,), split_after=(), task=model.config.task)).to(device)

@@ -34,6 +34,20 @@ class Tables(NamedTuple):
     heads: tuple[Tensor, ...] = ()
 
 
+class Drop(NamedTuple):
+    """A dropout: its probability, and the key (B,) that says which elements of each sample it drops."""
+
+    dropout: float
+    keys: Tensor
+
+
+class Passive(NamedTuple):
+    """What a half of a step keeps: the mask (C, H, W), True = passive, and the order of its pixels for kernels that read it."""
+
+    mask: Tensor
+    order: kernels.PixelOrder | None = None
+
+
 class Then(NamedTuple):
     """What follows a coupling, and is done while its result is at hand.
 
@@ -79,7 +93,7 @@ class FiLM(nn.Module):
 
 
 class NormFiLM(nn.Module):
-    """GroupNorm, FiLM and GELU, with an optional residual added before the GELU."""
+    """GroupNorm, FiLM and GELU, with an optional residual added before the GELU and an optional dropout after it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -92,8 +106,11 @@ class NormFiLM(nn.Module):
         """Its tables for embeddings (R, 128)."""
         return self.film.fold(embedding, self.weight, self.bias)
 
-    def forward(self, x: Tensor, tables: Modulation, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        return kernels.norm_film_act(x, self.groups, tables.gamma, tables.beta, rows, residual)
+    def forward(
+        self, x: Tensor, tables: Modulation, rows: Tensor, residual: Tensor | None = None, drop: Drop | None = None
+    ) -> Tensor:
+        dropout, keys = drop or (0.0, None)
+        return kernels.norm_film_act(x, self.groups, tables.gamma, tables.beta, rows, residual, dropout=dropout, keys=keys)
 
 
 class BatchNormFiLM(nn.Module):
@@ -108,7 +125,11 @@ class BatchNormFiLM(nn.Module):
         """Its tables for embeddings (R, 128)."""
         return self.film.fold(embedding, self.norm.weight, self.norm.bias)
 
-    def forward(self, x: Tensor, tables: Modulation, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: Modulation, rows: Tensor, residual: Tensor | None = None, drop: Drop | None = None
+    ) -> Tensor:
+        if drop is not None:
+            raise ValueError("BatchNormFiLM has no dropout; norm='batch' belongs to the generation conditioner, which has none")
         norm = self.norm
         if self.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -136,9 +157,9 @@ class ResidualBlock(nn.Module):
         """The tables of its two norms."""
         return self.norm1.fold(embedding), self.norm2.fold(embedding)
 
-    def forward(self, x: Tensor, tables: tuple[Modulation, ...], rows: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Modulation, ...], rows: Tensor, drop: Drop | None = None) -> Tensor:
         v = self.norm1(self.conv1(x), tables[0], rows)
-        out: Tensor = self.norm2(self.conv2(v), tables[1], rows, residual=x)
+        out: Tensor = self.norm2(self.conv2(v), tables[1], rows, residual=x, drop=drop)
         return out
 
 
@@ -153,11 +174,11 @@ class CBAM(nn.Module):
         self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One pass of the shared MLP over both poolings.
-        pooled = self.up(F.relu(self.down(torch.stack(kernels.pool_pixels(x)))))
-        channel_gate = torch.sigmoid(pooled.sum(dim=0))
-        spatial_gate = torch.sigmoid(self.spatial(kernels.pool_channels(x, channel_gate)))
-        return kernels.apply_gates(x, channel_gate, spatial_gate)
+        pooled, x = kernels.pool_pixels(x)
+        # The shared MLP's last layer is linear, so the sum over both poolings comes before it.
+        channel_logits = self.up(F.relu(self.down(pooled)).sum(dim=0))
+        pooled, x = kernels.pool_channels(x, channel_logits)
+        return kernels.apply_gates(x, channel_logits, self.spatial(pooled))
 
 
 def one_hot_linear(layer: nn.Linear, labels: Tensor) -> Tensor:

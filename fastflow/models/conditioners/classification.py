@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow import kernels
 from fastflow.kernels.coupling_head import head_reference
+from fastflow.kernels.norm_film_act import dropout_keys
 from fastflow.models.conditioners.blocks import (
     CBAM,
     EMBEDDING,
+    Drop,
     NormFiLM,
+    Passive,
     ResidualBlock,
     Tables,
     Then,
@@ -104,34 +108,50 @@ class ClassificationConditioner(nn.Module):
         )
         return Tables(films, (self.scale.table(e), self.shift.table(e)))
 
-    def encode(self, a: Tensor, tables: Tables, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Masked input (B, C, H, W) -> the features of the scale head and of the shift head, each (B, 64)."""
-        films = tables.films
-        v = self._drop(self.norm1(self.conv1(a), films[0], rows))
-        v = self.cbam2(self.norm2(self.conv2(v), films[1], rows))
-        v = self._drop(self.residual2(v, films[2:4], rows))
-        v = self.cbam3(self.norm3(self.conv3(v), films[4], rows))
-        v = self._drop(self.residual3(v, films[5:7], rows)).flatten(1)
-        return self.scale.features(v), self.shift.features(v)
+    def draw_keys(self, batch: int, device: torch.device) -> Tensor | None:
+        """Keys (3, B) of its three dropouts from the default generator; None where nothing is dropped."""
+        if not self.training or self.dropout == 0:
+            return None
+        return dropout_keys(3 * batch, device).view(3, batch)
 
-    def _drop(self, v: Tensor) -> Tensor:
-        return F.dropout(v, self.dropout, self.training)
+    def encode(self, a: Tensor, tables: Tables, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Masked input (B, C, H, W) -> the features of the scale head and of the shift head, each (B, 64).
+
+        `keys` are those of `draw_keys`: the same keys drop the same elements.
+        """
+        films = tables.films
+        drops = [None] * 3 if keys is None else [Drop(self.dropout, key) for key in keys]
+        v = self.norm1(self.conv1(a), films[0], rows, drop=drops[0])
+        v = self.cbam2(self.norm2(self.conv2(v), films[1], rows))
+        v = self.residual2(v, films[2:4], rows, drop=drops[1])
+        v = self.cbam3(self.norm3(self.conv3(v), films[4], rows))
+        v = self.residual3(v, films[5:7], rows, drop=drops[2]).flatten(1)
+        return self.scale.features(v), self.shift.features(v)
 
     def forward(self, a: Tensor, tables: Tables, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Masked input (B, C, H, W) -> (raw log-scale, shift), each (B, C, H, W)."""
-        scale, shift = self.encode(a, tables, rows)
+        scale, shift = self.encode(a, tables, rows, self.draw_keys(len(a), a.device))
         return (
             head_reference(a, scale, self.scale.image_out.weight, tables.heads[0], rows),
             head_reference(a, shift, self.shift.image_out.weight, tables.heads[1], rows),
         )
 
     def couple(
-        self, x: Tensor, a: Tensor, tables: Tables, rows: Tensor, mask: Tensor, bound: float, inverse: bool, then: Then | None
+        self,
+        x: Tensor,
+        driven: tuple[Tensor, Tensor],
+        tables: Tables,
+        rows: Tensor,
+        passive: Passive,
+        bound: float,
+        inverse: bool,
+        then: Then | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Couple x by what the masked input `a` says: (y, logdet (B,), the input of the conditioner that `then` names)."""
+        """Couple x by what `encode` gave: (y, logdet (B,), the input of the conditioner that `then` names)."""
         weights = (self.scale.image_out.weight, self.shift.image_out.weight)
-        heads = (tables.heads[0], tables.heads[1])
-        arguments = x, self.encode(a, tables, rows), weights, heads, rows, mask
+        arguments = x, driven, weights, (tables.heads[0], tables.heads[1]), rows, passive.mask
         if then is None:
-            return *kernels.coupling_head(*arguments, bound, inverse), None
-        return kernels.coupling_head_step(*arguments, then.mask, bound, inverse, affine=then.affine, dtype=conditioner_dtype(x))
+            return *kernels.coupling_head(*arguments, bound, inverse, passive.order), None
+        return kernels.coupling_head_step(
+            *arguments, then.mask, bound, inverse, affine=then.affine, dtype=conditioner_dtype(x), order=passive.order
+        )

@@ -1,0 +1,244 @@
+"""Reversible training: the same gradients from a rebuilt stream, and what it keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import build, images, labels
+
+from fastflow import FlowConfig, kernels
+from fastflow.models.reversible import run, scales, undo_half
+
+TASKS = ["classification", "generation"]
+
+
+def both(config, dtype=torch.float64, train=True):
+    """The same model in normal and in reversible mode."""
+    model = build(config, dtype=dtype).train(train)
+    other = build(dataclasses.replace(config, reversible=True), dtype=dtype).train(train)
+    other.load_state_dict(model.state_dict())
+    return model, other
+
+
+def gradients(model, x, y, seed=1, autocast=False):
+    """(log-likelihoods, gradients of x and of every parameter) with the dropout of a seed."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+        log_prob = model.log_prob(x, y)
+    return log_prob, torch.autograd.grad(log_prob.sum(), [x, *model.parameters()], allow_unused=True)
+
+
+def largest_error(got, want):
+    """Largest error of a gradient relative to its largest element, or to a millionth of the largest of all.
+
+    Some gradients are zero but for rounding: a bias before a norm.
+    """
+    top = max(float(g.abs().max()) for g in want if g is not None)
+    errors = [0.0]
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            errors.append(float((a - b).abs().max()) / max(float(b.abs().max()), 1e-6 * top))
+    return max(errors)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("changes", [{}, {"share_halves": False}, {"condition_from_step": 2}, {"split_after": ()}], ids=str)
+def test_gradients_are_those_of_the_normal_mode(task, changes):
+    normal, reversible = both(FlowConfig.tiny(3, task=task, **changes))
+    x, y = images(normal.config, 5), labels(normal.config, 5)
+    want, want_grads = gradients(normal, x, y)
+    got, grads = gradients(reversible, x, y)
+    assert torch.allclose(got, want, rtol=1e-13)
+    assert largest_error(grads, want_grads) < 1e-8
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_float32_gradients(task):
+    normal, reversible = both(FlowConfig.tiny(3, task=task), dtype=torch.float32)
+    x, y = images(normal.config, 5, dtype=torch.float32), labels(normal.config, 5)
+    want, want_grads = gradients(normal, x, y)
+    got, grads = gradients(reversible, x, y)
+    assert torch.allclose(got, want, rtol=1e-6)
+    norm, difference = (
+        sum(float((a.double() ** 2).sum()) for a in values if a is not None) ** 0.5
+        for values in (want_grads, [None if a is None else a - b for a, b in zip(grads, want_grads, strict=True)])
+    )
+    assert difference < 1e-4 * norm
+
+
+def test_the_first_training_batch_sets_actnorm():
+    torch.manual_seed(0)
+    from fastflow import MagicFlow
+
+    config = FlowConfig.tiny(3, reversible=True)
+    model = MagicFlow(config).double().train()
+    log_prob = model.log_prob(images(config, 4), labels(config, 4))
+    log_prob.sum().backward()
+    assert model.initialized and torch.isfinite(log_prob).all()
+
+
+def test_evaluation_and_sampling_do_not_change():
+    normal, reversible = both(FlowConfig.tiny(3), train=False)
+    x, y = images(normal.config, 4), labels(normal.config, 4)
+    with torch.no_grad():
+        for call in (lambda m: m.log_prob(x, y), lambda m: m.log_prob_all(x), lambda m: m.inverse(m(x, y)[0], y)):
+            assert torch.equal(call(normal), call(reversible))
+
+
+def test_dropout_is_replayed_and_differs_between_seeds():
+    _, reversible = both(FlowConfig.tiny(3, dropout=0.5))
+    x, y = images(reversible.config, 4), labels(reversible.config, 4)
+    first, again, other = (gradients(reversible, x, y, seed) for seed in (1, 1, 2))
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
+    assert all(a is None or torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_log_scales_and_shifts_recompute_identically(task):
+    """The conditioner reads the passive part, which a half returns bit for bit."""
+    model = build(FlowConfig.tiny(3, task=task), dtype=torch.float32)
+    x, y = images(model.config, 4, dtype=torch.float32), labels(model.config, 4)
+    seen = []
+    coupling = model.steps[0].coupling
+    with torch.no_grad():
+        tables = coupling.tables(torch.arange(3))
+        h, _ = model.steps[0].mix_masked(x)
+        for half in coupling.halves():
+            keys = None
+            masked = h.masked_fill(~half.passive.mask, 0.0)
+            forward = half.net.encode(masked, tables[half.place], y, keys)
+            after, _, _ = half.net.couple(h, forward, tables[half.place], y, half.passive, coupling.bound, False, None)
+            assert torch.equal(after.masked_fill(~half.passive.mask, 0.0), masked)
+            encode = half.net.encode
+            half.net.encode = lambda *args, encode=encode: seen.append(encode(*args)) or seen[-1]
+            try:
+                ones = torch.ones_like(after)
+                back, _ = undo_half(coupling, half, after, ones, ones[:, 0, 0, 0], tables[half.place], y, keys, {})
+            finally:
+                del half.net.encode
+            assert len(seen) == 1, "the conditioner runs once for both the rebuild and its gradient"
+            assert all(torch.equal(a, b) for a, b in zip(seen.pop(), forward, strict=True))
+            assert float((back - h).abs().max()) < 4e-6
+            h = after
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_drift_over_many_steps_is_bounded(task):
+    """24 steps back in float32: a few hundred roundings of values of size 1 at most, from a forward pass that was exact."""
+    steps = 24
+    config = FlowConfig.tiny(
+        2, task=task, masks=("checkerboard",) * steps, widths=((8, 8, 8),) * steps, squeeze_before=(0,), split_after=()
+    )
+    model = build(config, dtype=torch.float32)
+    x, y = images(config, 4, dtype=torch.float32), labels(config, 4)
+    classes = torch.arange(2)
+    out, _ = run(model, x, (0, steps), classes, y, [(None, None)] * steps)
+    for step in reversed(model.steps):
+        with torch.no_grad():
+            tables = step.coupling.tables(classes)
+        for half in reversed(step.coupling.halves()):
+            ones = torch.ones_like(out)
+            out, _ = undo_half(step.coupling, half, out, ones, ones[:, 0, 0, 0], tables[half.place], y, None, {})
+        out = step.unmix(out).detach()
+    assert float((out - x).abs().max()) < 300 * torch.finfo(torch.float32).eps * float(x.abs().max())
+
+
+class Kept:
+    """Bytes that autograd holds, parameters left out, each memory once: now and at most."""
+
+    def __init__(self, model):
+        self.parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+        self.held, self.bytes, self.peak = {}, 0, 0
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self.parameters:
+            return tensor
+        return Held(self, tensor, storage.data_ptr(), storage.nbytes())
+
+
+class Held:
+    def __init__(self, kept, tensor, place, size):
+        self.kept, self.tensor, self.place, self.size = kept, tensor, place, size
+        kept.held[place] = kept.held.get(place, 0) + 1
+        if kept.held[place] == 1:
+            kept.bytes += size
+            kept.peak = max(kept.peak, kept.bytes)
+
+    def __del__(self):
+        self.kept.held[self.place] -= 1
+        if not self.kept.held[self.place]:
+            self.kept.bytes -= self.size
+
+
+def peak_bytes(steps, reversible, task):
+    config = FlowConfig.tiny(
+        2, task=task, masks=("checkerboard",) * steps, widths=((8, 8, 8),) * steps, squeeze_before=(0,), split_after=(),
+        reversible=reversible,
+    )  # fmt: skip
+    model = build(config, dtype=torch.float32).train()
+    x, y = images(config, 8, dtype=torch.float32), labels(config, 8)
+    kept = Kept(model)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda v: v.tensor if isinstance(v, Held) else v):
+        model.log_prob(x, y).sum().backward()
+    return kept.peak
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_memory_does_not_grow_with_the_steps(task):
+    few, many, normal = peak_bytes(8, True, task), peak_bytes(24, True, task), peak_bytes(24, False, task)
+    assert many < 1.2 * few
+    assert many < normal / 5
+
+
+def test_scales_end_at_splits():
+    assert scales(6, (3,)) == [(0, 4), (4, 6)]
+    assert scales(3, ()) == [(0, 3)]
+    assert scales(3, (0, 2)) == [(0, 1), (1, 3)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_autocast_is_replayed_in_the_backward_pass(task):
+    normal, reversible = both(FlowConfig.tiny(3, task=task), dtype=torch.float32)
+    x, y = images(normal.config, 4, dtype=torch.float32), labels(normal.config, 4)
+    want, want_grads = gradients(normal, x, y, autocast=True)
+    got, grads = gradients(reversible, x, y, autocast=True)
+    assert torch.allclose(got, want, rtol=1e-5)
+    norm = sum(float((g**2).sum()) for g in want_grads if g is not None) ** 0.5
+    error = sum(float(((a - b) ** 2).sum()) for a, b in zip(grads, want_grads, strict=True) if a is not None) ** 0.5
+    assert error < 0.05 * norm
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="reversible=True needs norm='group'"):
+        FlowConfig.tiny(3, task="generation", norm="batch", reversible=True)
+    _, reversible = both(FlowConfig.tiny(3))
+    x = images(reversible.config, 3).requires_grad_()
+    _, logdet = reversible(x, labels(reversible.config, 3))
+    with pytest.raises(RuntimeError, match="a reversible model has one derivative"):
+        torch.autograd.grad(logdet.sum(), x, create_graph=True)
+
+
+def test_a_frozen_model_gives_the_gradient_of_its_input():
+    normal, reversible = both(FlowConfig.tiny(3), train=False)
+    x, y = images(normal.config, 3), labels(normal.config, 3)
+    grads = []
+    for model in (normal, reversible):
+        leaf = x.clone().requires_grad_()
+        grads += torch.autograd.grad(model.requires_grad_(False).log_prob(leaf, y).sum(), leaf)
+    assert torch.allclose(*grads, rtol=1e-9, atol=1e-12)
+
+
+def test_the_reference_backend_is_reversible_too():
+    normal, reversible = both(FlowConfig.tiny(3))
+    x, y = images(normal.config, 4), labels(normal.config, 4)
+    kernels.set_backend("reference")
+    try:
+        want, got = gradients(normal, x, y)[1], gradients(reversible, x, y)[1]
+    finally:
+        kernels.set_backend("auto")
+    assert largest_error(got, want) < 1e-8
