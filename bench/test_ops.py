@@ -1,10 +1,10 @@
-"""The ops of the flow, timed: ``pytest bench/test_ops.py --benchmark-only``.
+"""The ops of the flow and of its conditioners, timed: ``pytest bench/test_ops.py --benchmark-only``.
 
 Each op runs as its definition ("reference", plain ATen), as the compiler's version of that ("inductor", `torch.compile`) and as
 the package's Triton kernels ("triton", on CUDA devices only), forward as a training step runs it and with its backward pass. A
 group holds one op, shape and pass, its rows one after the other, so that a ratio within a group is little touched by drift;
-absolute times on shared machines are not comparable between runs. On a GPU the half-steps of the paper's model and bfloat16
-conditioner tensors are timed too.
+absolute times on shared machines are not comparable between runs. On a GPU the half-steps of the paper's model, outside of
+their conditioners, and bfloat16 conditioner tensors are timed too.
 
 `extra_info` of each row: needed and moved bytes (counted, see `bench/roofline.py`), device and versions; on a GPU the achieved
 GB/s (needed bytes / median) and, where the device's bandwidth is known, its fraction of the bound. The group "copy" is the
@@ -74,9 +74,14 @@ class Case(NamedTuple):
 
 
 def _cases() -> Iterator[Case]:
-    lists = [("op_works", roofline.OP_SHAPES, torch.float32)]
+    ops = (
+        ("op_works", roofline.OP_SHAPES),
+        ("feature_works", roofline.FEATURE_SHAPES),
+        ("head_works", roofline.OP_SHAPES),
+    )
+    dtypes = (torch.float32, torch.bfloat16) if GPU else (torch.float32,)
+    lists = [(works, shapes, dtype) for dtype in dtypes for works, shapes in ops]
     if GPU:
-        lists.append(("op_works", roofline.OP_SHAPES, torch.bfloat16))
         shapes = ((1, 184, 184), (4, 92, 92), (16, 23, 23))
         lists += [("half_steps", shapes, dtype) for dtype in (torch.float32, torch.bfloat16)]
     for works, shapes, dtype in lists:

@@ -70,6 +70,4 @@ def _ops(device: str) -> dict[str, str]:
         facts[f"op {op}"] = f"{implementation}: {why}{limit if implementation == 'triton' else ''}"
     for op in _library.OPS_WITHOUT_KERNELS:
         facts[f"op {op}"] = "reference: no Triton kernel in this version"
-    if implementation == "triton":
-        facts["op coupling_head"] = "dense heads by torch, then the kernel of affine_coupling"
     return facts

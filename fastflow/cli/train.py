@@ -56,6 +56,9 @@ def train(
     objective: Annotated[Objective | None, typer.Option(help="What to minimise; all but likelihood ask for more passes.")] = None,
     augment: Annotated[Augment | None, typer.Option(help="How training images are varied.")] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Add uniform noise of one grey level in training.")] = False,
+    reversible: Annotated[
+        bool, typer.Option("--reversible", help="Rebuild activations instead of keeping them: less memory, more time.")
+    ] = False,
     slices: Annotated[str, typer.Option(help="Slices of a volume: center, center+-N, center+-N:S or i,j,k.")] = "center",
     mask: Annotated[Path | None, typer.Option(help="PNG of the application mask; the shipped one by default.")] = None,
     seed: Seed = 0,
@@ -80,7 +83,7 @@ def train(
         "augment": augment and augment.value,
     }
     config = recipe(preset.value, task.value, seed=seed, **{name: value for name, value in given.items() if value is not None})
-    changes: dict[str, Any] = {"task": task.value} | ({"dequantize": "uniform"} if dequantize else {})
+    changes: dict[str, Any] = {"task": task.value, "reversible": reversible} | ({"dequantize": "uniform"} if dequantize else {})
     with progress_bar("reading volumes") as reading:
         trained = train_on_archive(
             read_records(manifest),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 # Arguments that differ between shapes without saying anything about alignment: one build serves all their values.
-UNSPECIALIZED = ("n_chunks", "channels", "pixels", "width", "batch")
+UNSPECIALIZED = ("n_chunks", "channels", "pixels", "width", "batch", "active")
 
 
 class Kernel:

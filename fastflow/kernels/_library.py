@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastflow.kernels._launch import has_triton, interpreted
 
 CHUNK = 4096
+# Of ATen's loops on CPUs: a multiple of the elements that one vectorised turn takes, and a thread's least share.
+VECTORS, GRAIN = 32, 32768
 OPS_WITH_KERNELS = (
     "affine_coupling", "coupling_step", "channel_mix", "channel_mix_masked", "channel_unmix", "squeeze2x2", "unsqueeze2x2",
     "latent_prior", "coupling_head", "norm_film_act", "pool_pixels", "average_pixels", "pool_channels", "apply_gates",
@@ -161,6 +163,29 @@ def sum_per_sample(x: Tensor) -> Tensor:
     if whole == 0:
         return rest
     return flat[:, :whole].unflatten(1, (-1, CHUNK)).sum(dim=2).sum(dim=1) + rest
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """GELU of a contiguous x (B, ...) on a CPU, in place, each sample's bits its own.
+
+    ATen rounds what is left over after whole vectors, at the end of each thread's share, otherwise than the rest.
+    """
+    size = x[0].numel() if len(x) else 0
+    if size % VECTORS:
+        for sample in x:
+            torch.ops.aten.gelu_(sample)
+        return x
+    flat, end = x.view(-1), x.numel()
+    # Shares of whole vectors. ATen takes no more threads than there are shares of GRAIN elements.
+    while end:
+        threads = min(torch.get_num_threads(), -(-end // GRAIN))
+        whole = end // (VECTORS * threads) * (VECTORS * threads)
+        if whole == end:
+            break
+        end = whole
+    for part in (flat[:end], flat[end:]) if end < x.numel() else (flat,):
+        torch.ops.aten.gelu_(part)
+    return x
 
 
 def _strides_fit(x: Tensor, order: tuple[int, ...]) -> bool:

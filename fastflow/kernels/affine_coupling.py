@@ -475,8 +475,9 @@ class AffineCoupling(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, grad_masked: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("affine_coupling")
-        grads = _backward(grad_y, grad_logdet, grad_masked, *ctx.saved_tensors, ctx.bound, ctx.inverse, ctx.recompute)
-        affine = ctx.saved_tensors[5]
+        saved = ctx.saved_tensors
+        grads = _backward(grad_y, grad_logdet, grad_masked, *saved, ctx.bound, ctx.inverse, ctx.recompute)
+        affine = saved[5]
         d_affine = None if affine is None else grads[3].to(affine.dtype)
         return *grads[:3], None, None, d_affine, None, None, None, None
 

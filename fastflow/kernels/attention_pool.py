@@ -1022,5 +1022,8 @@ def apply_gates(x: Tensor, channel_logits: Tensor, spatial_logits: Tensor) -> Te
     _check_logits("spatial_logits", spatial_logits, (x.shape[0], 1, *x.shape[2:]), x)
     if takes_reference():
         return apply_gates_reference(x, channel_logits, spatial_logits)
+    if not _recorded(x, channel_logits, spatial_logits):
+        gated: Tensor = _gate(x, channel_logits, spatial_logits)
+        return gated
     y: Tensor = ApplyGates.apply(x, channel_logits, spatial_logits)
     return y

@@ -465,7 +465,7 @@ CLASSES = 16
 _FORWARD = {"narrow": _Blocks(64, 64, 0, 4), "float32": _Blocks(64, 16, 0, 4), "float64": _Blocks(32, 16, 0, 4)}
 # What fits into the registers of a thread: a product of float32 operands without matrix units holds all of them.
 _BACKWARD = {"narrow": _Blocks(32, 32, 64, 8), "float32": _Blocks(32, 32, 64, 8), "float64": _Blocks(16, 16, 16, 8)}
-_BACKWARD_OF_BOTH = {**_BACKWARD, "float32": _Blocks(32, 16, 32, 8)}
+_BACKWARD_OF_BOTH = {**_BACKWARD, "float32": _Blocks(32, 32, 16, 8)}
 
 
 def _is_narrow(scale_features: Tensor, shift_features: Tensor, acc: torch.dtype) -> bool:

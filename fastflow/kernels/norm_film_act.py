@@ -23,6 +23,7 @@ squares are joined by Chan's formula in a fixed order. Contiguous or channels_la
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from fastflow.kernels._library import (
     check_same_shape,
     check_tables,
     empty_image,
+    gelu_,
     is_channels_last,
     laid_out,
     memory_format,
@@ -469,6 +471,8 @@ def _tables_kernel(
 # -- launchers ------------------------------------------------------------------------------------------------------------
 
 GROUP_ELEMENTS = 8192
+# Forward, half the values are alive in a program, and a group may be twice as large.
+FORWARD_GROUPS = 2
 SPLIT_ELEMENTS = 4096
 # Groups are packed up to this size: a program of a few dozen elements costs as much as one of a thousand.
 PACKED_ELEMENTS = 2048
@@ -481,10 +485,10 @@ class _Tile(NamedTuple):
     pack: int = 1
 
 
-def _group_tile(channels: int, groups: int, pixels: int, acc: torch.dtype) -> _Tile | None:
-    """The tile of whole groups, 16 values a thread; None when a group is larger than a block."""
+def _group_tile(channels: int, groups: int, pixels: int, acc: torch.dtype, limit: int) -> _Tile | None:
+    """The tile of whole groups, 16 values a thread up to 8192; None when a group has more elements than `limit`."""
     rows, block = power_of_two(channels // groups), power_of_two(pixels)
-    limit = GROUP_ELEMENTS // 2 if acc == torch.float64 else GROUP_ELEMENTS
+    limit = limit // 2 if acc == torch.float64 else limit
     if rows * block > limit:
         return None
     pack = min(power_of_two(groups), max(1, PACKED_ELEMENTS // (rows * block)))
@@ -529,7 +533,7 @@ def _norm_launch(
         "CHANNELS_LAST": channels_last, "RESIDUAL": residual is not None,
     }  # fmt: skip
     tables = (gamma, beta, rows, residual, keys)
-    tile = _group_tile(channels, groups, pixels, acc)
+    tile = _group_tile(channels, groups, pixels, acc, FORWARD_GROUPS * GROUP_ELEMENTS)
     if tile is not None:
         launch(
             _group_fwd_kernel, batch * cdiv(groups, tile.pack), x, tile.warps, x, *tables, y, stats, *sizes,
@@ -582,7 +586,7 @@ def _norm_backward_launch(
     inputs = (grad, x, stats, gamma, beta, rows, residual, keys)
     outputs = (dx, None if residual is None else d_residual)
     sums = torch.empty(batch, channels, 2, dtype=acc, device=x.device)
-    tile = _group_tile(channels, groups, pixels, acc)
+    tile = _group_tile(channels, groups, pixels, acc, GROUP_ELEMENTS)
     if tile is not None:
         launch(
             _group_bwd_kernel, batch * cdiv(groups, tile.pack), x, tile.warps, *inputs, *outputs, sums, *sizes,
@@ -627,6 +631,29 @@ def _as_one(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     return 1, batch * channels, h * w, batch * groups
 
 
+@functools.lru_cache(maxsize=32)
+def _counter(n: int) -> Tensor:
+    """(n,) int32: the share of an element's index in the hash after its first shift."""
+    return _shifted(torch.arange(n, dtype=torch.int32).mul_(_signed(GOLDEN)))
+
+
+def _shifted(value: Tensor) -> Tensor:
+    return (value >> 16).bitwise_and_(0xFFFF).bitwise_xor_(value)
+
+
+def _kept_on_cpu(keys: Tensor, like: Tensor, threshold: int) -> Tensor:
+    """`dropout_mask` times `keep_scale`, in the dtype and shape of `like`, in few passes over memory."""
+    # The first shift of (key ^ counter) is that of its parts.
+    h = _shifted(keys)[:, None] ^ _counter(like[0].numel())
+    h *= FIRST
+    h ^= (h >> 15).bitwise_and_(0x1FFFF)
+    h *= _signed(SECOND)
+    h ^= -(2**31)
+    # Comparisons into booleans are not vectorised.
+    kept = torch.ge(h, threshold - 2**31, out=torch.empty(h.shape, dtype=like.dtype))
+    return kept.mul_(keep_scale(threshold)).view(like.shape)
+
+
 def _norm_on_cpu(
     x: Tensor, gamma: Tensor, beta: Tensor, rows: Tensor, residual: Tensor | None, keys: Tensor | None,
     groups: int, eps: float, dropout: float, dtype: torch.dtype | None,
@@ -636,7 +663,7 @@ def _norm_on_cpu(
     if x.numel() == 0:
         return x.to(dtype or x.dtype).contiguous(memory_format=layout), x.new_zeros(batch, groups, 2, dtype=wide)
     inner = x.to(wide).contiguous()
-    gammas, betas = gamma.to(wide)[rows], beta.to(wide)[rows]
+    gammas, betas = gamma.to(wide).index_select(0, rows), beta.to(wide).index_select(0, rows)
     z, mean, rstd = torch.native_group_norm(
         inner.view(1, -1, *x.shape[2:]), gammas.flatten(), betas.flatten(), *_as_one(x, groups), eps
     )
@@ -644,10 +671,9 @@ def _norm_on_cpu(
     if residual is not None:
         z += residual
     # In place: on a CPU every fresh tensor costs page faults.
-    y = torch.ops.aten.gelu_(z)
+    y = gelu_(z)
     if keys is not None:
-        threshold = drop_threshold(dropout)
-        y *= dropout_mask(keys, x.shape[1:], threshold) * keep_scale(threshold)
+        y *= _kept_on_cpu(keys, y, drop_threshold(dropout))
     stats = torch.stack((mean.view(batch, groups), rstd.view(batch, groups)), dim=2)
     return y.to(dtype or x.dtype).contiguous(memory_format=layout), stats
 
@@ -672,7 +698,7 @@ def _norm_backward_on_cpu(
         return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(residual), none, none.clone()
     # The native backward of channels_last takes ten times longer, and reads raw memory whatever the strides say.
     inner, upper = x.to(wide).contiguous(), grad.to(wide).contiguous()
-    gammas, betas = gamma.to(wide)[rows], beta.to(wide)[rows]
+    gammas, betas = gamma.to(wide).index_select(0, rows), beta.to(wide).index_select(0, rows)
     mean, rstd = (part.contiguous() for part in stats.unbind(2))
     # z = x * slope + offset, with the statistics and the tables in one pair a channel.
     slope = gammas * rstd.repeat_interleave(channels // groups, dim=1)
@@ -681,9 +707,8 @@ def _norm_backward_on_cpu(
     if residual is not None:
         z += residual
     if keys is not None:
-        threshold = drop_threshold(dropout)
-        upper = upper * (dropout_mask(keys, x.shape[1:], threshold) * keep_scale(threshold))
-    a = torch.ops.aten.gelu_backward(upper, z)
+        upper = _kept_on_cpu(keys, upper, drop_threshold(dropout)).mul_(upper)
+    a = torch.ops.aten.gelu_backward.grad_input(upper, z, grad_input=z)
     one = inner.view(1, -1, *x.shape[2:])
     dx, d_gammas, d_betas = torch.ops.aten.native_group_norm_backward(
         a.view_as(one), one, mean.view(1, -1), rstd.view(1, -1), gammas.flatten(), *_as_one(x, groups), [True] * 3
@@ -747,8 +772,10 @@ class NormFilmAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("norm_film_act")
-        _, _, gamma, beta, _, residual, _ = ctx.saved_tensors
-        dx, d_residual, d_gamma, d_beta = _backward(grad, *ctx.saved_tensors, ctx.groups, ctx.dropout)
+        # Once: a second look is an error under activation checkpointing.
+        saved = ctx.saved_tensors
+        _, _, gamma, beta, _, residual, _ = saved
+        dx, d_residual, d_gamma, d_beta = _backward(grad, *saved, ctx.groups, ctx.dropout)
         return (
             dx, d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), None, None if residual is None else d_residual,
             None, None, None, None, None,
@@ -844,5 +871,8 @@ def norm_film_act(
         check_dtype("dtype", torch.empty(0, dtype=dtype))
     if takes_reference():
         return norm_film_act_reference(x, groups, gamma, beta, rows, residual, eps, dropout, keys, dtype)
+    if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, gamma, beta, residual))):
+        y: Tensor = _forward(x, gamma, beta, rows, residual, keys, groups, eps, dropout, dtype)[0]
+        return y
     out: Tensor = NormFilmAct.apply(x, gamma, beta, rows, residual, keys, groups, eps, dropout, dtype)
     return out

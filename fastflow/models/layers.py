@@ -190,9 +190,7 @@ class AffineCoupling(nn.Module):
             for pixels, active in zip((self.first_order, self.second_order), self.active, strict=True)
         ]
         nets = (self.conditioners[0], self.conditioners[-1])
-        return [
-            Half(i, net, Passive(mask, order)) for i, net, mask, order in zip((0, -1), nets, masks, orders, strict=True)
-        ]
+        return [Half(i, net, Passive(mask, order)) for i, net, mask, order in zip((0, -1), nets, masks, orders, strict=True)]
 
     def tables(self, labels: Tensor) -> list[Tables]:
         """What each conditioner needs to know of `labels` (R,), as tables with R rows."""
@@ -216,7 +214,7 @@ class AffineCoupling(nn.Module):
 
         `keys` are those of `draw_keys`, fresh ones when None. Returns (y, logdet (B,), y masked as `then` says).
         """
-        first, second = zip(self.halves(), keys or self.draw_keys(len(x), x.device), strict=True)
+        first, second = zip(self.halves(), keys or self.draw_keys(x.shape[0], x.device), strict=True)
         if inverse:
             first, second = second, first
         x, logdet, between = self._half(*first, x, masked, tables, rows, inverse, Then(second[0].passive.mask))

@@ -1,10 +1,10 @@
 r"""Training in constant activation memory: a step's input is rebuilt from its output instead of being kept.
 
-The steps of one scale, up to the next split, are one node of autograd. It keeps its output, the anchor, and the 32-bit keys of
-its dropouts. Its backward pass undoes the steps one by one. For each half of a coupling the conditioner runs once, under
-autograd and on the passive part, which is there bit for bit; its result first undoes the half, then passes the gradient on. Log-
-scales and shifts are therefore those that made this output, to the last bit; what drifts is the stream, by a rounding or two per
-step.
+Every step is a node of autograd. The last step of a scale, before the next split, keeps its output, the anchor; the others keep
+nothing but the 32-bit keys of their dropouts. In the backward pass a step undoes itself on the output that the step after it has
+rebuilt. For each half of its coupling the conditioner runs once, under autograd and on the passive part, which is there bit for
+bit; its result first undoes the half, then passes the gradient on. Log-scales and shifts are therefore those that made this
+output, to the last bit; what drifts is the stream, by a rounding or two per step.
 
 A backward pass costs one more evaluation of every conditioner. Normalisation over the batch cannot be replayed (its statistics
 would be updated twice) and is refused by `FlowConfig`. Sources: RevNet (Gomez et al., 2017), section 3; i-RevNet and Glow for
@@ -13,6 +13,7 @@ invertible layers.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ def scales(num_steps: int, split_after: tuple[int, ...]) -> list[tuple[int, int]
 
 
 def encode(model: MagicFlow, x: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """All steps of x (B, C, H, W): (the last block, the blocks split off, log-determinants (B,) of each scale), as `run_steps`.
+    """All steps of x (B, C, H, W): (the last block, the blocks split off, log-determinants (B,) of each step), as `run_steps`.
 
     Args:
         model: the flow.
@@ -44,73 +45,88 @@ def encode(model: MagicFlow, x: Tensor, labels: Tensor, rows: Tensor) -> tuple[T
         rows: (B,) the row of each sample.
     """
     h, splits, logdets = x, [], []
+    device = x.device.type
     for first, last in scales(model.config.num_steps, model.config.split_after):
-        parameters = [p for step in _steps(model, first, last) for p in step.parameters() if p.requires_grad]
-        keys = [step.coupling.draw_keys(len(x), x.device) for step in _steps(model, first, last)]
-        h, logdet = _Scale.apply(h, model, (first, last), labels, rows, keys, parameters, *parameters)
-        logdets.append(logdet)
+        tape = _Tape(model, labels, rows, last, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
+        for i in range(first, last):
+            parameters = [p for p in model.steps[i].parameters() if p.requires_grad]
+            h, logdet = _Step.apply(h, tape, i, model.steps[i].coupling.draw_keys(len(x), x.device), parameters, *parameters)
+            logdets.append(logdet)
         if model.steps[last - 1].split:
             h, block = h.chunk(2, dim=1)
             splits.append(block)
     return h, splits, logdets
 
 
-def _steps(model: MagicFlow, first: int, last: int) -> list[FlowStep]:
-    return [model.steps[i] for i in range(first, last)]
+@dataclasses.dataclass
+class _Tape:
+    """What the steps of a scale hand to each other beside autograd.
+
+    Attributes:
+        model: the flow.
+        labels: (R,) of the tables.
+        rows: (B,) of the samples.
+        last: end of the range of steps.
+        autocast: (whether it is on, its dtype), as it was in the forward pass.
+        masked: forward, the next conditioner's input where a step has written it.
+        stream: backward, the rebuilt output of the step that is undone next.
+    """
+
+    model: MagicFlow
+    labels: Tensor
+    rows: Tensor
+    last: int
+    autocast: tuple[bool, torch.dtype]
+    masked: Tensor | None = None
+    stream: Tensor | None = None
 
 
-class _Scale(torch.autograd.Function):
-    """The steps of a scale. The parameters are inputs so that their gradients are returned like any others."""
+class _Step(torch.autograd.Function):
+    """A step. Only the last one of a scale keeps its output; the parameters are inputs so that their gradients are returned."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        h: Tensor,
-        model: MagicFlow,
-        steps: tuple[int, int],
-        labels: Tensor,
-        rows: Tensor,
-        keys: list[Keys],
-        parameters: list[Tensor],
-        *_: Tensor,
+        ctx: Any, h: Tensor, tape: _Tape, i: int, keys: Keys, parameters: list[Tensor], *_: Tensor
     ) -> tuple[Tensor, Tensor]:
-        device = h.device.type
-        ctx.model, ctx.steps, ctx.labels, ctx.rows, ctx.keys, ctx.parameters = model, steps, labels, rows, keys, parameters
-        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        out, logdets = run(model, h, steps, labels, rows, keys)
-        ctx.save_for_backward(out)
-        return out, torch.stack(logdets).sum(dim=0)
+        ctx.tape, ctx.i, ctx.keys, ctx.parameters = tape, i, keys, parameters
+        h, logdet, tape.masked = run_step(tape.model, i, h, tape.masked, tape.labels, tape.rows, tape.last, keys)
+        if i + 1 == tape.last:
+            ctx.save_for_backward(h)
+        return h, logdet
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_logdet: Tensor) -> tuple[Any, ...]:
         refuse_second_derivative("a reversible model")
-        (y,) = ctx.saved_tensors
-        enabled, dtype = ctx.autocast
+        tape: _Tape = ctx.tape
+        if ctx.i + 1 == tape.last:
+            (tape.stream,) = ctx.saved_tensors
+        y, tape.stream = tape.stream, None
+        assert y is not None
+        labels, rows = tape.model.step_labels(ctx.i, tape.labels, tape.rows)
         found: Gradients = {}
+        enabled, dtype = tape.autocast
         with torch.autocast(y.device.type, dtype=dtype, enabled=enabled):
-            for i in reversed(range(*ctx.steps)):
-                labels, rows = ctx.model.step_labels(i, ctx.labels, ctx.rows)
-                y, grad = _undo_step(ctx.model.steps[i], y, grad, grad_logdet, labels, rows, ctx.keys[i - ctx.steps[0]], found)
-        return grad, *[None] * 6, *(found.get(p) for p in ctx.parameters)
+            x, grad = _undo_step(tape.model.steps[ctx.i], y, grad, grad_logdet, labels, rows, ctx.keys, found)
+        if ctx.i > 0 and not tape.model.steps[ctx.i - 1].split:
+            tape.stream = x
+        return grad, None, None, None, None, *(found.get(p) for p in ctx.parameters)
 
 
 @torch.no_grad()
-def run(
-    model: MagicFlow, h: Tensor, steps: tuple[int, int], labels: Tensor, rows: Tensor, keys: list[Keys]
-) -> tuple[Tensor, list[Tensor]]:
-    """The steps of a scale with tables made step by step: (h before a split, log-determinants (B,) of each step)."""
-    first, last = steps
-    logdets = []
-    masked: Tensor | None = None
-    for i in range(first, last):
-        step = model.steps[i]
-        if masked is None:
-            h, masked = step.mix_masked(h)
-        step_labels, step_rows = model.step_labels(i, labels, rows)
-        tables = step.coupling.tables(step_labels)
-        h, logdet, masked = step.coupling(h, masked, tables, step_rows, then=model.following(i, last), keys=keys[i - first])
-        logdets.append(logdet.double() + step.mixing_logdet())
-    return h, logdets
+def run_step(
+    model: MagicFlow, i: int, h: Tensor, masked: Tensor | None, labels: Tensor, rows: Tensor, last: int, keys: Keys
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Step i with tables of its own: (h, log-determinant (B,), the next conditioner's input where it is written beside h).
+
+    As in `MagicFlow.run_steps`, h is then already mixed by the next step, which is undone with that step.
+    """
+    step = model.steps[i]
+    if masked is None:
+        h, masked = step.mix_masked(h)
+    step_labels, step_rows = model.step_labels(i, labels, rows)
+    tables = step.coupling.tables(step_labels)
+    h, logdet, masked = step.coupling(h, masked, tables, step_rows, then=model.following(i, last), keys=keys)
+    return h, logdet.double() + step.mixing_logdet(), masked
 
 
 def _undo_step(

@@ -46,6 +46,19 @@ def test_model_folder_classifies_what_it_was_trained_on(scans: Path, tmp_path: P
     assert classify([scans], tmp_path / "model", tmp_path / "r.csv").failed == 0
 
 
+def test_reversible_training_is_training(scans: Path, tmp_path: Path) -> None:
+    normal, other = (
+        train_on_archive(
+            records_of(scans), tmp_path / str(reversible), "tiny", config=CONFIG, flow_changes={"reversible": reversible}
+        )
+        for reversible in (False, True)
+    )
+    assert MagicFlow.load(tmp_path / "True").config.reversible
+    for a, b in zip(normal.history, other.history, strict=True):
+        assert a.keys() == b.keys()
+        assert b["train_bits_per_dim"] == pytest.approx(a["train_bits_per_dim"], rel=1e-3)
+
+
 def test_test_split_is_not_looked_at(scans: Path, tmp_path: Path) -> None:
     records = [r if r.split != "test" else dataclasses.replace(r, path="/nowhere.nii") for r in records_of(scans)]
     assert train_on_archive(records, tmp_path, "tiny", config=dataclasses.replace(CONFIG, epochs=1)).errors == []

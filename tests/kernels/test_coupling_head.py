@@ -179,9 +179,7 @@ def test_gradcheck(place, inverse, affine):
     following = mask_of("odd", (1, 1, 3)).to(place)
 
     def op(x, f1, f2, w1, w2, t1, t2, pair=None):
-        return kernels.coupling_head_step(
-            x, (f1, f2), (w1, w2), (t1, t2), rows, mask, following, 0.7, inverse, affine=pair
-        )
+        return kernels.coupling_head_step(x, (f1, f2), (w1, w2), (t1, t2), rows, mask, following, 0.7, inverse, affine=pair)
 
     assert torch.autograd.gradcheck(op, [v.requires_grad_() for v in values])
 

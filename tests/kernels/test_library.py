@@ -57,7 +57,21 @@ def cases():
     yield OPS.coupling_head_backward, (one, logdet, one, kept, one, *narrow, plane, None, 0, ~plane, pair, 0.5, True)
     yield OPS.latent_prior, (rand(3, 50),)
     yield OPS.latent_prior_backward, (rand(3), rand(3, 50))
+    yield from norm_cases(x, last)
     yield from pool_cases(x, last)
+
+
+def norm_cases(x, last):
+    gamma, beta, rows, keys = rand(4, 3), rand(4, 3, seed=1), torch.tensor([3, 0]), torch.tensor([5, -7], dtype=torch.int32)
+    stats = rand(2, 3, 2).abs() + 0.1
+    for image in (x, last):
+        yield OPS.norm_film_act, (image, gamma, beta, rows, None, None, 3, 1e-5, 0.0, None)
+        yield OPS.norm_film_act, (image, gamma, beta, rows, x, keys, 1, 1e-5, 0.3, torch.bfloat16)
+        yield OPS.norm_film_act_backward, (x, image, stats, gamma, beta, rows, None, None, 3, 0.0)
+        yield OPS.norm_film_act_backward, (last, image, stats[:, :1], gamma, beta, rows, image, keys, 1, 0.3)
+    narrow = x.bfloat16()
+    yield OPS.norm_film_act, (narrow, gamma, beta, rows, narrow, None, 3, 1e-5, 0.0, None)
+    yield OPS.norm_film_act_backward, (narrow, narrow, stats, gamma, beta, rows, narrow, keys, 3, 0.3)
 
 
 def pool_cases(x, last):

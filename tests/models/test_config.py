@@ -53,7 +53,7 @@ def tiny(**changes):
         ({"scale_bound": 0.0}, ["scale_bound", "0.0"]),
         ({"dropout": 1.0}, ["dropout", "1.0"]),
         ({"condition_from_step": 6}, ["condition_from_step", "6"]),
-        ({"reversible": True}, ["reversible"]),
+        ({"reversible": True, "norm": "batch", "task": "generation"}, ["reversible=True needs norm='group'"]),
         ({"norm": "batch"}, ["norm", "generation"]),
         ({"norm": "layer"}, ["norm", "layer"]),
         ({"block_size": 0}, ["block_size", "0"]),

@@ -1,12 +1,13 @@
 """The authors' weights and outputs, reproduced."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastflow import FlowConfig, MagicFlow
+from fastflow import FlowConfig, MagicFlow, kernels
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TASKS = ["classification", "generation"]
@@ -69,6 +70,62 @@ def test_float32_log_likelihoods_match_to_1e5(task):
         assert np.abs(gaps - (want[:, :1] - want)).max() < 1e-3
         sample = model.inverse(torch.from_numpy(data["data/z_sample"]), torch.from_numpy(data["data/sample_labels"]))
         assert np.abs(sample.numpy() - data["expected/x_sample"]).max() < 1e-4
+
+
+def scores_of_truth(data):
+    """Expected log p(x|y) of each image under its own label."""
+    labels = data["data/labels"]
+    return data["expected/log_likelihood_all_labels"][np.arange(len(labels)), labels]
+
+
+def log_prob_of_truth(model, data, call=None):
+    x = torch.from_numpy(data["data/x"]).to(model.dtype)
+    return (call or model.log_prob)(x, torch.from_numpy(data["data/labels"])).detach()
+
+
+def test_reversible_mode_matches_and_so_do_its_gradients():
+    # The authors' generation weights have batch statistics, which the mode refuses.
+    data = reference("classification")
+    normal, reversible = (model_of(data, "classification", reversible=flag).double() for flag in (False, True))
+    assert relative(log_prob_of_truth(reversible, data), scores_of_truth(data)) < 1e-9
+    for model in (normal, reversible):
+        model.log_prob(torch.from_numpy(data["data/x"]).double(), torch.from_numpy(data["data/labels"])).sum().backward()
+    pairs = [(a.grad, b.grad) for a, b in zip(normal.parameters(), reversible.parameters(), strict=True) if a.grad is not None]
+    top = max(float(a.abs().max()) for a, _ in pairs)
+    assert len(pairs) > 100
+    assert all(float((a - b).abs().max()) < 1e-8 * max(float(a.abs().max()), 1e-6 * top) for a, b in pairs)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_reference_backend_matches(task):
+    data = reference(task)
+    kernels.set_backend("reference")
+    try:
+        assert relative(log_prob_of_truth(model_of(data, task).double(), data), scores_of_truth(data)) < 1e-9
+    finally:
+        kernels.set_backend("auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_compiled_graphs_match(task):
+    data = reference(task)
+    model = model_of(data, task).double()
+    with torch.no_grad():
+        got = log_prob_of_truth(model, data, torch.compile(model.log_prob, fullgraph=True, backend="aot_eager"))
+    assert relative(got, scores_of_truth(data)) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("task", TASKS)
+def test_kernels_in_the_interpreter_match(task, monkeypatch):
+    data = reference(task)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    few = {name: data[name][:2] for name in ("data/x", "data/labels", "expected/log_likelihood_all_labels")}
+    model = model_of(data, task).double()
+    with torch.no_grad():
+        assert relative(log_prob_of_truth(model, few), scores_of_truth(few)) < 1e-9
 
 
 @pytest.mark.parametrize("task", TASKS)

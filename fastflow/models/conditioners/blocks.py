@@ -7,7 +7,7 @@ gathered by row, so K labels of one image cost K table rows, not K embeddings pe
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,12 @@ class Tables(NamedTuple):
 
     films: tuple[Modulation, ...]
     heads: tuple[Tensor, ...] = ()
+
+
+def first_rows(tables: Tables, count: int) -> Tables:
+    """The first `count` rows of tables."""
+    films = tuple(Modulation(film.gamma[:count], film.beta[:count]) for film in tables.films)
+    return Tables(films, tuple(head[:count] for head in tables.heads))
 
 
 class Drop(NamedTuple):
@@ -71,6 +77,77 @@ def normed_conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.C
     """A weight-normalised convolution, padded to keep the size at stride 1. Source: Salimans & Kingma, 2016."""
     conv: nn.Conv2d = weight_norm(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2))
     return conv
+
+
+ROW_GROUP = 4
+# Up to so many channels, ATen's native code computes the gradient of a convolution's input several times faster than oneDNN.
+FEW_CHANNELS = 4
+# ATen computes a single float32 image of up to so many elements with other code than a batch, which rounds differently.
+SINGLE_ELEMENTS = 20480
+
+
+class _FewChannels(torch.autograd.Function):
+    """A 2-d convolution of few input channels on a CPU, each gradient by the faster code."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding, ctx.biased = stride, padding, bias is not None
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        place = ctx.stride, ctx.padding
+        d_x, _, _ = torch.ops.aten._slow_conv2d_backward.output_mask(
+            grad, x, weight, weight.shape[2:], *place, [True, False, False]
+        )
+        bias = [weight.shape[0]] if ctx.biased else None
+        _, d_weight, d_bias = torch.ops.aten.convolution_backward(
+            grad, x, weight, bias, *place, (1, 1), False, (0, 0), 1, [False, True, ctx.biased]
+        )
+        return d_x, d_weight, d_bias, None, None
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``conv(x)``; in eager float32 on a CPU by the code that is fastest there, and alike for one image and for many."""
+    plain = (
+        x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+        or kernels.get_backend() == "reference"
+    )
+    if plain or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return conv(x)
+    if len(x) == 1 and x.numel() <= SINGLE_ELEMENTS and conv.kernel_size[0] <= 3:
+        return conv(x.expand(2, -1, -1, -1))[:1]
+    if conv.in_channels > FEW_CHANNELS:
+        return conv(x)
+    stride, padding = conv.stride, conv.padding
+    if conv.out_channels == 1:
+        # A weight in channels_last asks for oneDNN's code of that layout, whose backward is four times faster here.
+        return F.conv2d(x, conv.weight.contiguous(memory_format=torch.channels_last), conv.bias, stride, padding)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return conv(x)
+    out: Tensor = _FewChannels.apply(x, conv.weight, conv.bias, stride, padding)
+    return out
+
+
+def whole_groups(rows: Tensor) -> Tensor:
+    """`rows` with copies of the first up to a multiple of `ROW_GROUP` on a CPU, as they come elsewhere.
+
+    ATen's products and activations on CPUs round the rows of whole groups alike, however many there are, others not.
+    """
+    extra = -len(rows) % ROW_GROUP if rows.device.type == "cpu" and not torch.compiler.is_exporting() else 0
+    return torch.cat((rows, rows[:1].expand(extra, *rows.shape[1:]))) if extra and len(rows) else rows
+
+
+def linear(v: Tensor, layer: nn.Linear) -> Tensor:
+    """``layer(v)`` for v (R, inputs), whose rows come out alike on a CPU whatever other rows there are."""
+    out: Tensor = layer(whole_groups(v))
+    return out if len(out) == len(v) else out[: len(v)]
 
 
 def num_groups(channels: int) -> int:
@@ -158,8 +235,8 @@ class ResidualBlock(nn.Module):
         return self.norm1.fold(embedding), self.norm2.fold(embedding)
 
     def forward(self, x: Tensor, tables: tuple[Modulation, ...], rows: Tensor, drop: Drop | None = None) -> Tensor:
-        v = self.norm1(self.conv1(x), tables[0], rows)
-        out: Tensor = self.norm2(self.conv2(v), tables[1], rows, residual=x, drop=drop)
+        v = self.norm1(convolve(self.conv1, x), tables[0], rows)
+        out: Tensor = self.norm2(convolve(self.conv2, v), tables[1], rows, residual=x, drop=drop)
         return out
 
 
@@ -176,9 +253,10 @@ class CBAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pooled, x = kernels.pool_pixels(x)
         # The shared MLP's last layer is linear, so the sum over both poolings comes before it.
-        channel_logits = self.up(F.relu(self.down(pooled)).sum(dim=0))
+        hidden = F.relu(linear(pooled.flatten(0, 1), self.down)).unflatten(0, pooled.shape[:2])
+        channel_logits = linear(hidden.sum(dim=0), self.up)
         pooled, x = kernels.pool_channels(x, channel_logits)
-        return kernels.apply_gates(x, channel_logits, self.spatial(pooled))
+        return kernels.apply_gates(x, channel_logits, convolve(self.spatial, pooled))
 
 
 def one_hot_linear(layer: nn.Linear, labels: Tensor) -> Tensor:

@@ -19,21 +19,30 @@ from fastflow.models.conditioners.blocks import (
     Tables,
     Then,
     conditioner_dtype,
+    convolve,
+    first_rows,
     normed_conv,
     one_hot_linear,
+    whole_groups,
 )
 from fastflow.models.config import FlowConfig, Shape
 
 DILATIONS = (6, 12, 18)
 
 
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _for_each(weights: Tensor, shared: Tensor) -> Tensor:
-    """``weights[b] @ shared`` for each sample b: a product of its own, whose rounding no other sample touches."""
-    return torch.bmm(weights, shared.expand(len(weights), -1, -1))
+    """``weights[b] @ shared`` for each sample b; on a CPU as products of their own, whose rounding no other sample touches."""
+    return torch.bmm(weights, shared.expand(weights.shape[0], -1, -1)) if _on_cpu(weights) else torch.matmul(weights, shared)
 
 
 def _linear(v: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of (B, inputs), each sample for itself."""
+    """`F.linear` of (B, inputs), on a CPU each sample for itself."""
+    if not _on_cpu(v):
+        return F.linear(v, weight, bias)
     out = _for_each(v[:, None], weight.t()).squeeze(1)
     return out if bias is None else out + bias
 
@@ -113,11 +122,11 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
         # ATen computes a single small image with other code than a batch of them, which rounds differently in channels_last.
-        if x.device.type != "cpu" or channels * pixels <= 20480:
+        if not _on_cpu(x) or channels * pixels <= 20480:
             return self.mix_branches(x)
         # Dilated convolutions of contiguous planes are up to three times slower on CPUs.
         last = x.contiguous(memory_format=torch.channels_last)
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or pixels < 16 * channels or not len(x):
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or pixels < 16 * channels or x.shape[0] == 0:
             return self.mix_branches(last)
         return self.mix_kernels(x, last)
 
@@ -185,12 +194,13 @@ class ASPP(nn.Module):
         output, constant = _matrix(self.output)
         first, *rest = (output * gate[:, None, :]).chunk(len(self.branches), dim=2)
         point, point_bias = _matrix(self.branches[0])
-        return [_for_each(first, point), *rest], constant + (first * point_bias).sum(dim=2)
+        # As a matrix of one column.
+        return [_for_each(first, point), *rest], constant + _for_each(first, point_bias[:, None]).squeeze(2)
 
 
 def _planes(x: Tensor) -> Tensor:
     """x with contiguous planes on a CPU, whose norms and poolings are several times faster over them."""
-    return x.contiguous() if x.device.type == "cpu" else x
+    return x.contiguous() if _on_cpu(x) else x
 
 
 def _head(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -199,11 +209,11 @@ def _head(x: Tensor, conv: nn.Conv2d) -> Tensor:
     On a CPU, where a convolution computes 16 output channels at least: one product for all taps, then a sum of their shifts.
     """
     size, outputs = conv.kernel_size[0], conv.out_channels
-    if x.device.type != "cpu" or (size > 1 and outputs > 4):
+    if not _on_cpu(x) or (size > 1 and outputs > 4):
         return conv(x)
     _, bias = _matrix(conv)
     weight = conv.weight.permute(2, 3, 0, 1).flatten(0, 2)
-    taps = torch.bmm(weight.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:]).unflatten(1, (-1, outputs))
+    taps = torch.bmm(weight.expand(x.shape[0], -1, -1), x.flatten(2)).unflatten(2, x.shape[2:]).unflatten(1, (-1, outputs))
     out = bias[:, None, None]
     for i, tap in enumerate(taps.unbind(1)):
         down, right = size // 2 - i // size, size // 2 - i % size
@@ -243,10 +253,11 @@ class GenerationConditioner(nn.Module):
     def tables(self, labels: Tensor) -> Tables:
         """Tables with one row per entry of `labels` (R,)."""
         # The published embedding activates twice.
-        e = F.gelu(F.gelu(one_hot_linear(self.embedding, labels)))
+        e = F.gelu(F.gelu(one_hot_linear(self.embedding, whole_groups(labels))))
         norms = (self.norm1, self.norm2, self.norm3)
         first, second, third = (norm.fold(e) for norm in norms)
-        return Tables((first, second, *self.residual2.fold(e), third, *self.residual3.fold(e)))
+        tables = Tables((first, second, *self.residual2.fold(e), third, *self.residual3.fold(e)))
+        return tables if len(e) == len(labels) else first_rows(tables, len(labels))
 
     def draw_keys(self, batch: int, device: torch.device) -> Tensor | None:
         """None: nothing is dropped here."""
@@ -255,11 +266,11 @@ class GenerationConditioner(nn.Module):
     def encode(self, a: Tensor, tables: Tables, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """Masked input (B, C, H, W) -> (raw log-scale, shift), each (B, C, H, W)."""
         films = tables.films
-        v = self.cbam1(self.norm1(_planes(self.conv1(a)), films[0], rows))
+        v = self.cbam1(self.norm1(_planes(convolve(self.conv1, a)), films[0], rows))
         v = self.aspp1(self.global1(v))
-        v = self.cbam2(self.norm2(_planes(self.conv2(v)), films[1], rows))
+        v = self.cbam2(self.norm2(_planes(convolve(self.conv2, v)), films[1], rows))
         v = self.aspp2(self.global2(self.residual2(v, films[2:4], rows)))
-        v = self.cbam3(self.norm3(_planes(self.conv3(v)), films[4], rows))
+        v = self.cbam3(self.norm3(_planes(convolve(self.conv3, v)), films[4], rows))
         v = self.aspp3(self.global3(self.residual3(v, films[5:7], rows)))
         return _head(v, self.scale), _head(v, self.shift)
 
