@@ -465,7 +465,8 @@ CLASSES = 16
 _FORWARD = {"narrow": _Blocks(64, 64, 0, 4), "float32": _Blocks(64, 16, 0, 4), "float64": _Blocks(32, 16, 0, 4)}
 # What fits into the registers of a thread: a product of float32 operands without matrix units holds all of them.
 _BACKWARD = {"narrow": _Blocks(32, 32, 64, 8), "float32": _Blocks(32, 32, 64, 8), "float64": _Blocks(16, 16, 16, 8)}
-_BACKWARD_OF_BOTH = {**_BACKWARD, "float32": _Blocks(32, 32, 16, 8)}
+_BACKWARD_OF_AFFINE = {**_BACKWARD, "float32": _Blocks(32, 32, 16, 8)}
+_BACKWARD_OF_INVERSE = {**_BACKWARD_OF_AFFINE, "narrow": _Blocks(32, 16, 64, 8)}
 
 
 def _is_narrow(scale_features: Tensor, shift_features: Tensor, acc: torch.dtype) -> bool:
@@ -533,8 +534,8 @@ def _head_backward_launch(
     if order is None:
         order, active = pixel_order(mask, x.shape[1:])
     narrow, features, classes = _is_narrow(scale_features, shift_features, acc), scale_features.shape[1], len(scale_table)
-    both = inverse or affine is not None
-    blocks = _blocks(_BACKWARD_OF_BOTH if both else _BACKWARD, narrow, acc, features)
+    table = _BACKWARD_OF_INVERSE if inverse else _BACKWARD if affine is None else _BACKWARD_OF_AFFINE
+    blocks = _blocks(table, narrow, acc, features)
     chunks = _chunks(blocks, active, pixels)
     parts = max(1, cdiv(features, blocks.step), cdiv(classes, CLASSES))
     dx, *grads = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, *inputs))

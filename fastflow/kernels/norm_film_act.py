@@ -471,8 +471,8 @@ def _tables_kernel(
 # -- launchers ------------------------------------------------------------------------------------------------------------
 
 GROUP_ELEMENTS = 8192
-# Forward, half the values are alive in a program, and a group may be twice as large.
-FORWARD_GROUPS = 2
+# Forward and without dropout, few enough values are alive in a program for a group twice as large.
+PLAIN_GROUP_ELEMENTS = 16_384
 SPLIT_ELEMENTS = 4096
 # Groups are packed up to this size: a program of a few dozen elements costs as much as one of a thousand.
 PACKED_ELEMENTS = 2048
@@ -533,7 +533,7 @@ def _norm_launch(
         "CHANNELS_LAST": channels_last, "RESIDUAL": residual is not None,
     }  # fmt: skip
     tables = (gamma, beta, rows, residual, keys)
-    tile = _group_tile(channels, groups, pixels, acc, FORWARD_GROUPS * GROUP_ELEMENTS)
+    tile = _group_tile(channels, groups, pixels, acc, PLAIN_GROUP_ELEMENTS if keys is None else GROUP_ELEMENTS)
     if tile is not None:
         launch(
             _group_fwd_kernel, batch * cdiv(groups, tile.pack), x, tile.warps, x, *tables, y, stats, *sizes,

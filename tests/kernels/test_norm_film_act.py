@@ -17,6 +17,12 @@ module = importlib.import_module("fastflow.kernels.norm_film_act")
 FORMATS = {"c": torch.contiguous_format, "l": torch.channels_last}
 
 
+def split_groups(monkeypatch):
+    """Let every group be larger than a block."""
+    monkeypatch.setattr(module, "GROUP_ELEMENTS", 0)
+    monkeypatch.setattr(module, "PLAIN_GROUP_ELEMENTS", 0)
+
+
 def arguments(shape, classes=3, dtype=F64, table=None, residual=False, layout="c", device="cpu"):
     x, extra = (rand(*shape, dtype=dtype, seed=i, device=device).contiguous(memory_format=FORMATS[layout]) for i in (0, 1))
     tables = [(rand(classes, shape[1], seed=i) * 0.5 + 1).to(device, table or dtype) for i in (2, 3)]
@@ -73,7 +79,7 @@ def test_shapes(device, shape, groups, residual):
 @pytest.mark.parametrize("groups", [1, 3, 6])
 def test_small_groups_and_split_groups_agree(device, monkeypatch, split, layout, groups):
     if split:
-        monkeypatch.setattr(module, "GROUP_ELEMENTS", 0)
+        split_groups(monkeypatch)
         monkeypatch.setattr(module, "SPLIT_ELEMENTS", 32)
     monkeypatch.setattr(module, "PACKED_ELEMENTS", 256)
     for residual in (False, True):
@@ -86,7 +92,7 @@ def test_small_groups_and_split_groups_agree(device, monkeypatch, split, layout,
 )
 def test_dtypes(device, monkeypatch, split, dtype, table, out):
     if split:
-        monkeypatch.setattr(module, "GROUP_ELEMENTS", 0)
+        split_groups(monkeypatch)
     check(device, (2, 8, 12, 12), 4, dtype=dtype, table=table, out=out, residual=True, dropout=0.25)
 
 
@@ -102,8 +108,9 @@ def test_a_view_of_a_larger_batch(device):
 @pytest.mark.parametrize("layout", ["c", "l"])
 def test_variance_survives_a_large_mean(device, monkeypatch, groups, layout):
     """Squares of 1000 have no digits left for a deviation of 1 in float32."""
-    for limit in (8192, 0):
-        monkeypatch.setattr(module, "GROUP_ELEMENTS", limit)
+    for split in (False, True):
+        if split:
+            split_groups(monkeypatch)
         (x, gamma, beta), rows = arguments((2, 8, 16, 16), dtype=F32, layout=layout, device=device)
         x = x + 1000
         got = kernels.norm_film_act(x, groups, gamma, beta, rows)
@@ -115,7 +122,7 @@ def test_variance_survives_a_large_mean(device, monkeypatch, groups, layout):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck(device, monkeypatch, split, dropout):
     if split:
-        monkeypatch.setattr(module, "GROUP_ELEMENTS", 0)
+        split_groups(monkeypatch)
         monkeypatch.setattr(module, "SPLIT_ELEMENTS", 16)
     values, rows = arguments((1, 4, 2, 3), classes=2, residual=True, device=device)
     keys = torch.tensor([3], dtype=torch.int32, device=device)
@@ -201,7 +208,8 @@ def test_dropout_is_replayed_by_its_keys_and_drawn_afresh_without(device):
 
 
 def test_a_small_group_is_one_launch_and_a_large_one_three(device):
-    for shape, groups, forward, backward in (((2, 16, 46, 46), 8, 1, 2), ((1, 16, 184, 184), 8, 3, 4)):
+    cases = (((2, 16, 46, 46), 8, 1, 2), ((1, 128, 23, 23), 8, 1, 4), ((1, 16, 184, 184), 8, 3, 4))
+    for shape, groups, forward, backward in cases:
         values, rows = arguments(shape, dtype=F32, device=device)
         values = [v.requires_grad_() for v in values]
         with _launch.recording() as launches:

@@ -123,7 +123,7 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return conv(x)
     if len(x) == 1 and x.numel() <= SINGLE_ELEMENTS and conv.kernel_size[0] <= 3:
         return conv(x.expand(2, -1, -1, -1))[:1]
-    if conv.in_channels > FEW_CHANNELS:
+    if conv.in_channels > FEW_CHANNELS or conv.dilation != (1, 1):
         return conv(x)
     stride, padding = conv.stride, conv.padding
     if conv.out_channels == 1:

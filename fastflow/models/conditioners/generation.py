@@ -136,7 +136,7 @@ class ASPP(nn.Module):
         means = [_linear(mean, *_matrix(self.branches[0]))]
         branches = []
         for branch in self.branches[1:]:
-            mean, p = kernels.average_pixels(branch(x))
+            mean, p = kernels.average_pixels(convolve(branch, x))
             means.append(mean)
             branches.append(p.flatten(2))
         (first, *weights), bias = self._weights(means)
@@ -194,8 +194,9 @@ class ASPP(nn.Module):
         output, constant = _matrix(self.output)
         first, *rest = (output * gate[:, None, :]).chunk(len(self.branches), dim=2)
         point, point_bias = _matrix(self.branches[0])
-        # As a matrix of one column.
-        return [_for_each(first, point), *rest], constant + _for_each(first, point_bias[:, None]).squeeze(2)
+        # On a CPU, products with a single column round differently for a single sample.
+        offset = (first * point_bias).sum(dim=2) if _on_cpu(first) else torch.matmul(first, point_bias)
+        return [_for_each(first, point), *rest], constant + offset
 
 
 def _planes(x: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ def _head(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """
     size, outputs = conv.kernel_size[0], conv.out_channels
     if not _on_cpu(x) or (size > 1 and outputs > 4):
-        return conv(x)
+        return convolve(conv, x)
     _, bias = _matrix(conv)
     weight = conv.weight.permute(2, 3, 0, 1).flatten(0, 2)
     taps = torch.bmm(weight.expand(x.shape[0], -1, -1), x.flatten(2)).unflatten(2, x.shape[2:]).unflatten(1, (-1, outputs))
