@@ -1,9 +1,12 @@
-"""ActNorm and the 1x1 convolution on their own."""
+"""ActNorm, the 1x1 convolution and the coupling on their own, and the convolutions of conditioners."""
 
 import pytest
 import torch
 
-from fastflow.models.layers import STD_FLOOR, ActNorm, InvertibleConv1x1
+from fastflow import FlowConfig
+from fastflow.models.conditioners.blocks import convolve
+from fastflow.models.layers import STD_FLOOR, ActNorm, AffineCoupling, InvertibleConv1x1
+from fastflow.models.masks import build_mask
 
 
 def test_actnorm_standardises_the_first_batch_and_only_that():
@@ -89,3 +92,52 @@ def test_actnorm_takes_its_statistics_from_all_ranks(tmp_path):
     alone.initialize(torch.arange(48, dtype=torch.float64).view(4, 3, 2, 2) ** 1.5)
     for rank in range(2):
         assert torch.allclose(torch.load(tmp_path / f"{rank}.pt"), alone.log_scale, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", [0, 1, 6])
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_a_coupling_in_float32_gives_a_sample_the_same_bits_in_every_batch(task, step):
+    torch.manual_seed(step)
+    config = FlowConfig.demo(7, task=task)
+    shape = config.step_shapes[step]
+    coupling = AffineCoupling(config, step, shape, build_mask("checkerboard", step, shape, None, 2)).eval()
+    with torch.no_grad():
+        for parameter in coupling.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.ndim == 1 else 0.3 / parameter[0].numel() ** 0.5))
+        x, labels = torch.randn(9, *shape), torch.arange(9) % 7
+        masked, tables = x.masked_fill(~coupling.mask, 0.0), coupling.tables(torch.arange(7))
+        y, logdet, _ = coupling(x, masked, tables, labels)
+        assert not torch.equal(y, x)
+        for count in (1, 2, 3, 5):
+            # As many tables as samples, too: as the model has them for few.
+            few = coupling.tables(labels[:count])
+            for table, rows in ((tables, labels[:count]), (few, torch.arange(count))):
+                got = coupling(x[:count], masked[:count], table, rows)
+                assert torch.equal(got[0], y[:count]) and torch.equal(got[1], logdet[:count]), count
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kernel", "stride", "size", "batch"),
+    [
+        (1, 16, 5, 2, 24, 2),
+        (4, 8, 5, 1, 11, 3),
+        (2, 1, 7, 1, 12, 1),
+        (2, 1, 7, 1, 12, 2),
+        (3, 16, 5, 2, 9, 1),
+        (16, 16, 3, 1, 8, 1),
+    ],
+)
+def test_convolve_is_the_convolution_and_so_are_its_gradients(inputs, outputs, kernel, stride, size, batch):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=outputs > 1)
+    x = torch.randn(batch, inputs, size, size, requires_grad=True)
+    y = convolve(conv, x)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, *conv.parameters()), grad)
+    wide = x.detach().double().requires_grad_()
+    conv.double()
+    expected = conv(wide)
+    for a, b in zip(
+        (y, *got), (expected, *torch.autograd.grad(expected, (wide, *conv.parameters()), grad.double())), strict=True
+    ):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()

@@ -86,6 +86,11 @@ FEW_CHANNELS = 4
 SINGLE_ELEMENTS = 20480
 
 
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether ATen's code for CPUs runs on x at once, and not in a graph that is compiled or exported."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 class _FewChannels(torch.autograd.Function):
     """A 2-d convolution of few input channels on a CPU, each gradient by the faster code."""
 
@@ -113,13 +118,7 @@ class _FewChannels(torch.autograd.Function):
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``conv(x)``; in eager float32 on a CPU by the code that is fastest there, and alike for one image and for many."""
-    plain = (
-        x.device.type != "cpu"
-        or x.dtype != torch.float32
-        or torch.is_autocast_enabled("cpu")
-        or kernels.get_backend() == "reference"
-    )
-    if plain or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not eager_on_cpu(x) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return conv(x)
     if len(x) == 1 and x.numel() <= SINGLE_ELEMENTS and conv.kernel_size[0] <= 3:
         return conv(x.expand(2, -1, -1, -1))[:1]
@@ -129,25 +128,27 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     if conv.out_channels == 1:
         # A weight in channels_last asks for oneDNN's code of that layout, whose backward is four times faster here.
         return F.conv2d(x, conv.weight.contiguous(memory_format=torch.channels_last), conv.bias, stride, padding)
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not (torch.is_grad_enabled() and x.requires_grad) or kernels.get_backend() == "reference":
         return conv(x)
     out: Tensor = _FewChannels.apply(x, conv.weight, conv.bias, stride, padding)
     return out
 
 
 def whole_groups(rows: Tensor) -> Tensor:
-    """`rows` with copies of the first up to a multiple of `ROW_GROUP` on a CPU, as they come elsewhere.
+    """`rows`; in eager mode on a CPU with copies of the first after them, up to a multiple of `ROW_GROUP`.
 
     ATen's products and activations on CPUs round the rows of whole groups alike, however many there are, others not.
     """
-    extra = -len(rows) % ROW_GROUP if rows.device.type == "cpu" and not torch.compiler.is_exporting() else 0
+    if not eager_on_cpu(rows):
+        return rows
+    extra = -len(rows) % ROW_GROUP
     return torch.cat((rows, rows[:1].expand(extra, *rows.shape[1:]))) if extra and len(rows) else rows
 
 
 def linear(v: Tensor, layer: nn.Linear) -> Tensor:
     """``layer(v)`` for v (R, inputs), whose rows come out alike on a CPU whatever other rows there are."""
     out: Tensor = layer(whole_groups(v))
-    return out if len(out) == len(v) else out[: len(v)]
+    return out if out.shape[0] == v.shape[0] else out[: v.shape[0]]
 
 
 def num_groups(channels: int) -> int:

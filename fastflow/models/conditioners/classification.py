@@ -21,6 +21,7 @@ from fastflow.models.conditioners.blocks import (
     Then,
     conditioner_dtype,
     convolve,
+    eager_on_cpu,
     first_rows,
     linear,
     normed_conv,
@@ -70,7 +71,7 @@ class DenseHead(nn.Module):
     def table(self, embedding: Tensor) -> Tensor:
         """(R, N) for embeddings (R, 128)."""
         h, last = F.gelu(self.label(embedding)), self.label_out
-        if h.device.type != "cpu" or len(h) % ROW_GROUP:
+        if not eager_on_cpu(h) or len(h) == 0 or len(h) % ROW_GROUP:
             out: Tensor = last(h)
             return out
         # Few rows and a large matrix: faster with the matrix on the left, and alike for four rows and for eight.
