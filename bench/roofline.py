@@ -70,7 +70,7 @@ from fastflow.kernels.coupling_head import PixelOrder, _head_backward_launch, _h
 from fastflow.kernels.latent_prior import _prior_backward_launch, _prior_launch, latent_prior_reference
 from fastflow.kernels.norm_film_act import _norm_backward_launch, _norm_launch, norm_film_act_reference
 from fastflow.kernels.squeeze import _squeeze_launch, _unsqueeze_launch, squeeze2x2_reference, unsqueeze2x2_reference
-from fastflow.models.conditioners import ClassificationConditioner, GenerationConditioner, generation
+from fastflow.models.conditioners import ClassificationConditioner, GenerationConditioner, blocks, generation
 from fastflow.models.conditioners.blocks import Drop, Modulation, NormFiLM, Passive, Tables, Then
 
 Shape = tuple[int, int, int]
@@ -699,7 +699,9 @@ def _plain_aspp(block: generation.ASPP, x: Tensor) -> Tensor:
 
 
 # The models choose other forms for a CPU, on which these fake tensors are.
-ON_GPU: tuple[tuple[Any, str, Callable[..., Any]], ...] = ((generation, "_on_cpu", lambda x: False),)
+ON_GPU: tuple[tuple[Any, str, Callable[..., Any]], ...] = tuple(
+    (module, "on_cpu", lambda x: False) for module in (blocks, generation)
+)
 PLAIN: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     *ON_GPU,
     (generation.ASPP, "forward", _plain_aspp),

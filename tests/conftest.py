@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, settings
 
 # Before torch or matplotlib are imported: small tensors lose more to many threads than they win.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads that wait give way: beside any other process, spinning ones make small ops many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Triton decides while it is imported whether it interprets; kernels then run on CPU tensors wherever a test sets the variable

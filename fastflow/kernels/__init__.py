@@ -1,8 +1,8 @@
 """The ops of the flow, one file each: a public function in front of a registered op with its Triton kernels and its reference.
 
-The reference is the definition of an op in plain ATen: differentiable, right in float64, and the path that CPUs and exported
-graphs take. On a CUDA device the ops of the flow itself run Triton kernels; Triton is imported at the first launch. `set_backend`
-chooses.
+The reference is the definition of an op in plain ATen: differentiable, right in float64, and the path that exported graphs take.
+A CPU runs it too, or a faster ATen form with a backward pass of its own. On a CUDA device the ops run Triton kernels; Triton is
+imported at the first launch. `set_backend` chooses.
 """
 
 from __future__ import annotations

@@ -254,9 +254,7 @@ def _slope(
     CHANNELS: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """(the gradient of z, gamma)."""
-    z, gamma = _modulate(
-        normed, gamma_ptr, beta_ptr, rows_ptr, residual_ptr, b, c, real, place, inside, CHANNELS, ACC, RESIDUAL
-    )
+    z, gamma = _modulate(normed, gamma_ptr, beta_ptr, rows_ptr, residual_ptr, b, c, real, place, inside, CHANNELS, ACC, RESIDUAL)
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(ACC)
     if THRESHOLD > 0:
         grad = _dropped(grad, keys_ptr + b, c[:, None], p[None, :], pixels, THRESHOLD)
@@ -608,9 +606,7 @@ def _norm_backward_launch(
             V=v, CHANNELS=channels, GROUPS=groups, ROWS=rows_block, BLOCK=min(16, power_of_two(chunks)),
             ACC=triton_dtype(acc), WIDE=wide,
         )  # fmt: skip
-        launch(
-            _split_bwd_kernel, programs, x, tile.warps, *inputs, means, *outputs, None, *sizes, chunks, WRITE=True, **shared
-        )
+        launch(_split_bwd_kernel, programs, x, tile.warps, *inputs, means, *outputs, None, *sizes, chunks, WRITE=True, **shared)
     block = min(128, power_of_two(channels))
     launch(
         _tables_kernel, gamma.shape[0] * cdiv(channels, block), x, 1, sums, rows, d_gamma, d_beta, batch,

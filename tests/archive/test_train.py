@@ -46,6 +46,7 @@ def test_model_folder_classifies_what_it_was_trained_on(scans: Path, tmp_path: P
     assert classify([scans], tmp_path / "model", tmp_path / "r.csv").failed == 0
 
 
+@pytest.mark.slow
 def test_reversible_training_is_training(scans: Path, tmp_path: Path) -> None:
     normal, other = (
         train_on_archive(

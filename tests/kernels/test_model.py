@@ -9,7 +9,7 @@ from helpers import build, images, labels
 from fastflow import FlowConfig, kernels
 
 
-@pytest.fixture(params=["classification", "generation"])
+@pytest.fixture(params=["classification", pytest.param("generation", marks=pytest.mark.slow)])
 def model(request):
     return build(FlowConfig.tiny(3, task=request.param, condition_from_step=1))
 
@@ -60,6 +60,7 @@ def test_one_channel_mixes_are_folded_and_conditioner_inputs_written_beside(mode
     assert sum(launch.arguments.get("AFFINE", False) for launch in launches) == 3
 
 
+@pytest.mark.slow
 def test_training_under_autocast_keeps_a_float32_stream(device):
     model = build(FlowConfig.tiny(3, task="generation"), dtype=torch.float32).to(device)
     x, y = images(model.config, 4, dtype=torch.float32).to(device), labels(model.config, 4).to(device)

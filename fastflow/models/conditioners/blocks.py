@@ -91,6 +91,11 @@ def eager_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether x takes the forms that are chosen for CPUs."""
+    return x.device.type == "cpu"
+
+
 class _FewChannels(torch.autograd.Function):
     """A 2-d convolution of few input channels on a CPU, each gradient by the faster code."""
 

@@ -22,6 +22,7 @@ from fastflow.models.conditioners.blocks import (
     convolve,
     first_rows,
     normed_conv,
+    on_cpu,
     one_hot_linear,
     whole_groups,
 )
@@ -30,18 +31,14 @@ from fastflow.models.config import FlowConfig, Shape
 DILATIONS = (6, 12, 18)
 
 
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
-
-
 def _for_each(weights: Tensor, shared: Tensor) -> Tensor:
     """``weights[b] @ shared`` for each sample b; on a CPU as products of their own, whose rounding no other sample touches."""
-    return torch.bmm(weights, shared.expand(weights.shape[0], -1, -1)) if _on_cpu(weights) else torch.matmul(weights, shared)
+    return torch.bmm(weights, shared.expand(weights.shape[0], -1, -1)) if on_cpu(weights) else torch.matmul(weights, shared)
 
 
 def _linear(v: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of (B, inputs), on a CPU each sample for itself."""
-    if not _on_cpu(v):
+    if not on_cpu(v):
         return F.linear(v, weight, bias)
     out = _for_each(v[:, None], weight.t()).squeeze(1)
     return out if bias is None else out + bias
@@ -122,7 +119,7 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
         # ATen computes a single small image with other code than a batch of them, which rounds differently in channels_last.
-        if not _on_cpu(x) or channels * pixels <= 20480:
+        if not on_cpu(x) or channels * pixels <= 20480:
             return self.mix_branches(x)
         # Dilated convolutions of contiguous planes are up to three times slower on CPUs.
         last = x.contiguous(memory_format=torch.channels_last)
@@ -195,13 +192,13 @@ class ASPP(nn.Module):
         first, *rest = (output * gate[:, None, :]).chunk(len(self.branches), dim=2)
         point, point_bias = _matrix(self.branches[0])
         # On a CPU, products with a single column round differently for a single sample.
-        offset = (first * point_bias).sum(dim=2) if _on_cpu(first) else torch.matmul(first, point_bias)
+        offset = (first * point_bias).sum(dim=2) if on_cpu(first) else torch.matmul(first, point_bias)
         return [_for_each(first, point), *rest], constant + offset
 
 
 def _planes(x: Tensor) -> Tensor:
     """x with contiguous planes on a CPU, whose norms and poolings are several times faster over them."""
-    return x.contiguous() if _on_cpu(x) else x
+    return x.contiguous() if on_cpu(x) else x
 
 
 def _head(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -210,11 +207,13 @@ def _head(x: Tensor, conv: nn.Conv2d) -> Tensor:
     On a CPU, where a convolution computes 16 output channels at least: one product for all taps, then a sum of their shifts.
     """
     size, outputs = conv.kernel_size[0], conv.out_channels
-    if not _on_cpu(x) or (size > 1 and outputs > 4):
+    eager = not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if not on_cpu(x) or not eager or (size > 1 and outputs > 4) or x.shape[0] == 0:
         return convolve(conv, x)
     _, bias = _matrix(conv)
     weight = conv.weight.permute(2, 3, 0, 1).flatten(0, 2)
-    taps = torch.bmm(weight.expand(x.shape[0], -1, -1), x.flatten(2)).unflatten(2, x.shape[2:]).unflatten(1, (-1, outputs))
+    # A product for each sample: of a batch of them, threads split a single one otherwise than several.
+    taps = torch.stack([torch.mm(weight, image) for image in x.flatten(2)]).unflatten(2, x.shape[2:]).unflatten(1, (-1, outputs))
     out = bias[:, None, None]
     for i, tap in enumerate(taps.unbind(1)):
         down, right = size // 2 - i // size, size // 2 - i % size
