@@ -86,14 +86,14 @@ FEW_CHANNELS = 4
 SINGLE_ELEMENTS = 20480
 
 
-def eager_on_cpu(x: Tensor) -> bool:
-    """Whether ATen's code for CPUs runs on x at once, and not in a graph that is compiled or exported."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
 def on_cpu(x: Tensor) -> bool:
     """Whether x takes the forms that are chosen for CPUs."""
     return x.device.type == "cpu"
+
+
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether ATen's code for CPUs runs on x at once, and not in a graph that is compiled or exported."""
+    return on_cpu(x) and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 class _FewChannels(torch.autograd.Function):

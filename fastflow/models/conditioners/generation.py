@@ -192,7 +192,7 @@ class ASPP(nn.Module):
         first, *rest = (output * gate[:, None, :]).chunk(len(self.branches), dim=2)
         point, point_bias = _matrix(self.branches[0])
         # On a CPU, products with a single column round differently for a single sample.
-        offset = (first * point_bias).sum(dim=2) if on_cpu(first) else torch.matmul(first, point_bias)
+        offset = (first * point_bias).sum(dim=2) if on_cpu(first) else torch.matmul(first, point_bias[:, None]).squeeze(2)
         return [_for_each(first, point), *rest], constant + offset
 
 
