@@ -1,8 +1,4 @@
-"""Triton kernels of the flow step against their float64 references, forward and backward; on a GPU or in the interpreter.
-
-Bounds: an element is right to a few roundings of the narrowest dtype it passes through (the interpreter truncates to bfloat16);
-a sum over n terms of size about 1 to a few float32 roundings times sqrt(n), its float64 form to 1e-11.
-"""
+"""Triton kernels of the flow step against their float64 references, forward and backward; on a GPU or in the interpreter."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from numerics import BF16, F16, F32, F64, close, masks, rand, run, wide
 
 from fastflow import kernels
 from fastflow.kernels import _launch, _library
@@ -22,47 +19,6 @@ from fastflow.kernels.squeeze import squeeze2x2_reference, unsqueeze2x2_referenc
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-
-
-def rand(*shape, dtype=F64, seed=0, device="cpu"):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def masks(kind, shape):
-    full = torch.ones(shape, dtype=torch.bool)
-    checkers = torch.arange(full.numel()).view(shape) % 2 == 0
-    return {"all": full, "none": ~full, "even": checkers, "odd": ~checkers, "plane": checkers[:1]}[kind]
-
-
-def close(got, want, dtype, length=1):
-    """Elements to 8 roundings of their dtype; sums of `length` terms to 8 float32 roundings times its root."""
-    assert got.dtype == dtype and got.shape == want.shape
-    got, want = got.detach().double().cpu(), want.detach().double().cpu()
-    bound = 8 * torch.finfo(dtype).eps * length**0.5 * max(1.0, float(want.abs().max()) if want.numel() else 1.0)
-    if dtype == F64:
-        bound = max(bound, 1e-11)
-    assert torch.isfinite(got).all()
-    assert want.numel() == 0 or float((got - want).abs().max()) <= bound, float((got - want).abs().max()) / bound
-
-
-def run(function, values, dtypes=()):
-    """(results, gradients of the leaves) for fixed random output gradients, which `dtypes` round first."""
-    leaves = [v.detach().clone(memory_format=torch.preserve_format).requires_grad_() for v in values]
-    results = function(*leaves)
-    results = results if isinstance(results, tuple) else (results,)
-    dtypes = dtypes or [r.dtype for r in results]
-    grads = [
-        rand(*r.shape, dtype=d, seed=7 + i, device=r.device).to(r.dtype)
-        for i, (r, d) in enumerate(zip(results, dtypes, strict=True))
-    ]
-    return results, torch.autograd.grad(results, leaves, grads)
-
-
-def wide(values):
-    return [v.detach().double() for v in values]
-
 
 # -- affine_coupling ------------------------------------------------------------------------------------------------------
 
