@@ -207,6 +207,22 @@ def locate(pid, n_chunks, WIDE: tl.constexpr):
 
 
 @kernel
+def tile_of(pid, n_chunks, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """(sample, first channel, chunk of pixels) of a program that takes ROWS channels."""
+    b, rest = locate(pid, n_chunks * ((CHANNELS + ROWS - 1) // ROWS), WIDE)
+    return b, rest // n_chunks * ROWS, rest % n_chunks
+
+
+@kernel
+def place_of(c, p, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where channel c of pixel p lies within its sample."""
+    if CHANNELS_LAST:
+        return p * CHANNELS + c
+    else:
+        return c * pixels + p
+
+
+@kernel
 def elements(n_v, V: tl.constexpr, WIDE: tl.constexpr):
     """n_v * V, in the type that offsets within a sample need."""
     return tl.cast(n_v, tl.int64) * V if WIDE else n_v * V

@@ -33,7 +33,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastflow.kernels._launch import cdiv, elements, is_wide, kernel, launch, locate, power_of_two, triton_dtype, vector_width
+from fastflow.kernels._launch import (
+    cdiv,
+    elements,
+    is_wide,
+    kernel,
+    launch,
+    locate,
+    place_of,
+    power_of_two,
+    tile_of,
+    triton_dtype,
+    vector_width,
+)
 from fastflow.kernels._library import (
     accumulator,
     check_device,
@@ -267,21 +279,6 @@ def _gates_backward_of_part(d_x: Tensor, x: Tensor, grad: Tensor, gates: Tensor,
 
 
 @kernel
-def _tile(pid, n_chunks, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """(sample, first channel, chunk) of a program."""
-    b, rest = locate(pid, n_chunks * ((CHANNELS + ROWS - 1) // ROWS), WIDE)
-    return b, rest // n_chunks * ROWS, rest % n_chunks
-
-
-@kernel
-def _place(c, p, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    if CHANNELS_LAST:
-        return p[None, :] * CHANNELS + c[:, None]
-    else:
-        return c[:, None] * pixels + p[None, :]
-
-
-@kernel
 def _rank(x):
     """Integers in the order of x: both zeros are one, a NaN is above all."""
     # Adding 0 makes a zero positive.
@@ -319,7 +316,7 @@ def _pool_pixels_kernel(
     V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, MAXIMUM: tl.constexpr, INDEX: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    b, first, chunk = _tile(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
+    b, first, chunk = tile_of(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
     pixels = elements(pixels_v, V, WIDE)
     c = first + tl.arange(0, ROWS)
     real = c < CHANNELS
@@ -330,7 +327,7 @@ def _pool_pixels_kernel(
     for step in range(STEPS):
         p = (chunk * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         inside = real[:, None] & (p < pixels)[None, :]
-        x = tl.load(x_ptr + _place(c, p, pixels, CHANNELS, CHANNELS_LAST), mask=inside, other=0.0).to(ACC)
+        x = tl.load(x_ptr + place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST), mask=inside, other=0.0).to(ACC)
         total += x
         if MAXIMUM:
             here = _rank(tl.where(inside, x, float("-inf")))
@@ -400,13 +397,13 @@ def _pool_pixels_bwd_kernel(
     V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, MAXIMUM: tl.constexpr, PASSED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    b, first, chunk = _tile(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
+    b, first, chunk = tile_of(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
     pixels = elements(pixels_v, V, WIDE)
     c = first + tl.arange(0, ROWS)
     p = chunk * BLOCK + tl.arange(0, BLOCK)
     real = c < CHANNELS
     inside = real[:, None] & (p < pixels)[None, :]
-    place = _place(c, p, pixels, CHANNELS, CHANNELS_LAST)
+    place = place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
     mean = tl.load(mean_ptr + b * CHANNELS + c, mask=real, other=0.0).to(ACC) / tl.cast(pixels, ACC)
     dx = tl.zeros((ROWS, BLOCK), ACC) + mean[:, None]
     if MAXIMUM:
@@ -435,7 +432,10 @@ def _pool_channels_kernel(
         c = start + tl.arange(0, ROWS)
         inside = (c < CHANNELS)[:, None] & (p < pixels)[None, :]
         gate = _sigmoid(tl.load(logits_ptr + b * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(ACC))
-        x = tl.load(x_ptr + _place(c, p, pixels, CHANNELS, CHANNELS_LAST), mask=inside, other=0.0).to(ACC) * gate[:, None]
+        x = (
+            tl.load(x_ptr + place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST), mask=inside, other=0.0).to(ACC)
+            * gate[:, None]
+        )
         total += x
         here = _rank(tl.where(inside, x, float("-inf")))
         if INDEX:
@@ -457,13 +457,13 @@ def _pool_channels_bwd_kernel(
     V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, PASSED: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    b, first, chunk = _tile(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
+    b, first, chunk = tile_of(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
     pixels = elements(pixels_v, V, WIDE)
     c = first + tl.arange(0, ROWS)
     p = chunk * BLOCK + tl.arange(0, BLOCK)
     real = c < CHANNELS
     inside = real[:, None] & (p < pixels)[None, :]
-    place = _place(c, p, pixels, CHANNELS, CHANNELS_LAST)
+    place = place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
     grad_ptr += b * grad_stride_v * V + p
     mean = tl.load(grad_ptr, mask=p < pixels, other=0.0).to(ACC) * (1.0 / CHANNELS)
     top = tl.load(grad_ptr + pixels, mask=p < pixels, other=0.0).to(ACC)
@@ -507,12 +507,12 @@ def _apply_gates_kernel(
     V: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    b, first, chunk = _tile(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
+    b, first, chunk = tile_of(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
     pixels = elements(pixels_v, V, WIDE)
     c = first + tl.arange(0, ROWS)
     p = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = (c < CHANNELS)[:, None] & (p < pixels)[None, :]
-    place = _place(c, p, pixels, CHANNELS, CHANNELS_LAST)
+    place = place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
     gate = _sigmoid(tl.load(channel_ptr + b * CHANNELS + c, mask=c < CHANNELS, other=0.0).to(ACC))
     spatial = _sigmoid(tl.load(spatial_ptr + b * spatial_stride_v * V + p, mask=p < pixels, other=0.0).to(ACC))
     x = tl.load(x_ptr + b * x_stride_v * V + place, mask=inside, other=0.0).to(ACC)
@@ -541,7 +541,7 @@ def _apply_gates_bwd_kernel(
         c = start + tl.arange(0, ROWS)
         real = c < CHANNELS
         inside = real[:, None] & (p < pixels)[None, :]
-        place = _place(c, p, pixels, CHANNELS, CHANNELS_LAST)
+        place = place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
         logit = tl.load(channel_ptr + b * CHANNELS + c, mask=real, other=0.0).to(ACC)
         dx = tl.load(grad_ptr + place, mask=inside, other=0.0).to(ACC) * _sigmoid(logit)[:, None] * spatial[None, :]
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)

@@ -30,7 +30,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastflow.kernels._launch import cdiv, elements, is_wide, kernel, launch, locate, power_of_two, triton_dtype, vector_width
+from fastflow.kernels._launch import (
+    cdiv,
+    elements,
+    is_wide,
+    kernel,
+    launch,
+    locate,
+    place_of,
+    power_of_two,
+    tile_of,
+    triton_dtype,
+    vector_width,
+)
 from fastflow.kernels._library import (
     accumulator,
     check_device,
@@ -130,22 +142,6 @@ def norm_film_act_reference(
 
 
 @kernel
-def _place(c, p, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where channel c of pixel p lies within its sample."""
-    if CHANNELS_LAST:
-        return p * CHANNELS + c
-    else:
-        return c * pixels + p
-
-
-@kernel
-def _tile(pid, n_chunks, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """(sample, first channel, chunk) of a program of the split kernels."""
-    b, rest = locate(pid, n_chunks * ((CHANNELS + ROWS - 1) // ROWS), WIDE)
-    return b, rest // n_chunks * ROWS, rest % n_chunks
-
-
-@kernel
 def _packed(pid, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr):
     """(sample, group, channel within the group, whether there is such a group and channel) of the rows of a packed tile."""
     b, first = locate(pid, (GROUPS + PACK - 1) // PACK, WIDE)
@@ -218,7 +214,7 @@ def _group_fwd_kernel(
     c = g * size + i
     p = tl.arange(0, BLOCK)
     inside = real[:, None] & (p < pixels)[None, :]
-    place = _place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+    place = place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
     x = tl.load(x_ptr + b * x_stride_v * V + place, mask=inside, other=0.0).to(ACC)
     count = tl.cast(pixels * size, ACC)
     mean = _group_total(tl.sum(x, axis=1), ROWS, PACK) / count
@@ -274,7 +270,7 @@ def _group_bwd_kernel(
     c = g * size + i
     p = tl.arange(0, BLOCK)
     inside = real[:, None] & (p < pixels)[None, :]
-    place = _place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+    place = place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
     base = b * (CHANNELS * pixels)
     normed, rstd = _normed(x_ptr + b * x_stride_v * V, stats_ptr, b, c, real, place, inside, CHANNELS, GROUPS, ACC)
     if RESIDUAL:
@@ -304,13 +300,13 @@ def _chunk_stats_kernel(
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of a chunk, per channel."""
-    b, first, chunk = _tile(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
+    b, first, chunk = tile_of(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
     pixels = elements(pixels_v, V, WIDE)
     c = first + tl.arange(0, ROWS)
     p = chunk * BLOCK + tl.arange(0, BLOCK)
     real = c < CHANNELS
     inside = real[:, None] & (p < pixels)[None, :]
-    place = _place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+    place = place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
     x = tl.load(x_ptr + b * x_stride_v * V + place, mask=inside, other=0.0).to(ACC)
     count = tl.cast(tl.minimum(pixels - chunk * BLOCK, BLOCK), ACC)
     mean = tl.sum(x, axis=1) / count
@@ -357,13 +353,13 @@ def _split_fwd_kernel(
     V: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     THRESHOLD: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    b, first, chunk = _tile(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
+    b, first, chunk = tile_of(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
     pixels = elements(pixels_v, V, WIDE)
     c = first + tl.arange(0, ROWS)
     p = chunk * BLOCK + tl.arange(0, BLOCK)
     real = c < CHANNELS
     inside = real[:, None] & (p < pixels)[None, :]
-    place = _place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+    place = place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
     normed, _ = _normed(x_ptr + b * x_stride_v * V, stats_ptr, b, c, real, place, inside, CHANNELS, GROUPS, ACC)
     if RESIDUAL:
         residual_ptr += b * residual_stride_v * V
@@ -383,13 +379,13 @@ def _split_bwd_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """First (not WRITE) the sums of a chunk per channel; then, when the group's means are known, the gradients."""
-    b, first, chunk = _tile(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
+    b, first, chunk = tile_of(tl.program_id(0), n_chunks, CHANNELS, ROWS, WIDE)
     pixels = elements(pixels_v, V, WIDE)
     c = first + tl.arange(0, ROWS)
     p = chunk * BLOCK + tl.arange(0, BLOCK)
     real = c < CHANNELS
     inside = real[:, None] & (p < pixels)[None, :]
-    place = _place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+    place = place_of(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
     normed, rstd = _normed(x_ptr + b * x_stride_v * V, stats_ptr, b, c, real, place, inside, CHANNELS, GROUPS, ACC)
     if RESIDUAL:
         residual_ptr += b * residual_stride_v * V
