@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Before torch or matplotlib are imported: small tensors lose more to many threads than they win.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-# Threads that wait give way: beside any other process, spinning ones make small ops many times slower.
+# Before torch or matplotlib are imported: small tensors lose to threads. Waiting threads give way, where more are asked for.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
