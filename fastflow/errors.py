@@ -38,3 +38,11 @@ class VolumeError(FastflowError, ValueError):
     def __reduce__(self) -> tuple[type[VolumeError], tuple[str, str, str]]:
         # The default would rebuild it from the one formatted string and fail in a worker pool.
         return type(self), (self.path, self.code, self.message)
+
+
+class InvalidImageWarning(UserWarning):
+    """Images hold NaN or infinity; what is computed of them is NaN."""
+
+
+class PrecisionWarning(UserWarning):
+    """A device cannot compute in the precision that was asked for; a wider one is used."""

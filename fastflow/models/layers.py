@@ -212,7 +212,8 @@ class AffineCoupling(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x (B, C, H, W), its masked form for the first conditioner, the table row of each sample (B,), what follows.
 
-        `keys` are those of `draw_keys`, fresh ones when None. Returns (y, logdet (B,), y masked as `then` says).
+        `masked` may hold one for several consecutive rows of x, where these differ by their labels only. `keys` are those of
+        `draw_keys`, fresh ones when None. Returns (y, logdet (B,), y masked as `then` says).
         """
         first, second = zip(self.halves(), keys or self.draw_keys(x.shape[0], x.device), strict=True)
         if inverse:
@@ -284,18 +285,22 @@ class FlowStep(nn.Module):
         weight, bias = self._map(x)
         return kernels.channel_mix(x, weight, bias, squeeze=self.squeeze)
 
+    def map(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Matrix (C, C) and constant (C,) of ActNorm and convolution."""
+        weight = self.conv.weight()
+        scale = self.actnorm.log_scale.double().exp()
+        bias = weight @ self.actnorm.bias.double()
+        return (weight * scale).to(dtype), bias.to(dtype)
+
     def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Matrix and constant of `mix`, in the dtype of x."""
+        """`map` in the dtype of x, once ActNorm is set."""
         if not self.actnorm.ready:
             if not self.training:
                 raise UninitializedModelError(
                     "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
                 )
             self.actnorm.initialize(kernels.squeeze2x2(x) if self.squeeze else x)
-        weight = self.conv.weight()
-        scale = self.actnorm.log_scale.double().exp()
-        bias = weight @ self.actnorm.bias.double()
-        return (weight * scale).to(x.dtype), bias.to(x.dtype)
+        return self.map(x.dtype)
 
     def mix_masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`mix`, and the result as the first conditioner of the coupling sees it."""

@@ -139,6 +139,11 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return out
 
 
+def spread(v: Tensor, rows: Tensor) -> Tensor:
+    """v with one sample for each of `rows`: samples that came once for several labels are repeated for each."""
+    return v if v.shape[0] == rows.shape[0] else v.repeat_interleave(rows.shape[0] // v.shape[0], dim=0)
+
+
 def whole_groups(rows: Tensor) -> Tensor:
     """`rows`; in eager mode on a CPU with copies of the first after them, up to a multiple of `ROW_GROUP`.
 

@@ -26,6 +26,7 @@ from fastflow.models.conditioners.blocks import (
     linear,
     normed_conv,
     one_hot_linear,
+    spread,
     whole_groups,
 )
 from fastflow.models.config import FlowConfig, Shape
@@ -129,11 +130,11 @@ class ClassificationConditioner(nn.Module):
     def encode(self, a: Tensor, tables: Tables, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """Masked input (B, C, H, W) -> the features of the scale head and of the shift head, each (B, 64).
 
-        `keys` are those of `draw_keys`: the same keys drop the same elements.
+        `keys` are those of `draw_keys`: the same keys drop the same elements. `a` may hold one sample for several rows.
         """
         films = tables.films
         drops = [None] * 3 if keys is None else [Drop(self.dropout, key) for key in keys]
-        v = self.norm1(convolve(self.conv1, a), films[0], rows, drop=drops[0])
+        v = self.norm1(spread(convolve(self.conv1, a), rows), films[0], rows, drop=drops[0])
         v = self.cbam2(self.norm2(convolve(self.conv2, v), films[1], rows))
         v = self.residual2(v, films[2:4], rows, drop=drops[1])
         v = self.cbam3(self.norm3(convolve(self.conv3, v), films[4], rows))

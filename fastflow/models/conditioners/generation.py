@@ -24,6 +24,7 @@ from fastflow.models.conditioners.blocks import (
     normed_conv,
     on_cpu,
     one_hot_linear,
+    spread,
     whole_groups,
 )
 from fastflow.models.config import FlowConfig, Shape
@@ -264,9 +265,9 @@ class GenerationConditioner(nn.Module):
         return None
 
     def encode(self, a: Tensor, tables: Tables, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Masked input (B, C, H, W) -> (raw log-scale, shift), each (B, C, H, W)."""
+        """Masked input (B, C, H, W) -> (raw log-scale, shift), each (B, C, H, W). `a` may hold one sample for several rows."""
         films = tables.films
-        v = self.cbam1(self.norm1(_planes(convolve(self.conv1, a)), films[0], rows))
+        v = self.cbam1(self.norm1(spread(_planes(convolve(self.conv1, a)), rows), films[0], rows))
         v = self.aspp1(self.global1(v))
         v = self.cbam2(self.norm2(_planes(convolve(self.conv2, v)), films[1], rows))
         v = self.aspp2(self.global2(self.residual2(v, films[2:4], rows)))

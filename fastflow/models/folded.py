@@ -1,0 +1,661 @@
+"""A model folded for scoring: everything that no image changes, computed once, and couplings as plain functions of it.
+
+Folded are: weight norm; ActNorm into the matrix of the 1x1 convolution; GroupNorm's affine part and FiLM into (K, C) tables; the
+label half of the dense heads into (K, A) tables; every log-determinant that depends on neither image nor label into one constant.
+
+The stream is held in *planes*: for the classification conditioner the four phases of each channel, (R, H/2, W/2, 4C), for the
+generation conditioner the channels themselves, (R, H, W, C). The strided 5x5 convolution that opens a classification conditioner
+is a 3x3 convolution over planes. A mask with structure (checkerboard, channel, stripes) makes each plane passive or active as a
+whole; a step then holds its stream as two tensors, the passive planes and the active ones: the first convolution reads the one,
+half of its inputs being known zeros otherwise, the heads compute the values that move the other, and nothing is gathered or
+scattered. The halves of a step exchange the roles. Other masks keep all planes in one tensor. What lies between two couplings
+(split, squeeze, ActNorm, 1x1 convolution, the next step's order of planes) is one matrix over the planes of a pixel.
+
+The functions are plain ATen over NamedTuples of tensors, the same code for every step, so that one compiled graph serves all
+steps of one shape. Convolutions of few channels are fastest on CPUs with channels last, and norms sum whole vectors there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastflow.kernels._library import accumulator, sum_per_sample
+from fastflow.models.conditioners.blocks import CBAM, BatchNormFiLM, Modulation, NormFiLM, ResidualBlock, Tables, num_groups
+from fastflow.models.conditioners.classification import ClassificationConditioner
+from fastflow.models.conditioners.generation import ASPP, DILATIONS, GenerationConditioner
+
+if TYPE_CHECKING:
+    from fastflow.models.layers import FlowStep
+    from fastflow.models.magic_flow import LabelTables, MagicFlow
+
+GATE_TILE = 4
+EPS = 1e-5
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+class Conv(NamedTuple):
+    """A convolution's weight (O, I, k, k), its channels last, and bias (O,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Norm(NamedTuple):
+    """A norm with FiLM folded in: tables (K, C); `average` (C, C) takes a sample's sums over pixels to its groups' means.
+
+    Without `average`, a BatchNorm whose statistics are folded in too. `identity` (C, C) is there for the compiler: a product with
+    it changes no bit, but makes the compiler store the (R, C) numbers before it instead of computing them anew for every pixel.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    average: Tensor | None
+    identity: Tensor
+
+
+class Gates(NamedTuple):
+    """CBAM: the shared MLP's maps (h, C) and (C, h), and the spatial convolution over tiles of pixels, see `spatial_tile`."""
+
+    down: Tensor
+    up: Tensor
+    spatial: Tensor
+    identity: Tensor
+
+
+class Residual(NamedTuple):
+    """A residual block."""
+
+    conv1: Conv
+    norm1: Norm
+    conv2: Conv
+    norm2: Norm
+
+
+class Stage(NamedTuple):
+    """Convolution, norm, gates and residual block of a classification conditioner."""
+
+    conv: Conv
+    norm: Norm
+    gates: Gates
+    residual: Residual
+
+
+class DenseHeads(NamedTuple):
+    """(F, 128) and (128,) for the features of both heads; (64, A) and (K, A) each for log-scale and shift of active elements."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+    scale_table: Tensor
+    shift: Tensor
+    shift_table: Tensor
+
+
+class ClassificationNet(NamedTuple):
+    """A classification conditioner."""
+
+    conv1: Conv
+    norm1: Norm
+    stage2: Stage
+    stage3: Stage
+    heads: DenseHeads
+
+
+class Mlp(NamedTuple):
+    """Two linear maps, (h, C) and (C, h), with biases or without."""
+
+    down: Tensor
+    down_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+
+
+class Pyramid(NamedTuple):
+    """ASPP: the point and dilated convolutions, the squeeze-excite MLP, and the last map (C, 4C) with its bias."""
+
+    branches: tuple[Conv, ...]
+    gate: Mlp
+    output: Tensor
+    bias: Tensor
+
+
+class GenerationStage(NamedTuple):
+    """A stage of a generation conditioner; the first has no residual block, and fuses where the others gate."""
+
+    conv: Conv
+    norm: Norm
+    gates: Gates
+    residual: Residual | None
+    context: Mlp
+    pyramid: Pyramid
+
+
+class GenerationNet(NamedTuple):
+    """A generation conditioner."""
+
+    stages: tuple[GenerationStage, ...]
+    scale: Conv
+    shift: Conv
+
+
+class Half(NamedTuple):
+    """One half of a coupling: its conditioner and, where planes are not passive or active as a whole, which elements are.
+
+    `passive` and `active` (H', W', P) are then masks of the one tensor of planes; `rank` (H', W', P) says where each element
+    of it stands among those that dense heads compute (anywhere for others).
+    """
+
+    net: ClassificationNet | GenerationNet
+    passive: Tensor | None
+    active: Tensor | None
+    rank: Tensor | None
+
+
+class Mix(NamedTuple):
+    """What lies between two couplings: for each tensor of the next step's planes a matrix (from, to) and a constant (to,).
+
+    `sources` names, where a step of one channel only exchanges roles, the tensor that each one comes from.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    sources: tuple[int, ...] | None
+
+
+class Step(NamedTuple):
+    """One flow step.
+
+    Attributes:
+        squeeze: 2x2 blocks of pixels become channels before the mix.
+        mix: from the planes of the step before to those of this one.
+        columns: for each tensor of planes, which of all planes it holds.
+        valid: for each tensor, (H', W', P) of 0 and 1, where an odd size leaves phases without a pixel; None where all have one.
+        halves: the two halves; in the second the passive and the active tensor exchange their roles.
+        split: which of the tensors' planes, joined, leave as latent after this step; None where none does.
+        labels: whether the label matters.
+    """
+
+    squeeze: bool
+    mix: Mix
+    columns: tuple[Tensor, ...]
+    valid: tuple[Tensor, ...] | None
+    halves: tuple[Half, Half]
+    split: Tensor | None
+    labels: bool
+
+
+Planes = tuple[Tensor, ...]
+
+
+class Folded(NamedTuple):
+    """A folded model.
+
+    Attributes:
+        steps: its steps.
+        phases: 2 where planes are the phases of channels, else 1.
+        constant: what neither image nor label changes in log p(x|y): log-determinants and the prior's normalisation, in nats.
+        bound: of the log-scale.
+    """
+
+    steps: tuple[Step, ...]
+    phases: int
+    constant: float
+    bound: float
+
+
+# -- folding: conditioners ------------------------------------------------------------------------------------------------
+
+
+def _conv(conv: nn.Conv2d, dtype: torch.dtype, weight: Tensor | None = None) -> Conv:
+    weight = conv.weight if weight is None else weight
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return Conv(weight.to(dtype).contiguous(memory_format=torch.channels_last), bias)
+
+
+def _norm(norm: NormFiLM | BatchNormFiLM, tables: Modulation, pixels: int) -> Norm:
+    gamma, beta = tables
+    channels = gamma.shape[1]
+    identity = torch.eye(channels, dtype=gamma.dtype, device=gamma.device)
+    if isinstance(norm, BatchNormFiLM):
+        mean, variance = norm.norm.running_mean, norm.norm.running_var
+        assert mean is not None and variance is not None
+        gamma = gamma * torch.rsqrt(variance + norm.norm.eps)
+        return Norm(gamma, beta - mean * gamma, None, identity)
+    size = channels // num_groups(channels)
+    block = torch.full((size, size), 1.0 / (size * pixels), dtype=gamma.dtype, device=gamma.device)
+    return Norm(gamma, beta, torch.block_diag(*[block] * num_groups(channels)), identity)
+
+
+def _gates(block: CBAM) -> Gates:
+    down, up = block.down.weight, block.up.weight
+    if len(down) == 1:
+        # The compiler treats products over a single number apart, by how many rows there are.
+        down, up = F.pad(down, (0, 0, 0, 1)), F.pad(up, (0, 1))
+    identity = torch.eye(up.shape[0], dtype=up.dtype, device=up.device)
+    return Gates(down, up, spatial_tile(block.spatial.weight), identity)
+
+
+def _residual(block: ResidualBlock, films: Sequence[Modulation], pixels: int, dtype: torch.dtype) -> Residual:
+    first, second = (_norm(norm, film, pixels) for norm, film in zip((block.norm1, block.norm2), films, strict=True))
+    return Residual(_conv(block.conv1, dtype), first, _conv(block.conv2, dtype), second)
+
+
+def spatial_tile(weight: Tensor) -> Tensor:
+    """A convolution (1, I, 7, 7) as one over tiles of 4x4 pixels, (16, 16 I, 3, 3).
+
+    One output channel leaves most of a vector idle, sixteen fill it.
+    """
+    tile, inputs, size = GATE_TILE, weight.shape[1], weight.shape[2]
+    out = weight.new_zeros(tile, tile, inputs, tile, tile, 3, 3)
+    where = [(p, q, b, tile * (b - 1) + q - p + size // 2) for p in range(tile) for q in range(tile) for b in range(3)]
+    taps = [tap for tap in where if 0 <= tap[3] < size]
+    for py, qy, by, ty in taps:
+        for px, qx, bx, tx in taps:
+            out[py, px, :, qy, qx, by, bx] = weight[0, :, ty, tx]
+    return out.view(tile * tile, inputs * tile * tile, 3, 3).contiguous(memory_format=torch.channels_last)
+
+
+def over_phases(weight: Tensor) -> Tensor:
+    """A convolution (O, C, 5, 5) of stride 2 and padding 2 as one of stride 1 and padding 1 over phases, (O, 4C, 3, 3)."""
+    wide = F.pad(weight, (0, 1, 0, 1))
+    taps = [wide[:, :, y::2, x::2] for y in range(2) for x in range(2)]
+    return torch.stack(taps, dim=2).flatten(1, 2)
+
+
+def _classification(
+    net: ClassificationConditioner, tables: Tables, shape: tuple[int, ...], columns: Tensor, moved: Tensor, dtype: torch.dtype
+) -> ClassificationNet:
+    """`columns` are the planes that the first convolution reads; `moved` the elements that move, -1 where there is no pixel."""
+    films = tables.films
+    sizes = [-(-shape[1] // k) * -(-shape[2] // k) for k in (2, 4, 8)]
+    return ClassificationNet(
+        _first_conv(net, columns, dtype),
+        _norm(net.norm1, films[0], sizes[0]),
+        _strided_stage(net, 2, films[1:4], sizes[1], dtype),
+        _strided_stage(net, 3, films[4:7], sizes[2], dtype),
+        _dense_heads(net, tables, moved, dtype),
+    )
+
+
+def _first_conv(net: ClassificationConditioner, columns: Tensor, dtype: torch.dtype) -> Conv:
+    return _conv(net.conv1, dtype, over_phases(net.conv1.weight)[:, columns])
+
+
+def _strided_stage(
+    net: ClassificationConditioner, index: int, films: Sequence[Modulation], pixels: int, dtype: torch.dtype
+) -> Stage:
+    conv, norm, cbam, block = (getattr(net, f"{name}{index}") for name in ("conv", "norm", "cbam", "residual"))
+    return Stage(_conv(conv, dtype), _norm(norm, films[0], pixels), _gates(cbam), _residual(block, films[1:], pixels, dtype))
+
+
+def _dense_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor, dtype: torch.dtype) -> DenseHeads:
+    heads = net.scale, net.shift
+    # The encoder's output is read with its channels last.
+    image = torch.cat([head.image.weight.unflatten(1, (net.conv3.out_channels, -1)).mT.flatten(1) for head in heads])
+    bias = torch.cat([head.image.bias for head in heads])
+    return DenseHeads(image.to(dtype), bias.to(dtype), *_moved_heads(net, tables, moved))
+
+
+def _moved_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last maps (64, A) and tables (K, A) of the elements that move: (scale, its table, shift, its table)."""
+    index, there = moved.flatten().clamp_min(0), moved.flatten() >= 0
+    scale, shift = (head.image_out.weight[index].t().contiguous().mul_(there) for head in (net.scale, net.shift))
+    scale_table, shift_table = (table[:, index].mul_(there) for table in tables.heads)
+    return scale, scale_table, shift, shift_table
+
+
+def _generation(net: GenerationConditioner, tables: Tables, shape: tuple[int, ...], dtype: torch.dtype) -> GenerationNet:
+    films, pixels = tables.films, shape[1] * shape[2]
+
+    def stage(index: int, films: Sequence[Modulation]) -> GenerationStage:
+        conv, norm, cbam, context, aspp = (getattr(net, f"{name}{index}") for name in ("conv", "norm", "cbam", "global", "aspp"))
+        block = getattr(net, f"residual{index}", None)
+        return GenerationStage(
+            _conv(conv, dtype),
+            _norm(norm, films[0], pixels),
+            _gates(cbam),
+            None if block is None else _residual(block, films[1:], pixels, dtype),
+            Mlp(context.down.weight, context.down.bias, context.up.weight, context.up.bias),
+            _pyramid(aspp, dtype),
+        )
+
+    stages = stage(1, films[:1]), stage(2, films[1:4]), stage(3, films[4:7])
+    return GenerationNet(stages, _conv(net.scale, dtype), _conv(net.shift, dtype))
+
+
+def _pyramid(block: ASPP, dtype: torch.dtype) -> Pyramid:
+    gate = Mlp(block.down.weight, block.down.bias, block.up.weight, block.up.bias)
+    assert block.output.bias is not None
+    return Pyramid(
+        tuple(_conv(branch, dtype) for branch in block.branches), gate, block.output.weight.flatten(1), block.output.bias
+    )
+
+
+# -- folding: steps -------------------------------------------------------------------------------------------------------
+
+
+def _planes(values: Tensor, phases: int, fill: float) -> Tensor:
+    """(C, H, W) -> (H', W', P): phases of channels as planes, `fill` where an odd size leaves none."""
+    _, height, width = values.shape
+    padded = F.pad(values, (0, -width % phases, 0, -height % phases), value=fill)
+    return F.pixel_unshuffle(padded, phases).permute(1, 2, 0) if phases > 1 else padded.permute(1, 2, 0)
+
+
+def _halves(
+    step: FlowStep, tables: list[Tables], phases: int, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, tuple[Half, Half]]:
+    """(columns, valid, halves) of `Step`."""
+    mask = step.coupling.mask
+    # Places as float64, which pads on every device; -1 is no pixel.
+    index = torch.arange(mask.numel(), device=mask.device, dtype=torch.float64).view(mask.shape)
+    elements = _planes(index, phases, -1).long()
+    there = elements >= 0
+    passive = _planes(mask.double(), phases, 0).bool()
+    active = there & ~passive
+    every = torch.arange(elements.shape[2], device=mask.device)
+    is_passive, is_active = (part.flatten(0, 1).any(dim=0) for part in (passive, active))
+    columns: tuple[Tensor, ...]
+    if phases > 1 and not bool((is_passive & is_active).any()) and bool(is_passive.any()) and bool(is_active.any()):
+        columns = every[is_passive], every[is_active]
+        nets = _nets(step, tables, columns, (elements[:, :, columns[1]], elements[:, :, columns[0]]), dtype)
+        halves = Half(nets[0], None, None, None), Half(nets[1], None, None, None)
+    else:
+        columns = (every,)
+        nets = _nets(step, tables, (every, every), (_some(elements[active]), _some(elements[passive])), dtype)
+        ranks = (_rank(active), _rank(passive)) if phases > 1 else (None, None)
+        halves = Half(nets[0], passive, active, ranks[0]), Half(nets[1], active, passive, ranks[1])
+    numbers = there.to(step.coupling.conditioners[0].conv1.weight.dtype)
+    return columns, None if bool(there.all()) else tuple(numbers[:, :, c] for c in columns), halves
+
+
+def _some(elements: Tensor) -> Tensor:
+    """The elements that dense heads compute: of a half that moves nothing one that is no pixel."""
+    return elements if len(elements) else elements.new_full((1,), -1)
+
+
+def _rank(active: Tensor) -> Tensor:
+    return (active.flatten().cumsum(0) - 1).clamp_min(0).view(active.shape)
+
+
+def _nets(
+    step: FlowStep,
+    tables: list[Tables],
+    reads: tuple[Tensor, ...],
+    moves: tuple[Tensor, ...],
+    dtype: torch.dtype,
+) -> tuple[ClassificationNet | GenerationNet, ClassificationNet | GenerationNet]:
+    """The conditioners of the two halves; what they share is kept once."""
+    one, other, shape = step.coupling.conditioners[0], step.coupling.conditioners[-1], step.coupling.mask.shape
+    if isinstance(one, GenerationConditioner) or isinstance(other, GenerationConditioner):
+        assert isinstance(one, GenerationConditioner) and isinstance(other, GenerationConditioner)
+        net = _generation(one, tables[0], shape, dtype)
+        return net, net if other is one else _generation(other, tables[-1], shape, dtype)
+    first = _classification(one, tables[0], shape, reads[0], moves[0], dtype)
+    if other is not one:
+        return first, _classification(other, tables[-1], shape, reads[1], moves[1], dtype)
+    heads = DenseHeads(first.heads.weight, first.heads.bias, *_moved_heads(other, tables[-1], moves[1]))
+    return first, first._replace(conv1=_first_conv(other, reads[1], dtype), heads=heads)
+
+
+def _mix(
+    step: FlowStep, before: Tensor, columns: tuple[Tensor, ...], sources: tuple[int, ...] | None, phases: int, dtype: torch.dtype
+) -> Mix:
+    """From planes in the order of `before`, those that left by a split included, to tensors that hold `columns`."""
+    matrix, constant = step.map(torch.float64)
+    if sources is not None:
+        return Mix((matrix[0, 0].to(dtype),) * len(columns), (constant[0].to(dtype),) * len(columns), sources)
+    if phases > 1 and not step.squeeze:
+        # The matrix of channels, for each phase.
+        matrix = torch.kron(matrix, torch.eye(phases * phases, dtype=matrix.dtype, device=matrix.device))
+        constant = constant.repeat_interleave(phases * phases)
+    size = len(matrix)
+    matrix = torch.where((before < size)[:, None], matrix.t()[before.clamp_max(size - 1)], 0.0)
+    if phases > 1 and step.squeeze:
+        # Of what is mixed, phases are taken next.
+        columns = (torch.arange(size, device=matrix.device),)
+    return Mix(tuple(matrix[:, c].to(dtype).contiguous() for c in columns), tuple(constant[c].to(dtype) for c in columns), None)
+
+
+def _sources(parts: tuple[Tensor, ...], columns: tuple[Tensor, ...]) -> tuple[int, ...] | None:
+    """Which of the tensors that hold `parts` holds each of `columns`; None where one is spread over several."""
+    found = [[k for k, part in enumerate(parts) if torch.equal(part, wanted)] for wanted in columns]
+    return tuple(k[0] for k in found) if all(found) else None
+
+
+@torch.no_grad()
+def fold(model: MagicFlow, tables: LabelTables, dtype: torch.dtype | None = None) -> Folded:
+    """Fold a model that is initialised.
+
+    Args:
+        model: the flow.
+        tables: of all labels, `MagicFlow.label_tables`.
+        dtype: of the conditioners; that of the model when None.
+    """
+    phases = 2 if model.config.task == "classification" else 1
+    channels, wide = model.config.input_shape[0], model.dtype
+    # The image comes in the natural order of its planes.
+    parts: tuple[Tensor, ...] = (torch.arange(channels * phases * phases, device=model.device),)
+    split, folded = False, []
+    for i, step in enumerate(model.steps):
+        columns, valid, halves = _halves(step, tables.steps[i], phases, dtype or wide)
+        before = torch.cat(parts)
+        if step.squeeze and phases == 1:
+            # Channels that a split left are squeezed, before the matrix.
+            before = torch.arange(step.conv.log_s.numel(), device=model.device)
+        one_channel = step.conv.log_s.numel() == 1 and not step.squeeze and not split
+        sources = _sources(parts, columns) if one_channel else None
+        mix = _mix(step, before, columns, sources, phases, wide)
+        parts, split = columns, step.split
+        joined = torch.cat(columns)
+        leaves = torch.nonzero(joined >= len(joined) // 2).flatten() if split else None
+        folded.append(Step(step.squeeze, mix, columns, valid, halves, leaves, i >= model.config.condition_from_step))
+    constant = sum(float(step.mixing_logdet()) for step in model.steps) - 0.5 * LOG_2PI * model.config.num_dims
+    return Folded(tuple(folded), phases, constant, model.config.scale_bound)
+
+
+# -- functions of the constants: conditioners -----------------------------------------------------------------------------
+
+# erf on (-4, 4) as x P(x^2) / Q(x^2), highest power first: the minimax approximation in single precision that numerical
+# libraries share (its error is below 3e-7). It is several times cheaper than the exponential that ATen's takes.
+_ERF_P = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05, -7.34990630326855e-04,
+          -2.95459980854025e-03, -1.60960333262415e-02)  # fmt: skip
+_ERF_Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02)
+
+
+def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    value = coefficients[0] * x + coefficients[1]
+    for coefficient in coefficients[2:]:
+        value = value * x + coefficient
+    return value
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU; in a graph compiled for a CPU in float32 with `erf` to single precision, by a rational function."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return F.gelu(x)
+    z = (x * math.sqrt(0.5)).clamp(-4.0, 4.0)
+    square = z * z
+    return 0.5 * x * (1.0 + z * _horner(_ERF_P, square) / _horner(_ERF_Q, square))
+
+
+def _conv2d(v: Tensor, conv: Conv, stride: int = 1, dilation: int = 1) -> Tensor:
+    """Padded so that a stride of 1 keeps the size."""
+    return F.conv2d(v, conv.weight, conv.bias, stride, conv.weight.shape[2] // 2 * dilation, dilation)
+
+
+def norm_gelu(v: Tensor, norm: Norm, rows: Tensor, residual: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+    """GELU(FiLM(norm(v)) [+ residual]) in the dtype of v (R, C, H, W); with `image` (R,), of the samples that it names."""
+    dtype, v = v.dtype, v.to(accumulator(v.dtype))
+    scale, shift = norm.gamma[rows], norm.beta[rows]
+    if norm.average is None:
+        v = v if image is None else v[image]
+    else:
+        mean = v.sum(dim=(2, 3)) @ norm.average
+        centred = v - mean[:, :, None, None]
+        inverse = torch.rsqrt((centred * centred).sum(dim=(2, 3)) @ norm.average + EPS)
+        if image is not None:
+            mean, inverse, v = mean[image], inverse[image], v[image]
+        scale = (inverse * scale) @ norm.identity
+        shift = torch.addmm(shift, -mean * scale, norm.identity)
+    v = v * scale[:, :, None, None] + shift[:, :, None, None]
+    return gelu(v if residual is None else v + residual).to(dtype)
+
+
+def _spatial_logits(pooled: Tensor, weight: Tensor) -> Tensor:
+    """The 7x7 convolution of `spatial_tile`'s weight: (R, I, H, W) -> (R, 1, H, W)."""
+    _, _, height, width = pooled.shape
+    tiles = F.pixel_unshuffle(F.pad(pooled, (0, -width % GATE_TILE, 0, -height % GATE_TILE)), GATE_TILE)
+    out = F.pixel_shuffle(F.conv2d(tiles.contiguous(memory_format=torch.channels_last), weight, padding=1), GATE_TILE)
+    return out[:, :, :height, :width]
+
+
+def gate(v: Tensor, gates: Gates) -> Tensor:
+    """CBAM on v (R, C, H, W)."""
+    dtype, v = v.dtype, v.to(accumulator(v.dtype))
+    mean, peak = v.mean(dim=(2, 3)), v.amax(dim=(2, 3))
+    # The shared MLP's last layer is linear, so the sum over both poolings comes before it.
+    hidden = F.relu(mean @ gates.down.t()) + F.relu(peak @ gates.down.t())
+    v = v * (torch.sigmoid(hidden @ gates.up.t()) @ gates.identity)[:, :, None, None]
+    pooled = torch.cat((v.mean(dim=1, keepdim=True), v.amax(dim=1, keepdim=True)), dim=1)
+    return (v * torch.sigmoid(_spatial_logits(pooled, gates.spatial))).to(dtype)
+
+
+def _residual_block(v: Tensor, block: Residual, rows: Tensor) -> Tensor:
+    first = norm_gelu(_conv2d(v, block.conv1), block.norm1, rows)
+    return norm_gelu(_conv2d(first, block.conv2), block.norm2, rows, residual=v)
+
+
+def _stage(v: Tensor, stage: Stage, rows: Tensor) -> Tensor:
+    v = gate(norm_gelu(_conv2d(v, stage.conv, 2), stage.norm, rows), stage.gates)
+    return _residual_block(v, stage.residual, rows)
+
+
+def _classify(a: Tensor, net: ClassificationNet, rows: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Passive planes (R, P, H', W') -> (raw log-scale, shift), each (R, A)."""
+    wide = accumulator(a.dtype)
+    v = norm_gelu(_conv2d(a.to(net.conv1.weight.dtype), net.conv1), net.norm1, rows, image=image)
+    v = _stage(_stage(v, net.stage2, rows), net.stage3, rows)
+    heads = net.heads
+    features = gelu(F.linear(v.permute(0, 2, 3, 1).flatten(1), heads.weight, heads.bias).to(wide))
+    first, second = features.chunk(2, dim=1)
+    return first @ heads.scale + heads.scale_table[rows], second @ heads.shift + heads.shift_table[rows]
+
+
+def _mlp(v: Tensor, mlp: Mlp, act: str) -> Tensor:
+    hidden = F.linear(v, mlp.down, mlp.down_bias)
+    return F.linear(F.gelu(hidden) if act == "gelu" else F.relu(hidden), mlp.up, mlp.up_bias)
+
+
+def _pyramid_block(v: Tensor, block: Pyramid) -> Tensor:
+    """ASPP: the last map, gated per sample, as one product for each branch."""
+    dtype, wide = v.dtype, accumulator(v.dtype)
+    branches = [_conv2d(v, conv, dilation=d) for conv, d in zip(block.branches, (1, *DILATIONS), strict=True)]
+    means = torch.cat([p.to(wide).mean(dim=(2, 3)) for p in branches], dim=1)
+    weights = block.output * torch.sigmoid(_mlp(means, block.gate, "relu"))[:, None, :]
+    out = block.bias.to(dtype)
+    for p, weight in zip(branches, weights.to(dtype).chunk(len(branches), dim=2), strict=True):
+        out = torch.baddbmm(out, p.permute(0, 2, 3, 1).flatten(1, 2), weight.mT)
+    return out.mT.unflatten(2, v.shape[2:])
+
+
+def _generate(a: Tensor, net: GenerationNet, rows: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Passive planes (R, C, H, W) -> (raw log-scale, shift), each (R, C, H, W) in the dtype of a."""
+    v = a.to(net.scale.weight.dtype)
+    for i, stage in enumerate(net.stages):
+        v = norm_gelu(_conv2d(v, stage.conv), stage.norm, rows, image=image if i == 0 else None)
+        v = gate(v, stage.gates)
+        if stage.residual is not None:
+            v = _residual_block(v, stage.residual, rows)
+        dtype, v = v.dtype, v.to(accumulator(v.dtype))
+        mean = v.mean(dim=(2, 3))
+        if stage.residual is None:
+            v = v + _mlp(mean, stage.context, "gelu")[:, :, None, None]
+        else:
+            v = v * (1.0 + torch.sigmoid(_mlp(mean, stage.context, "relu")))[:, :, None, None]
+        v = _pyramid_block(v.to(dtype), stage.pyramid)
+    return _conv2d(v, net.scale).to(a.dtype), _conv2d(v, net.shift).to(a.dtype)
+
+
+# -- functions of the constants: the flow ---------------------------------------------------------------------------------
+
+
+def run_half(
+    passive: Tensor, moved: Tensor, rows: Tensor, half: Half, bound: float, image: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One half of a coupling.
+
+    Args:
+        passive: (R, H', W', P) planes that the conditioner sees.
+        moved: planes that it moves; the same tensor where planes are passive and active at once.
+        rows: (R,) rows of the tables.
+        half: its constants.
+        bound: of the log-scale.
+        image: (R,) names the sample of `passive` and `moved` that each row starts from; what no label changes is then computed
+            once per sample.
+
+    Returns:
+        `(moved, logdet)`: the planes after the half, and (R,) in nats, float32 or wider.
+    """
+    a = passive if half.passive is None else torch.where(half.passive, passive, 0.0)
+    a = a.permute(0, 3, 1, 2)
+    if isinstance(half.net, ClassificationNet):
+        raw, shift = _classify(a, half.net, rows, image)
+    else:
+        raw, shift = _generate(a, half.net, rows, image)
+    if image is not None:
+        moved = moved[image]
+    if isinstance(half.net, GenerationNet):
+        assert half.active is not None
+        s = torch.where(half.active, bound * torch.tanh(raw.permute(0, 2, 3, 1)), 0.0)
+        # A sample's sum over pixels first, then over channels.
+        logdet = s.sum(dim=(1, 2)).sum(dim=1)
+        return torch.where(half.active, moved * s.exp() + shift.permute(0, 2, 3, 1), moved), logdet
+    s = bound * torch.tanh(raw)
+    if half.active is None or half.rank is None:
+        return moved * s.exp().view(moved.shape) + shift.view(moved.shape), s.sum(dim=1)
+    changed = moved * s.exp()[:, half.rank] + shift[:, half.rank]
+    return torch.where(half.active, changed, moved), s.sum(dim=1)
+
+
+def to_planes(x: Tensor, phases: int) -> Tensor:
+    """(R, H, W, C) -> (R, H', W', C phases^2), the phases of each channel side by side, 0 where an odd size leaves none."""
+    if phases == 1:
+        return x
+    batch, height, width, channels = x.shape
+    if height % phases or width % phases:
+        x = F.pad(x, (0, 0, 0, -width % phases, 0, -height % phases))
+    blocks = x.unflatten(2, (-1, phases)).unflatten(1, (-1, phases))
+    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(batch, blocks.shape[1], blocks.shape[3], channels * phases * phases)
+
+
+def run_mix(planes: Planes, step: Step, phases: int) -> Planes:
+    """The planes that a step's coupling starts from, of those that the step before left."""
+    mix = step.mix
+    if mix.sources is not None:
+        mixed = tuple(torch.addcmul(b, planes[k], w) for k, w, b in zip(mix.sources, mix.weights, mix.biases, strict=True))
+    else:
+        joined = planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
+        if step.squeeze and phases == 1:
+            joined = to_planes(joined[..., : len(mix.weights[0]) // 4], 2)
+        flat = joined.flatten(0, 2)
+        parts = [torch.addmm(b, flat, w) for w, b in zip(mix.weights, mix.biases, strict=True)]
+        mixed = tuple(part.view(*joined.shape[:3], -1) for part in parts)
+        if step.squeeze and phases > 1:
+            joined = to_planes(mixed[0], phases)
+            mixed = (joined,) if len(step.columns) == 1 else tuple(joined[..., c] for c in step.columns)
+    if step.valid is not None:
+        mixed = tuple(part * valid for part, valid in zip(mixed, step.valid, strict=True))
+    return mixed
+
+
+def square_sum(planes: Planes, split: Tensor | None = None) -> Tensor:
+    """-1/2 of the sum of squares (R,), of the planes that `split` names in the joined tensors or of all."""
+    joined = planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
+    flat = (joined if split is None else joined[..., split]).flatten(1)
+    return -0.5 * sum_per_sample(flat * flat)
