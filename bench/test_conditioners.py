@@ -13,35 +13,19 @@ on the machine touches less, else wall time. Absolute times are not comparable b
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from bench import published
+from bench.measuring import DEVICE, device_name, peak_mib, synchronised
 from fastflow import FlowConfig
 from fastflow.models.layers import AffineCoupling
 from fastflow.models.masks import application_mask, build_mask
 
-
-def _load_published() -> ModuleType:
-    # By its path: only `python -m pytest` in the repository's root has `bench` on the import path.
-    spec = importlib.util.spec_from_file_location("fastflow_published", Path(__file__).with_name("published.py"))
-    assert spec is not None and spec.loader is not None
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-published = _load_published()
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLASSES = 7
 # Task, step, batch: step 1 is 1x184x184, step 14 is 4x46x46.
 CASES = [("classification", 1, 4), ("classification", 14, 4), ("generation", 1, 1), ("generation", 14, 4)]
@@ -115,32 +99,6 @@ def evaluation(form) -> Callable[[], None]:
     return run
 
 
-def synchronised(work: Callable[[], None]) -> Callable[[], None]:
-    def run():
-        work()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
-def peak_mib(work: Callable[[], None]) -> float:
-    """Most memory that tensors made by `work` hold at one time."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        work()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
-
-
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def case(request):
     task, step, batch = request.param
@@ -180,7 +138,7 @@ def test_coupling(benchmark, case, passes):
         "peak_mib": peak_mib(package),
         "published_peak_mib": peak_mib(baseline),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
     }
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from fastflow.kernels._library import accumulator, sum_per_sample
 from fastflow.models.conditioners.blocks import CBAM, BatchNormFiLM, Modulation, NormFiLM, ResidualBlock, Tables, num_groups
@@ -218,8 +219,13 @@ def _conv(conv: nn.Conv2d, dtype: torch.dtype, weight: Tensor | None = None) -> 
     return Conv(weight.to(dtype).contiguous(memory_format=torch.channels_last), bias)
 
 
+def _table(table: Tensor) -> Tensor:
+    """A table of at least two rows: graphs are compiled for any number of rows above one."""
+    return table if table.shape[0] > 1 else table.repeat(2, 1)
+
+
 def _norm(norm: NormFiLM | BatchNormFiLM, tables: Modulation, pixels: int) -> Norm:
-    gamma, beta = tables
+    gamma, beta = (_table(table) for table in tables)
     channels = gamma.shape[1]
     identity = torch.eye(channels, dtype=gamma.dtype, device=gamma.device)
     if isinstance(norm, BatchNormFiLM):
@@ -306,7 +312,7 @@ def _moved_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor) 
     """The last maps (64, A) and tables (K, A) of the elements that move: (scale, its table, shift, its table)."""
     index, there = moved.flatten().clamp_min(0), moved.flatten() >= 0
     scale, shift = (head.image_out.weight[index].t().contiguous().mul_(there) for head in (net.scale, net.shift))
-    scale_table, shift_table = (table[:, index].mul_(there) for table in tables.heads)
+    scale_table, shift_table = (_table(table[:, index].mul_(there)) for table in tables.heads)
     return scale, scale_table, shift, shift_table
 
 
@@ -456,7 +462,8 @@ def fold(model: MagicFlow, tables: LabelTables, dtype: torch.dtype | None = None
         leaves = torch.nonzero(joined >= len(joined) // 2).flatten() if split else None
         folded.append(Step(step.squeeze, mix, columns, valid, halves, leaves, i >= model.config.condition_from_step))
     constant = sum(float(step.mixing_logdet()) for step in model.steps) - 0.5 * LOG_2PI * model.config.num_dims
-    return Folded(tuple(folded), phases, constant, model.config.scale_bound)
+    steps: tuple[Step, ...] = tree_map_only(Tensor, Tensor.detach, tuple(folded))
+    return Folded(steps, phases, constant, model.config.scale_bound)
 
 
 # -- functions of the constants: conditioners -----------------------------------------------------------------------------
@@ -484,9 +491,41 @@ def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + z * _horner(_ERF_P, square) / _horner(_ERF_Q, square))
 
 
+# ATen chooses the code of a convolution by the number of samples, and a graph compiled around that choice is compiled again below
+# 16 of them. As an op of its own the convolution is always that of oneDNN, and one graph serves any number.
+_library = torch.library.Library("fastflow", "FRAGMENT")
+_library.define("convolution(Tensor x, Tensor weight, Tensor? bias, int stride, int dilation) -> Tensor")
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int) -> Tensor:
+    padding = weight.shape[2] // 2 * dilation
+    if x.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+        out = F.conv2d(x, weight, bias, stride, padding, dilation)
+    else:
+        pairs = ([n, n] for n in (padding, stride, dilation))
+        out = torch.ops.aten.mkldnn_convolution(x, weight, bias, *pairs, 1)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def _convolution_fake(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int) -> Tensor:
+    size = (-(-n // stride) for n in x.shape[2:])
+    shape = (x.shape[0], weight.shape[0], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+_library.impl("convolution", _convolution, "CPU")
+torch.library.register_fake("fastflow::convolution", _convolution_fake, lib=_library)
+
+
+def conv2d(v: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, dilation: int = 1) -> Tensor:
+    """A convolution of odd size, padded so that a stride of 1 keeps the size of the image."""
+    if v.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return torch.ops.fastflow.convolution(v, weight, bias, stride, dilation)
+    return F.conv2d(v, weight, bias, stride, weight.shape[2] // 2 * dilation, dilation)
+
+
 def _conv2d(v: Tensor, conv: Conv, stride: int = 1, dilation: int = 1) -> Tensor:
-    """Padded so that a stride of 1 keeps the size."""
-    return F.conv2d(v, conv.weight, conv.bias, stride, conv.weight.shape[2] // 2 * dilation, dilation)
+    return conv2d(v, conv.weight, conv.bias, stride, dilation)
 
 
 def norm_gelu(v: Tensor, norm: Norm, rows: Tensor, residual: Tensor | None = None, image: Tensor | None = None) -> Tensor:
@@ -511,7 +550,7 @@ def _spatial_logits(pooled: Tensor, weight: Tensor) -> Tensor:
     """The 7x7 convolution of `spatial_tile`'s weight: (R, I, H, W) -> (R, 1, H, W)."""
     _, _, height, width = pooled.shape
     tiles = F.pixel_unshuffle(F.pad(pooled, (0, -width % GATE_TILE, 0, -height % GATE_TILE)), GATE_TILE)
-    out = F.pixel_shuffle(F.conv2d(tiles.contiguous(memory_format=torch.channels_last), weight, padding=1), GATE_TILE)
+    out = F.pixel_shuffle(conv2d(tiles.contiguous(memory_format=torch.channels_last), weight), GATE_TILE)
     return out[:, :, :height, :width]
 
 
@@ -580,6 +619,23 @@ def _generate(a: Tensor, net: GenerationNet, rows: Tensor, image: Tensor | None)
             v = v * (1.0 + torch.sigmoid(_mlp(mean, stage.context, "relu")))[:, :, None, None]
         v = _pyramid_block(v.to(dtype), stage.pyramid)
     return _conv2d(v, net.scale).to(a.dtype), _conv2d(v, net.shift).to(a.dtype)
+
+
+def tables_of(half: Half) -> list[Tensor]:
+    """Everything in a half that has a row for each label."""
+    found: list[Tensor] = []
+
+    def visit(value: object) -> None:
+        if isinstance(value, Norm):
+            found.extend((value.gamma, value.beta))
+        elif isinstance(value, DenseHeads):
+            found.extend((value.scale_table, value.shift_table))
+        elif isinstance(value, tuple):
+            for part in value:
+                visit(part)
+
+    visit(half)
+    return found
 
 
 # -- functions of the constants: the flow ---------------------------------------------------------------------------------

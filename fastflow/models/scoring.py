@@ -121,7 +121,7 @@ def _prior(block: Tensor) -> Tensor:
 
 
 class _Compiled:
-    """`folded` couplings compiled by Inductor: one graph for all steps of one shape, and for any number of rows.
+    """`folded` couplings compiled by Inductor: one graph for all steps of one shape, for any number of rows and of labels.
 
     Compiling takes about 20 seconds a shape (the paper preset has 12) with a cold cache; Inductor keeps its code on disk.
     """
@@ -134,10 +134,12 @@ class _Compiled:
         self.free = config.condition_from_step
         tables = model.label_tables(torch.arange(config.num_classes, device=self.device))
         self.model = folded.fold(model, tables, dtype)
+        for table in (table for step in self.model.steps for half in step.halves for table in folded.tables_of(half)):
+            torch._dynamo.mark_dynamic(table, 0)
         self.run = torch.compile(folded.run_half, options={"cpp.enable_floating_point_contract_flag": "fast"})
 
     def start(self, x: Tensor) -> _State:
-        with self._settings():
+        with _settings():
             image = folded.to_planes(x.permute(0, 2, 3, 1), self.model.phases)
             rows = torch.zeros(len(x), dtype=torch.int64, device=x.device)
             planes, terms = self._steps((image,), rows, None, 0, self.free)
@@ -147,7 +149,7 @@ class _Compiled:
         batch, labels = len(state.planes[0]), last - first
         image = torch.arange(batch, device=self.device).repeat_interleave(labels)
         rows = torch.arange(first, last, device=self.device).repeat(batch)
-        with self._settings():
+        with _settings():
             planes, terms = self._steps(state.planes, rows, image, self.free, len(self.model.steps))
         terms += [folded.square_sum(planes).double(), *(term[image] for term in state.terms)]
         return (torch.stack(terms).sum(dim=0) + self.model.constant).view(batch, labels)
@@ -179,9 +181,11 @@ class _Compiled:
         self, passive: Tensor, moved: Tensor, rows: Tensor, half: folded.Half, image: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         count = len(rows)
-        # Graphs are compiled for any number of rows above one.
+        # Graphs are compiled for any number of rows above one, and for one tensor of planes or for two.
         if len(passive) == 1:
-            passive, moved = (part.expand(2, *part.shape[1:]).contiguous() for part in (passive, moved))
+            both = passive is moved
+            passive = passive.expand(2, *passive.shape[1:]).contiguous()
+            moved = passive if both else moved.expand(2, *moved.shape[1:]).contiguous()
         if count == 1:
             rows = rows.expand(2).contiguous()
             image = None if image is None else image.expand(2).contiguous()
@@ -190,21 +194,16 @@ class _Compiled:
         moved, logdet = self.run(passive, moved, rows, half, self.model.bound, image)
         return moved[:count], logdet[:count]
 
-    def _settings(self) -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        stack.enter_context(torch._dynamo.config.patch(_SETTINGS))
-        # Asked for, NNPACK would make graphs depend on whether there are 16 rows.
-        stack.enter_context(torch.backends.nnpack.flags(enabled=False))
-        return stack
 
-
-# Only rows are dynamic: that weights differ from step to step must not make their shapes so. One graph per shape of step is more
-# than Dynamo expects of one function.
-_SETTINGS: dict[str, Any] = {
-    "automatic_dynamic_shapes": False,
-    "recompile_limit": 512,
-    "accumulated_recompile_limit": 4096,
-}
+def _settings() -> AbstractContextManager[Any]:
+    """What one graph for any number of rows and labels asks of the compiler."""
+    stack = ExitStack()
+    # That weights differ from step to step must not make their shapes dynamic, and there is a graph for each shape.
+    limits: dict[str, Any] = {"recompile_limit": 512, "accumulated_recompile_limit": 4096}
+    stack.enter_context(torch._dynamo.config.patch({"automatic_dynamic_shapes": False, **limits}))
+    # That there are as many rows as labels, or images, is chance.
+    stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))
+    return stack
 
 
 def _check_compiler() -> None:

@@ -82,8 +82,9 @@ def normed_conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.C
 ROW_GROUP = 4
 # Up to so many channels, ATen's native code computes the gradient of a convolution's input several times faster than oneDNN.
 FEW_CHANNELS = 4
-# ATen computes a single float32 image of up to so many elements with other code than a batch, which rounds differently.
-SINGLE_ELEMENTS = 20480
+# With one thread ATen computes fewer float32 images than these, of up to so many elements together, with code that rounds
+# otherwise than oneDNN, which it takes for more; a single image it computes with other code than several.
+FEW_IMAGES, FEW_ELEMENTS = 16, 20480
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -125,8 +126,12 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``conv(x)``; in eager float32 on a CPU by the code that is fastest there, and alike for one image and for many."""
     if not eager_on_cpu(x) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return conv(x)
-    if len(x) == 1 and x.numel() <= SINGLE_ELEMENTS and conv.kernel_size[0] <= 3:
-        return conv(x.expand(2, -1, -1, -1))[:1]
+    if len(x) < FEW_IMAGES and x.numel() <= FEW_ELEMENTS and conv.kernel_size[0] <= 3:
+        if not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
+            place = conv.padding, conv.stride, conv.dilation
+            return torch.ops.aten.mkldnn_convolution(x, conv.weight, conv.bias, *place, conv.groups)
+        if len(x) == 1:
+            return conv(x.expand(2, -1, -1, -1))[:1]
     if conv.in_channels > FEW_CHANNELS or conv.dilation != (1, 1):
         return conv(x)
     stride, padding = conv.stride, conv.padding

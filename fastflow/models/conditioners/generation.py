@@ -70,7 +70,9 @@ class GlobalContext(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean, x = kernels.average_pixels(x)
-        gate = torch.sigmoid(_linear(F.relu(_linear(mean, self.down.weight)), self.up.weight))
+        logits = _linear(F.relu(_linear(mean, self.down.weight)), self.up.weight)
+        # Whole groups of rows are whole vectors, whose elements the sigmoid rounds alike.
+        gate = torch.sigmoid(whole_groups(logits))[: x.shape[0]] if on_cpu(x) else torch.sigmoid(logits)
         return x * (1.0 + gate)[:, :, None, None]
 
 

@@ -1,0 +1,78 @@
+"""What is folded computes what it was folded from."""
+
+import pytest
+import torch
+from helpers import build, images
+from torch.nn import functional as F
+
+from fastflow import FlowConfig
+from fastflow.models import folded
+
+
+@pytest.mark.parametrize("size", [(16, 16), (23, 23), (5, 8), (1, 1), (46, 46)])
+def test_tiles_compute_the_spatial_convolution(size):
+    torch.manual_seed(0)
+    weight, pooled = torch.randn(1, 2, 7, 7, dtype=torch.float64), torch.randn(3, 2, *size, dtype=torch.float64)
+    got = folded._spatial_logits(pooled, folded.spatial_tile(weight))
+    torch.testing.assert_close(got, F.conv2d(pooled, weight, padding=3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (23, 23), (5, 8), (1, 1)])
+def test_phases_compute_the_strided_convolution(size):
+    torch.manual_seed(0)
+    weight, x = torch.randn(6, 3, 5, 5, dtype=torch.float64), torch.randn(2, 3, *size, dtype=torch.float64)
+    planes = folded.to_planes(x.permute(0, 2, 3, 1), 2)
+    got = F.conv2d(planes.permute(0, 3, 1, 2), folded.over_phases(weight), padding=1)
+    torch.testing.assert_close(got, F.conv2d(x, weight, stride=2, padding=2), rtol=1e-12, atol=1e-12)
+
+
+def test_planes_are_the_squeeze():
+    from fastflow.kernels import squeeze2x2
+
+    x = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
+    assert torch.equal(folded.to_planes(x.permute(0, 2, 3, 1), 2), squeeze2x2(x).permute(0, 2, 3, 1))
+
+
+def test_the_rational_gelu_is_exact_to_single_precision(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    x = torch.cat((torch.linspace(-12, 12, 200_001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])))
+    got, want = folded.gelu(x).double(), F.gelu(x.double())
+    # Single precision rounds 1 + erf before the product with x.
+    assert ((got - want).abs() / (1.0 + x.double().abs())).max() < 3e-7
+    # In float64 it is the exact function.
+    assert torch.equal(folded.gelu(x.double()), want)
+
+
+def test_structured_masks_compute_only_what_moves():
+    config = FlowConfig.paper(2)
+    model = build(FlowConfig.tiny(2))
+    with torch.no_grad():
+        constants = folded.fold(model, model.label_tables(torch.arange(2)))
+    for (channels, height, width), step, flow_step in zip(model.config.step_shapes, constants.steps, model.steps, strict=True):
+        count = channels * height * width
+        moved = [half.net.heads.scale.shape[1] for half in step.halves]
+        assert sum(moved) == count and moved[0] == int((~flow_step.coupling.mask).sum())
+        reads = [half.net.conv1.weight.shape[1] for half in step.halves]
+        assert reads == ([2 * channels] * 2 if len(step.columns) == 2 else [4 * channels] * 2)
+    # Every mask of the paper but the first is a matter of whole planes.
+    assert config.masks.count("custom") == 1
+    assert [len(step.columns) for step in constants.steps] == [1 if name == "custom" else 2 for name in model.config.masks]
+
+
+def test_halves_share_what_is_the_same():
+    model = build(FlowConfig.tiny(2))
+    with torch.no_grad():
+        constants = folded.fold(model, model.label_tables(torch.arange(2)))
+    first, second = constants.steps[3].halves
+    assert first.net.stage2.conv.weight.data_ptr() == second.net.stage2.conv.weight.data_ptr()
+    assert first.net.heads.weight.data_ptr() == second.net.heads.weight.data_ptr()
+
+
+def test_folding_takes_no_part_in_autograd():
+    model = build(FlowConfig.tiny(2))
+    constants = folded.fold(model, model.label_tables(torch.arange(2)))
+    half = constants.steps[2].halves[0]
+    planes = torch.randn(2, *[n // 2 for n in model.config.step_shapes[2][1:]], 8, dtype=torch.float64)
+    moved, logdet = folded.run_half(planes, planes.clone(), torch.tensor([0, 1]), half, constants.bound)
+    assert not moved.requires_grad and not logdet.requires_grad
+    assert images(model.config, 1).dtype == moved.dtype
