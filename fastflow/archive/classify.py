@@ -21,7 +21,7 @@ from fastflow.data.slices import iterate_images
 from fastflow.errors import FastflowError, ManifestError, VolumeError
 from fastflow.evaluation.classification import classification_metrics
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.models.scoring import posterior_from_log_probs, score_slices
+from fastflow.models.scoring import LabelScorer, posterior_from_log_probs, score_slices
 
 MANIFESTS = (".csv", ".jsonl")
 COLUMNS = ("path", "status", "error_code", "error_message", "label", "predicted", "margin")
@@ -125,6 +125,8 @@ def classify(
     device: str = "auto",
     split: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    precision: str = "float32",
+    engine: str = "auto",
 ) -> Summary:
     """Classify files and write one CSV row per input.
 
@@ -142,11 +144,14 @@ def classify(
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         split: take only this split of manifests.
         progress: called with the number of inputs done and their total.
+        precision: see `fastflow.models.scoring.LabelScorer`.
+        engine: see `fastflow.models.scoring.LabelScorer`; ``"compile"`` pays from thousands of slices on.
 
     Raises:
         ManifestError: the inputs name nothing.
         CheckpointError: the model folder is not usable.
-        ValueError: the prior or the batch size does not fit.
+        ValueError: the prior, the batch size, the precision or the engine does not fit.
+        RuntimeError: ``engine="compile"`` without a C++ compiler.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -154,9 +159,11 @@ def classify(
     names = class_names(model)
     # A prior of the wrong length must not wait for the first volume.
     posterior_from_log_probs(torch.zeros(1, len(names)), model.temperature, prior)
+    preprocess = preprocess_of(model)
+    scorer = LabelScorer(model, precision, engine)
     records = gather(inputs, split)
     rows: list[Row] = []
-    for row in score_records(model, records, preprocess_of(model), prior, batch_size, workers):
+    for row in score_records(scorer, records, preprocess, prior, batch_size, workers):
         rows.append(row)
         if progress is not None:
             progress(len(rows), len(records))
@@ -197,7 +204,7 @@ def preprocess_of(model: MagicFlow) -> Preprocess:
 
 
 def score_records(
-    model: MagicFlow,
+    scorer: LabelScorer,
     records: Sequence[Record],
     preprocess: Preprocess,
     prior: Sequence[float] | None = None,
@@ -212,28 +219,28 @@ def score_records(
     for record, result in zip(records, results, strict=True):
         slots = 1 if record.path.lower().endswith(".png") else each
         if chunk and used + slots > batch_size:
-            yield from _score(model, chunk, prior, batch_size)
+            yield from _score(scorer, chunk, prior, batch_size)
             chunk, used = [], 0
         chunk.append((record, result, slots))
         used += slots
     if chunk:
-        yield from _score(model, chunk, prior, batch_size)
+        yield from _score(scorer, chunk, prior, batch_size)
 
 
 def _score(
-    model: MagicFlow, chunk: Sequence[tuple[Record, Image | VolumeError, int]], prior: Sequence[float] | None, batch_size: int
+    scorer: LabelScorer, chunk: Sequence[tuple[Record, Image | VolumeError, int]], prior: Sequence[float] | None, batch_size: int
 ) -> Iterator[Row]:
     """Rows of one batch. A file has its slots in it whether it can be read or not, and every batch is full: the last bits of a
     sum depend on the place in the batch, so a bad file must not move another's slices.
     """
     starts = np.cumsum([0, *(slots for *_, slots in chunk)])
-    images = np.zeros((max(batch_size, int(starts[-1])), *model.config.input_shape), dtype=np.uint8)
+    images = np.zeros((max(batch_size, int(starts[-1])), *scorer.model.config.input_shape), dtype=np.uint8)
     for start, (_, image, slots) in zip(starts, chunk, strict=False):
         if not isinstance(image, VolumeError):
             images[start : start + slots] = image
-    scores = score_slices(model, images, len(images))
+    scores = score_slices(scorer, images, len(images))
     for start, (record, image, slots) in zip(starts, chunk, strict=False):
-        yield _row(model, record, image, scores[start : start + slots].sum(axis=0), prior)
+        yield _row(scorer.model, record, image, scores[start : start + slots].sum(axis=0), prior)
 
 
 def _row(

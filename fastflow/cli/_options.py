@@ -17,6 +17,22 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Engine(StrEnum):
+    """What scores all labels."""
+
+    auto = "auto"
+    eager = "eager"
+    compile = "compile"
+    cuda_graph = "cuda_graph"
+
+
+class Precision(StrEnum):
+    """What conditioners compute in."""
+
+    float32 = "float32"
+    mixed = "mixed"
+
+
 ModelFolder = Annotated[Path, typer.Option("--model", "-m", help="Model folder, as `train` writes it.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs; auto takes a GPU if there is one.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that read or write files.")]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastflow.cli._console import progress_bar, report_errors
-from fastflow.cli._options import Device, DeviceOption, Inputs, ModelFolder, Workers
+from fastflow.cli._options import Device, DeviceOption, Engine, Inputs, ModelFolder, Precision, Workers
 
 
 def classify(
@@ -20,6 +20,12 @@ def classify(
     batch_size: Annotated[int, typer.Option(min=1, help="Slices per pass.")] = 16,
     workers: Workers = 1,
     device: DeviceOption = Device.auto,
+    precision: Annotated[
+        Precision, typer.Option(help="mixed: conditioners in bfloat16 where the device computes in it.")
+    ] = Precision.float32,
+    engine: Annotated[
+        Engine, typer.Option(help="compile takes minutes before the first scan and is faster from thousands of slices on.")
+    ] = Engine.auto,
 ) -> None:
     """Classify scans by likelihood: status, prediction, log-likelihoods and posterior of each, as CSV.
 
@@ -32,6 +38,18 @@ def classify(
     from fastflow.archive.classify import describe, parse_prior
 
     with progress_bar("classifying") as progress:
-        summary = run(inputs, model, out, parse_prior(prior), batch_size, workers, device.value, split, progress)
+        summary = run(
+            inputs,
+            model,
+            out,
+            parse_prior(prior),
+            batch_size,
+            workers,
+            device.value,
+            split,
+            progress,
+            precision.value,
+            engine.value,
+        )
     typer.echo(describe(summary))
     report_errors([row.error for row in summary.rows if row.error])

@@ -18,7 +18,7 @@ steps of one shape. Convolutions of few channels are fastest on CPUs with channe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -48,14 +48,13 @@ class Conv(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A norm with FiLM folded in: tables (K, C); `average` (C, C) takes a sample's sums over pixels to its groups' means.
+    """A norm: `average` (C, C) takes a sample's sums over pixels to its groups' means, for every channel.
 
-    Without `average`, a BatchNorm whose statistics are folded in too. `identity` (C, C) is there for the compiler: a product with
-    it changes no bit, but makes the compiler store the (R, C) numbers before it instead of computing them anew for every pixel.
+    Without `average`, a BatchNorm whose statistics are folded into its film. `identity` (C, C) is there for the compiler: a
+    product with it changes no bit, but makes the compiler store the (R, C) numbers before it instead of computing them for every
+    pixel.
     """
 
-    gamma: Tensor
-    beta: Tensor
     average: Tensor | None
     identity: Tensor
 
@@ -88,14 +87,16 @@ class Stage(NamedTuple):
 
 
 class DenseHeads(NamedTuple):
-    """(F, 128) and (128,) for the features of both heads; (64, A) and (K, A) each for log-scale and shift of active elements."""
+    """Dense heads: (F, 128) and (128,) for the features of both; (64, A) each for log-scale and shift of what moves; their table.
+
+    The table (K, 2A) holds the label half of log-scales, then of shifts.
+    """
 
     weight: Tensor
     bias: Tensor
     scale: Tensor
-    scale_table: Tensor
     shift: Tensor
-    shift_table: Tensor
+    table: Tensor
 
 
 class ClassificationNet(NamedTuple):
@@ -146,16 +147,19 @@ class GenerationNet(NamedTuple):
 
 
 class Half(NamedTuple):
-    """One half of a coupling: its conditioner and, where planes are not passive or active as a whole, which elements are.
+    """One half of a coupling: its conditioner, and which elements it moves where planes are not passive or active as a whole.
 
-    `passive` and `active` (H', W', P) are then masks of the one tensor of planes; `rank` (H', W', P) says where each element
-    of it stands among those that dense heads compute (anywhere for others).
+    `films` (K, sum of 2C) holds FiLM folded with the affine part of each norm in order of use, scale then shift, which take
+    `sizes` columns each. `passive` and `active` (H', W', P) are masks of the one tensor of planes; `rank` (H', W', P) says where
+    each element of it stands among those that dense heads compute (anywhere for others).
     """
 
     net: ClassificationNet | GenerationNet
-    passive: Tensor | None
-    active: Tensor | None
-    rank: Tensor | None
+    films: Tensor
+    sizes: tuple[int, ...]
+    passive: Tensor | None = None
+    active: Tensor | None = None
+    rank: Tensor | None = None
 
 
 class Mix(NamedTuple):
@@ -224,18 +228,32 @@ def _table(table: Tensor) -> Tensor:
     return table if table.shape[0] > 1 else table.repeat(2, 1)
 
 
-def _norm(norm: NormFiLM | BatchNormFiLM, tables: Modulation, pixels: int) -> Norm:
-    gamma, beta = (_table(table) for table in tables)
-    channels = gamma.shape[1]
-    identity = torch.eye(channels, dtype=gamma.dtype, device=gamma.device)
+def _norm(norm: NormFiLM | BatchNormFiLM, pixels: int) -> Norm:
+    weight = norm.norm.weight if isinstance(norm, BatchNormFiLM) else norm.weight
+    channels = len(weight)
+    identity = torch.eye(channels, dtype=weight.dtype, device=weight.device)
     if isinstance(norm, BatchNormFiLM):
-        mean, variance = norm.norm.running_mean, norm.norm.running_var
-        assert mean is not None and variance is not None
-        gamma = gamma * torch.rsqrt(variance + norm.norm.eps)
-        return Norm(gamma, beta - mean * gamma, None, identity)
+        return Norm(None, identity)
     size = channels // num_groups(channels)
-    block = torch.full((size, size), 1.0 / (size * pixels), dtype=gamma.dtype, device=gamma.device)
-    return Norm(gamma, beta, torch.block_diag(*[block] * num_groups(channels)), identity)
+    block = torch.full((size, size), 1.0 / (size * pixels), dtype=weight.dtype, device=weight.device)
+    return Norm(torch.block_diag(*[block] * num_groups(channels)), identity)
+
+
+def _films(net: ClassificationConditioner | GenerationConditioner, tables: Tables) -> tuple[Tensor, tuple[int, ...]]:
+    """`films` and `sizes` of `Half`."""
+    norms = net.norm1, net.norm2, net.residual2.norm1, net.residual2.norm2, net.norm3, net.residual3.norm1, net.residual3.norm2
+    films = [part for norm, film in zip(norms, tables.films, strict=True) for part in _film(norm, film)]
+    return _table(torch.cat(films, dim=1)), tuple(2 * film.gamma.shape[1] for film in tables.films)
+
+
+def _film(norm: NormFiLM | BatchNormFiLM, film: Modulation) -> Modulation:
+    """A film, with the statistics of a BatchNorm."""
+    if not isinstance(norm, BatchNormFiLM):
+        return film
+    mean, variance = norm.norm.running_mean, norm.norm.running_var
+    assert mean is not None and variance is not None
+    gamma = film.gamma * torch.rsqrt(variance + norm.norm.eps)
+    return Modulation(gamma, film.beta - mean * gamma)
 
 
 def _gates(block: CBAM) -> Gates:
@@ -247,9 +265,9 @@ def _gates(block: CBAM) -> Gates:
     return Gates(down, up, spatial_tile(block.spatial.weight), identity)
 
 
-def _residual(block: ResidualBlock, films: Sequence[Modulation], pixels: int, dtype: torch.dtype) -> Residual:
-    first, second = (_norm(norm, film, pixels) for norm, film in zip((block.norm1, block.norm2), films, strict=True))
-    return Residual(_conv(block.conv1, dtype), first, _conv(block.conv2, dtype), second)
+def _residual(block: ResidualBlock, pixels: int, dtype: torch.dtype) -> Residual:
+    norms = _norm(block.norm1, pixels), _norm(block.norm2, pixels)
+    return Residual(_conv(block.conv1, dtype), norms[0], _conv(block.conv2, dtype), norms[1])
 
 
 def spatial_tile(weight: Tensor) -> Tensor:
@@ -278,13 +296,12 @@ def _classification(
     net: ClassificationConditioner, tables: Tables, shape: tuple[int, ...], columns: Tensor, moved: Tensor, dtype: torch.dtype
 ) -> ClassificationNet:
     """`columns` are the planes that the first convolution reads; `moved` the elements that move, -1 where there is no pixel."""
-    films = tables.films
     sizes = [-(-shape[1] // k) * -(-shape[2] // k) for k in (2, 4, 8)]
     return ClassificationNet(
         _first_conv(net, columns, dtype),
-        _norm(net.norm1, films[0], sizes[0]),
-        _strided_stage(net, 2, films[1:4], sizes[1], dtype),
-        _strided_stage(net, 3, films[4:7], sizes[2], dtype),
+        _norm(net.norm1, sizes[0]),
+        _strided_stage(net, 2, sizes[1], dtype),
+        _strided_stage(net, 3, sizes[2], dtype),
         _dense_heads(net, tables, moved, dtype),
     )
 
@@ -293,11 +310,9 @@ def _first_conv(net: ClassificationConditioner, columns: Tensor, dtype: torch.dt
     return _conv(net.conv1, dtype, over_phases(net.conv1.weight)[:, columns])
 
 
-def _strided_stage(
-    net: ClassificationConditioner, index: int, films: Sequence[Modulation], pixels: int, dtype: torch.dtype
-) -> Stage:
+def _strided_stage(net: ClassificationConditioner, index: int, pixels: int, dtype: torch.dtype) -> Stage:
     conv, norm, cbam, block = (getattr(net, f"{name}{index}") for name in ("conv", "norm", "cbam", "residual"))
-    return Stage(_conv(conv, dtype), _norm(norm, films[0], pixels), _gates(cbam), _residual(block, films[1:], pixels, dtype))
+    return Stage(_conv(conv, dtype), _norm(norm, pixels), _gates(cbam), _residual(block, pixels, dtype))
 
 
 def _dense_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor, dtype: torch.dtype) -> DenseHeads:
@@ -308,31 +323,29 @@ def _dense_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor, 
     return DenseHeads(image.to(dtype), bias.to(dtype), *_moved_heads(net, tables, moved))
 
 
-def _moved_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last maps (64, A) and tables (K, A) of the elements that move: (scale, its table, shift, its table)."""
+def _moved_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The last maps (64, A) of the elements that move, of log-scale and of shift, and their table (K, 2A)."""
     index, there = moved.flatten().clamp_min(0), moved.flatten() >= 0
     scale, shift = (head.image_out.weight[index].t().contiguous().mul_(there) for head in (net.scale, net.shift))
-    scale_table, shift_table = (_table(table[:, index].mul_(there)) for table in tables.heads)
-    return scale, scale_table, shift, shift_table
+    return scale, shift, _table(torch.cat([table[:, index].mul_(there) for table in tables.heads], dim=1))
 
 
-def _generation(net: GenerationConditioner, tables: Tables, shape: tuple[int, ...], dtype: torch.dtype) -> GenerationNet:
-    films, pixels = tables.films, shape[1] * shape[2]
+def _generation(net: GenerationConditioner, shape: tuple[int, ...], dtype: torch.dtype) -> GenerationNet:
+    pixels = shape[1] * shape[2]
 
-    def stage(index: int, films: Sequence[Modulation]) -> GenerationStage:
+    def stage(index: int) -> GenerationStage:
         conv, norm, cbam, context, aspp = (getattr(net, f"{name}{index}") for name in ("conv", "norm", "cbam", "global", "aspp"))
         block = getattr(net, f"residual{index}", None)
         return GenerationStage(
             _conv(conv, dtype),
-            _norm(norm, films[0], pixels),
+            _norm(norm, pixels),
             _gates(cbam),
-            None if block is None else _residual(block, films[1:], pixels, dtype),
+            None if block is None else _residual(block, pixels, dtype),
             Mlp(context.down.weight, context.down.bias, context.up.weight, context.up.bias),
             _pyramid(aspp, dtype),
         )
 
-    stages = stage(1, films[:1]), stage(2, films[1:4]), stage(3, films[4:7])
-    return GenerationNet(stages, _conv(net.scale, dtype), _conv(net.shift, dtype))
+    return GenerationNet((stage(1), stage(2), stage(3)), _conv(net.scale, dtype), _conv(net.shift, dtype))
 
 
 def _pyramid(block: ASPP, dtype: torch.dtype) -> Pyramid:
@@ -369,13 +382,13 @@ def _halves(
     columns: tuple[Tensor, ...]
     if phases > 1 and not bool((is_passive & is_active).any()) and bool(is_passive.any()) and bool(is_active.any()):
         columns = every[is_passive], every[is_active]
-        nets = _nets(step, tables, columns, (elements[:, :, columns[1]], elements[:, :, columns[0]]), dtype)
-        halves = Half(nets[0], None, None, None), Half(nets[1], None, None, None)
+        halves = _conditioned(step, tables, columns, (elements[:, :, columns[1]], elements[:, :, columns[0]]), dtype)
     else:
         columns = (every,)
-        nets = _nets(step, tables, (every, every), (_some(elements[active]), _some(elements[passive])), dtype)
+        first, second = _conditioned(step, tables, (every, every), (_some(elements[active]), _some(elements[passive])), dtype)
         ranks = (_rank(active), _rank(passive)) if phases > 1 else (None, None)
-        halves = Half(nets[0], passive, active, ranks[0]), Half(nets[1], active, passive, ranks[1])
+        first = first._replace(passive=passive, active=active, rank=ranks[0])
+        halves = first, second._replace(passive=active, active=passive, rank=ranks[1])
     numbers = there.to(step.coupling.conditioners[0].conv1.weight.dtype)
     return columns, None if bool(there.all()) else tuple(numbers[:, :, c] for c in columns), halves
 
@@ -389,24 +402,27 @@ def _rank(active: Tensor) -> Tensor:
     return (active.flatten().cumsum(0) - 1).clamp_min(0).view(active.shape)
 
 
-def _nets(
+def _conditioned(
     step: FlowStep,
     tables: list[Tables],
     reads: tuple[Tensor, ...],
     moves: tuple[Tensor, ...],
     dtype: torch.dtype,
-) -> tuple[ClassificationNet | GenerationNet, ClassificationNet | GenerationNet]:
+) -> tuple[Half, Half]:
     """The conditioners of the two halves; what they share is kept once."""
     one, other, shape = step.coupling.conditioners[0], step.coupling.conditioners[-1], step.coupling.mask.shape
-    if isinstance(one, GenerationConditioner) or isinstance(other, GenerationConditioner):
-        assert isinstance(one, GenerationConditioner) and isinstance(other, GenerationConditioner)
-        net = _generation(one, tables[0], shape, dtype)
-        return net, net if other is one else _generation(other, tables[-1], shape, dtype)
-    first = _classification(one, tables[0], shape, reads[0], moves[0], dtype)
+    if isinstance(one, GenerationConditioner):
+        first = Half(_generation(one, shape, dtype), *_films(one, tables[0]))
+    else:
+        first = Half(_classification(one, tables[0], shape, reads[0], moves[0], dtype), *_films(one, tables[0]))
+    if isinstance(other, GenerationConditioner):
+        return first, first if other is one else Half(_generation(other, shape, dtype), *_films(other, tables[-1]))
     if other is not one:
-        return first, _classification(other, tables[-1], shape, reads[1], moves[1], dtype)
-    heads = DenseHeads(first.heads.weight, first.heads.bias, *_moved_heads(other, tables[-1], moves[1]))
-    return first, first._replace(conv1=_first_conv(other, reads[1], dtype), heads=heads)
+        return first, Half(_classification(other, tables[-1], shape, reads[1], moves[1], dtype), *_films(other, tables[-1]))
+    net = first.net
+    assert isinstance(net, ClassificationNet)
+    heads = DenseHeads(net.heads.weight, net.heads.bias, *_moved_heads(other, tables[-1], moves[1]))
+    return first, first._replace(net=net._replace(conv1=_first_conv(other, reads[1], dtype), heads=heads))
 
 
 def _mix(
@@ -528,10 +544,13 @@ def _conv2d(v: Tensor, conv: Conv, stride: int = 1, dilation: int = 1) -> Tensor
     return conv2d(v, conv.weight, conv.bias, stride, dilation)
 
 
-def norm_gelu(v: Tensor, norm: Norm, rows: Tensor, residual: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-    """GELU(FiLM(norm(v)) [+ residual]) in the dtype of v (R, C, H, W); with `image` (R,), of the samples that it names."""
+def norm_gelu(v: Tensor, norm: Norm, film: Tensor, residual: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+    """GELU(FiLM(norm(v)) [+ residual]) in the dtype of v (R, C, H, W); with `image` (R,), of the samples that it names.
+
+    `film` (R, 2C) holds a scale and a shift for each channel.
+    """
     dtype, v = v.dtype, v.to(accumulator(v.dtype))
-    scale, shift = norm.gamma[rows], norm.beta[rows]
+    scale, shift = film.chunk(2, dim=1)
     if norm.average is None:
         v = v if image is None else v[image]
     else:
@@ -565,25 +584,28 @@ def gate(v: Tensor, gates: Gates) -> Tensor:
     return (v * torch.sigmoid(_spatial_logits(pooled, gates.spatial))).to(dtype)
 
 
-def _residual_block(v: Tensor, block: Residual, rows: Tensor) -> Tensor:
-    first = norm_gelu(_conv2d(v, block.conv1), block.norm1, rows)
-    return norm_gelu(_conv2d(first, block.conv2), block.norm2, rows, residual=v)
+def _residual_block(v: Tensor, block: Residual, films: Iterator[Tensor]) -> Tensor:
+    first = norm_gelu(_conv2d(v, block.conv1), block.norm1, next(films))
+    return norm_gelu(_conv2d(first, block.conv2), block.norm2, next(films), residual=v)
 
 
-def _stage(v: Tensor, stage: Stage, rows: Tensor) -> Tensor:
-    v = gate(norm_gelu(_conv2d(v, stage.conv, 2), stage.norm, rows), stage.gates)
-    return _residual_block(v, stage.residual, rows)
+def _stage(v: Tensor, stage: Stage, films: Iterator[Tensor]) -> Tensor:
+    v = gate(norm_gelu(_conv2d(v, stage.conv, 2), stage.norm, next(films)), stage.gates)
+    return _residual_block(v, stage.residual, films)
 
 
-def _classify(a: Tensor, net: ClassificationNet, rows: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
+def _classify(
+    a: Tensor, net: ClassificationNet, rows: Tensor, films: Iterator[Tensor], image: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Passive planes (R, P, H', W') -> (raw log-scale, shift), each (R, A)."""
     wide = accumulator(a.dtype)
-    v = norm_gelu(_conv2d(a.to(net.conv1.weight.dtype), net.conv1), net.norm1, rows, image=image)
-    v = _stage(_stage(v, net.stage2, rows), net.stage3, rows)
+    v = norm_gelu(_conv2d(a.to(net.conv1.weight.dtype), net.conv1), net.norm1, next(films), image=image)
+    v = _stage(_stage(v, net.stage2, films), net.stage3, films)
     heads = net.heads
     features = gelu(F.linear(v.permute(0, 2, 3, 1).flatten(1), heads.weight, heads.bias).to(wide))
     first, second = features.chunk(2, dim=1)
-    return first @ heads.scale + heads.scale_table[rows], second @ heads.shift + heads.shift_table[rows]
+    scale, shift = heads.table[rows].chunk(2, dim=1)
+    return first @ heads.scale + scale, second @ heads.shift + shift
 
 
 def _mlp(v: Tensor, mlp: Mlp, act: str) -> Tensor:
@@ -603,14 +625,14 @@ def _pyramid_block(v: Tensor, block: Pyramid) -> Tensor:
     return out.mT.unflatten(2, v.shape[2:])
 
 
-def _generate(a: Tensor, net: GenerationNet, rows: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
+def _generate(a: Tensor, net: GenerationNet, films: Iterator[Tensor], image: Tensor | None) -> tuple[Tensor, Tensor]:
     """Passive planes (R, C, H, W) -> (raw log-scale, shift), each (R, C, H, W) in the dtype of a."""
     v = a.to(net.scale.weight.dtype)
     for i, stage in enumerate(net.stages):
-        v = norm_gelu(_conv2d(v, stage.conv), stage.norm, rows, image=image if i == 0 else None)
+        v = norm_gelu(_conv2d(v, stage.conv), stage.norm, next(films), image=image if i == 0 else None)
         v = gate(v, stage.gates)
         if stage.residual is not None:
-            v = _residual_block(v, stage.residual, rows)
+            v = _residual_block(v, stage.residual, films)
         dtype, v = v.dtype, v.to(accumulator(v.dtype))
         mean = v.mean(dim=(2, 3))
         if stage.residual is None:
@@ -619,23 +641,6 @@ def _generate(a: Tensor, net: GenerationNet, rows: Tensor, image: Tensor | None)
             v = v * (1.0 + torch.sigmoid(_mlp(mean, stage.context, "relu")))[:, :, None, None]
         v = _pyramid_block(v.to(dtype), stage.pyramid)
     return _conv2d(v, net.scale).to(a.dtype), _conv2d(v, net.shift).to(a.dtype)
-
-
-def tables_of(half: Half) -> list[Tensor]:
-    """Everything in a half that has a row for each label."""
-    found: list[Tensor] = []
-
-    def visit(value: object) -> None:
-        if isinstance(value, Norm):
-            found.extend((value.gamma, value.beta))
-        elif isinstance(value, DenseHeads):
-            found.extend((value.scale_table, value.shift_table))
-        elif isinstance(value, tuple):
-            for part in value:
-                visit(part)
-
-    visit(half)
-    return found
 
 
 # -- functions of the constants: the flow ---------------------------------------------------------------------------------
@@ -660,10 +665,11 @@ def run_half(
     """
     a = passive if half.passive is None else torch.where(half.passive, passive, 0.0)
     a = a.permute(0, 3, 1, 2)
+    films = iter(half.films[rows].split(half.sizes, dim=1))
     if isinstance(half.net, ClassificationNet):
-        raw, shift = _classify(a, half.net, rows, image)
+        raw, shift = _classify(a, half.net, rows, films, image)
     else:
-        raw, shift = _generate(a, half.net, rows, image)
+        raw, shift = _generate(a, half.net, films, image)
     if image is not None:
         moved = moved[image]
     if isinstance(half.net, GenerationNet):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.fx.experimental._config
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -134,8 +135,10 @@ class _Compiled:
         self.free = config.condition_from_step
         tables = model.label_tables(torch.arange(config.num_classes, device=self.device))
         self.model = folded.fold(model, tables, dtype)
-        for table in (table for step in self.model.steps for half in step.halves for table in folded.tables_of(half)):
-            torch._dynamo.mark_dynamic(table, 0)
+        for half in (half for step in self.model.steps for half in step.halves):
+            torch._dynamo.mark_dynamic(half.films, 0)
+            if isinstance(half.net, folded.ClassificationNet):
+                torch._dynamo.mark_dynamic(half.net.heads.table, 0)
         self.run = torch.compile(folded.run_half, options={"cpp.enable_floating_point_contract_flag": "fast"})
 
     def start(self, x: Tensor) -> _State:
@@ -202,7 +205,7 @@ def _settings() -> AbstractContextManager[Any]:
     limits: dict[str, Any] = {"recompile_limit": 512, "accumulated_recompile_limit": 4096}
     stack.enter_context(torch._dynamo.config.patch({"automatic_dynamic_shapes": False, **limits}))
     # That there are as many rows as labels, or images, is chance.
-    stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))
+    stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))  # type: ignore[attr-defined]
     return stack
 
 

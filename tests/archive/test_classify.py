@@ -17,7 +17,7 @@ from fastflow.data.manifest import Record, index_folder, write_manifest
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import load_image
 from fastflow.errors import CheckpointError, FastflowError, ManifestError
-from fastflow.models.scoring import from_uint8
+from fastflow.models.scoring import LabelScorer, from_uint8
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -74,7 +74,7 @@ def test_a_file_that_goes_bad_moves_no_other_in_its_batch(
 ) -> None:
     """The last bits of a float32 score depend on the place in the batch; here all of it does."""
 
-    def by_place(model: MagicFlow, images: np.ndarray, batch_size: int) -> np.ndarray:
+    def by_place(scorer: LabelScorer, images: np.ndarray, batch_size: int) -> np.ndarray:
         assert len(images) == batch_size
         return np.arange(len(images))[:, None] * [1.0, 2.0] + images.sum(axis=(1, 2, 3))[:, None]
 
@@ -100,7 +100,7 @@ def test_workers_change_nothing(scans: Path, model_folder: Path, tmp_path: Path)
 def test_likelihood_that_is_not_finite_is_an_error_row(
     scans: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def second_volume_is_nan(model: MagicFlow, images: np.ndarray, batch_size: int) -> np.ndarray:
+    def second_volume_is_nan(scorer: LabelScorer, images: np.ndarray, batch_size: int) -> np.ndarray:
         scores = np.zeros((len(images), 2))
         scores[4] = np.nan
         return scores
@@ -109,6 +109,27 @@ def test_likelihood_that_is_not_finite_is_an_error_row(
     files = sorted(scans.rglob("*.nii.gz"))[:3]
     classify(files, model_folder, tmp_path / "r.csv")
     assert [row["status"] + row["error_code"] for row in read(tmp_path / "r.csv")] == ["ok", "errorlikelihood", "ok"]
+
+
+def test_engine_and_precision_reach_the_scorer(
+    scans: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Noted(module.LabelScorer):
+        def __init__(self, model: MagicFlow, precision: str, engine: str) -> None:
+            made.append((precision, engine))
+            super().__init__(model)
+
+    monkeypatch.setattr(module, "LabelScorer", Noted)
+    files = sorted(scans.rglob("*.nii.gz"))[:2]
+    classify(files, model_folder, tmp_path / "r.csv", precision="mixed", engine="compile")
+    monkeypatch.undo()
+    # One scorer for the whole run, and a choice that does not exist is told before anything is read.
+    assert made == [("mixed", "compile")]
+    with pytest.raises(ValueError, match="engine must be one of auto, eager, compile, cuda_graph, got 'fast'"):
+        classify(files, model_folder, tmp_path / "no.csv", engine="fast")
+    assert not (tmp_path / "no.csv").exists()
 
 
 def test_manifest_with_labels_and_splits(scans: Path, model_folder: Path, tmp_path: Path) -> None:
