@@ -59,6 +59,9 @@ def train(
     reversible: Annotated[
         bool, typer.Option("--reversible", help="Rebuild activations instead of keeping them: less memory, more time.")
     ] = False,
+    condition_from_step: Annotated[
+        int, typer.Option(min=0, help="Steps at the beginning that ignore the label: scoring computes them once for all labels.")
+    ] = 0,
     slices: Annotated[str, typer.Option(help="Slices of a volume: center, center+-N, center+-N:S or i,j,k.")] = "center",
     mask: Annotated[Path | None, typer.Option(help="PNG of the application mask; the shipped one by default.")] = None,
     seed: Seed = 0,
@@ -83,7 +86,8 @@ def train(
         "augment": augment and augment.value,
     }
     config = recipe(preset.value, task.value, seed=seed, **{name: value for name, value in given.items() if value is not None})
-    changes: dict[str, Any] = {"task": task.value, "reversible": reversible} | ({"dequantize": "uniform"} if dequantize else {})
+    changes: dict[str, Any] = {"task": task.value, "reversible": reversible, "condition_from_step": condition_from_step}
+    changes |= {"dequantize": "uniform"} if dequantize else {}
     with progress_bar("reading volumes") as reading:
         trained = train_on_archive(
             read_records(manifest),

@@ -302,7 +302,7 @@ def _classification(
         _norm(net.norm1, sizes[0]),
         _strided_stage(net, 2, sizes[1], dtype),
         _strided_stage(net, 3, sizes[2], dtype),
-        _dense_heads(net, tables, moved, dtype),
+        _dense_heads(net, tables, moved),
     )
 
 
@@ -315,12 +315,12 @@ def _strided_stage(net: ClassificationConditioner, index: int, pixels: int, dtyp
     return Stage(_conv(conv, dtype), _norm(norm, pixels), _gates(cbam), _residual(block, pixels, dtype))
 
 
-def _dense_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor, dtype: torch.dtype) -> DenseHeads:
+def _dense_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor) -> DenseHeads:
     heads = net.scale, net.shift
     # The encoder's output is read with its channels last.
     image = torch.cat([head.image.weight.unflatten(1, (net.conv3.out_channels, -1)).mT.flatten(1) for head in heads])
     bias = torch.cat([head.image.bias for head in heads])
-    return DenseHeads(image.to(dtype), bias.to(dtype), *_moved_heads(net, tables, moved))
+    return DenseHeads(image, bias, *_moved_heads(net, tables, moved))
 
 
 def _moved_heads(net: ClassificationConditioner, tables: Tables, moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -602,7 +602,8 @@ def _classify(
     v = norm_gelu(_conv2d(a.to(net.conv1.weight.dtype), net.conv1), net.norm1, next(films), image=image)
     v = _stage(_stage(v, net.stage2, films), net.stage3, films)
     heads = net.heads
-    features = gelu(F.linear(v.permute(0, 2, 3, 1).flatten(1), heads.weight, heads.bias).to(wide))
+    # Heads are never narrow: their rounding would be most of the error of a log-odds.
+    features = gelu(F.linear(v.to(wide).permute(0, 2, 3, 1).flatten(1), heads.weight, heads.bias))
     first, second = features.chunk(2, dim=1)
     scale, shift = heads.table[rows].chunk(2, dim=1)
     return first @ heads.scale + scale, second @ heads.shift + shift

@@ -74,8 +74,24 @@ def test_demo_prints_the_baseline_beside_every_figure(tmp_path: Path, monkeypatc
 def test_from_scans_to_pictures(scans: Path, tmp_path: Path) -> None:
     manifest, model, results = tmp_path / "m.csv", tmp_path / "model", tmp_path / "r.csv"
     assert "20 files of 20 subjects" in invoke("index", scans, "--out", manifest, "--val", 0.2, "--test", 0.2).stdout
-    trained = invoke("train", manifest, "--out", model, "--preset", "tiny", "--epochs", 2, "--warmup", 0, "--lr", 1e-3)
+    trained = invoke(
+        "train",
+        manifest,
+        "--out",
+        model,
+        "--preset",
+        "tiny",
+        "--epochs",
+        2,
+        "--warmup",
+        0,
+        "--lr",
+        1e-3,
+        "--condition-from-step",
+        2,
+    )
     assert trained.exit_code == 0, trained.output
+    assert json.loads((model / "config.json").read_text(encoding="utf-8"))["config"]["condition_from_step"] == 2
     assert "val_accuracy" in trained.stdout
     assert trained.stderr.count("epoch ") == 2
     assert [json.loads(line)["epoch"] for line in (model / "history.jsonl").read_text().splitlines()] == [1, 2]

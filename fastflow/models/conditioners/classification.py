@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow import kernels
+from fastflow.kernels._library import full_precision
 from fastflow.kernels.coupling_head import head_reference
 from fastflow.kernels.norm_film_act import dropout_keys
 from fastflow.models.conditioners.blocks import (
@@ -80,8 +81,15 @@ class DenseHead(nn.Module):
         return products.t().contiguous() + last.bias
 
     def features(self, v: Tensor) -> Tensor:
-        """(B, 64) for the encoder's flattened output."""
-        return F.gelu(linear(v, self.image))
+        """(B, 64) for the encoder's flattened output; in evaluation never narrower than the weights.
+
+        Under autocast, narrow features would round the weights of the last map too: on a trained model, log-odds were off by 2.5
+        nats for it, and by 0.1 without.
+        """
+        if self.training:
+            return F.gelu(linear(v, self.image))
+        with full_precision(v):
+            return F.gelu(linear(v.to(self.image.weight.dtype), self.image))
 
 
 class ClassificationConditioner(nn.Module):
