@@ -86,12 +86,12 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
             )
         if axis == "label_free":
             ideal = [(value / 7 + 24 - value) / 24 for value in values]
-            ax.plot(values, ideal, ":", color="0.5", label="steps alike, each label-free one computed once")
+            ax.plot(values, ideal, ":", color="0.5", label="if all steps cost alike")
         ax.set(xlabel=title, ylim=(0, None))
         ax.grid(alpha=0.3)
         if axis != "images":
-            ax.legend(fontsize="small")
-    axes[0].set_ylabel("time per image, 7 labels and 4 images = 1")
+            ax.legend(fontsize="x-small")
+    axes[0].set_ylabel("relative time per image")
     figure.savefig(path, dpi=110)
 
 

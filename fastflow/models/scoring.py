@@ -346,7 +346,8 @@ class LabelScorer:
         self.engine = ("cuda_graph" if on_cuda else "eager") if engine == "auto" else engine
         self.conditioner_dtype = _mixed_dtype(model.device) if precision == "mixed" else model.dtype
         self.max_rows = default_rows(model) if max_rows is None else max_rows
-        with self._context():
+        # Tables and matrices are computed wide whatever the precision: rounded, they would shift whole labels.
+        with self._context(narrow=False):
             if self.engine == "compile":
                 self._engine: _Engine = _Compiled(model, self.conditioner_dtype)
             else:
@@ -388,13 +389,13 @@ class LabelScorer:
             log_probs = log_probs.to(torch.promote_types(x.dtype, torch.float32))
             return Scores(log_probs.masked_fill(invalid[:, None], float("nan")), invalid)
 
-    def _context(self) -> AbstractContextManager[Any]:
+    def _context(self, narrow: bool = True) -> AbstractContextManager[Any]:
         """Without gradients, nor inference tensors (which compiled graphs would tell from others); mixed eager under autocast."""
         stack = ExitStack()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(parametrize.cached())
-        narrow = self.conditioner_dtype != self.model.dtype and self.engine != "compile"
+        narrow = narrow and self.conditioner_dtype != self.model.dtype and self.engine != "compile"
         device = self.model.device.type
         stack.enter_context(torch.autocast(device, self.conditioner_dtype) if narrow else _no_autocast(device))
         return stack

@@ -254,6 +254,10 @@ def test_mixed_rounds_conditioners_only(task, engine, uncompiled, monkeypatch):
     got = scorer(x)
     assert scorer.conditioner_dtype == torch.bfloat16 and got.dtype == torch.float32
     assert not torch.equal(got, want)
+    if engine == "eager":
+        tables = scorer._engine.tables.steps[0][0]
+        assert all(table.dtype == torch.float32 for film in tables.films for table in film)
+        assert all(table.dtype == torch.float32 for table in tables.heads)
     # A stream in bfloat16 would err by whole nats.
     assert (log_odds(got) - log_odds(want)).abs().max() < 0.5
 
