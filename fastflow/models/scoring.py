@@ -125,6 +125,7 @@ class _Compiled:
     """`folded` couplings compiled by Inductor: one graph for all steps of one shape, for any number of rows and of labels.
 
     Graphs of generation conditioners are compiled again for some numbers of rows.
+    Graphs of generation conditioners are compiled again for some numbers of rows.
     Compiling takes about 20 seconds a shape (the paper preset has 12) with a cold cache; Inductor keeps its code on disk.
     """
 
