@@ -103,6 +103,8 @@ def test_every_op_is_checked():
     registered = {
         name.removeprefix("fastflow::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastflow::")
     }
+    # An op of compiled scoring, which tests/models/test_folded.py checks.
+    registered -= {"convolution"}
     assert registered == {str(op).rpartition(".")[2] for op, _ in cases()}
 
 

@@ -26,6 +26,18 @@ def test_phases_compute_the_strided_convolution(size):
     torch.testing.assert_close(got, F.conv2d(x, weight, stride=2, padding=2), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("stride", "dilation", "size"), [(1, 1, 3), (2, 1, 3), (1, 6, 3), (1, 1, 1)])
+def test_convolutions_are_checked_ops(stride, dilation, size):
+    torch.manual_seed(0)
+    x, weight = (
+        v.contiguous(memory_format=torch.channels_last) for v in (torch.randn(2, 4, 9, 8), torch.randn(8, 4, size, size))
+    )
+    arguments = x, weight, torch.randn(8), stride, dilation
+    torch.library.opcheck(torch.ops.fastflow.convolution.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    want = F.conv2d(*arguments[:3], stride, size // 2 * dilation, dilation)
+    torch.testing.assert_close(torch.ops.fastflow.convolution(*arguments), want, rtol=1e-4, atol=1e-4)
+
+
 def test_planes_are_the_squeeze():
     from fastflow.kernels import squeeze2x2
 
