@@ -12,6 +12,11 @@ class FastflowError(Exception):
 class UninitializedModelError(FastflowError, RuntimeError):
     """A model whose ActNorm layers have not seen data was asked to evaluate, invert or sample."""
 
+    def __init__(
+        self, message: str = "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
+    ) -> None:
+        super().__init__(message)
+
 
 class CheckpointError(FastflowError, ValueError):
     """A model folder is missing, incomplete, corrupt or does not match its recorded hash."""

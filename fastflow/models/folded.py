@@ -183,7 +183,6 @@ class Step(NamedTuple):
         valid: for each tensor, (H', W', P) of 0 and 1, where an odd size leaves phases without a pixel; None where all have one.
         halves: the two halves; in the second the passive and the active tensor exchange their roles.
         split: which of the tensors' planes, joined, leave as latent after this step; None where none does.
-        labels: whether the label matters.
     """
 
     squeeze: bool
@@ -192,7 +191,6 @@ class Step(NamedTuple):
     valid: tuple[Tensor, ...] | None
     halves: tuple[Half, Half]
     split: Tensor | None
-    labels: bool
 
 
 Planes = tuple[Tensor, ...]
@@ -476,7 +474,7 @@ def fold(model: MagicFlow, tables: LabelTables, dtype: torch.dtype | None = None
         parts, split = columns, step.split
         joined = torch.cat(columns)
         leaves = torch.nonzero(joined >= len(joined) // 2).flatten() if split else None
-        folded.append(Step(step.squeeze, mix, columns, valid, halves, leaves, i >= model.config.condition_from_step))
+        folded.append(Step(step.squeeze, mix, columns, valid, halves, leaves))
     constant = sum(float(step.mixing_logdet()) for step in model.steps) - 0.5 * LOG_2PI * model.config.num_dims
     steps: tuple[Step, ...] = tree_map_only(Tensor, Tensor.detach, tuple(folded))
     return Folded(steps, phases, constant, model.config.scale_bound)

@@ -296,9 +296,7 @@ class FlowStep(nn.Module):
         """`map` in the dtype of x, once ActNorm is set."""
         if not self.actnorm.ready:
             if not self.training:
-                raise UninitializedModelError(
-                    "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
-                )
+                raise UninitializedModelError
             self.actnorm.initialize(kernels.squeeze2x2(x) if self.squeeze else x)
         return self.map(x.dtype)
 
@@ -322,9 +320,7 @@ class FlowStep(nn.Module):
     def unmix(self, y: Tensor) -> Tensor:
         """Inverse of `mix`."""
         if not self.actnorm.ready:
-            raise UninitializedModelError(
-                "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
-            )
+            raise UninitializedModelError
         scale = self.actnorm.log_scale.double().exp()
         weight = self.conv.weight()
         inverse = (self.conv.inverse_weight() / scale[:, None]).to(y.dtype)

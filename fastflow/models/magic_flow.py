@@ -154,9 +154,7 @@ class MagicFlow(nn.Module):
             raise ValueError(f"z must be (B, {self.config.num_dims}), got {tuple(z.shape)}")
         y = self._check_labels(y, z.shape[0])
         if not self.initialized:
-            raise UninitializedModelError(
-                "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
-            )
+            raise UninitializedModelError
         tables, rows = self._tables_for(y)
         shapes = self.config.latent_shapes
         blocks = [

@@ -125,8 +125,7 @@ class _Compiled:
     """`folded` couplings compiled by Inductor: one graph for all steps of one shape, for any number of rows and of labels.
 
     Graphs of generation conditioners are compiled again for some numbers of rows.
-    Graphs of generation conditioners are compiled again for some numbers of rows.
-    Compiling takes about 20 seconds a shape (the paper preset has 12) with a cold cache; Inductor keeps its code on disk.
+    Compiling takes about 20 seconds a graph (the paper preset has 13) with a cold cache; Inductor keeps its code on disk.
     """
 
     def __init__(self, model: MagicFlow, dtype: torch.dtype) -> None:
@@ -299,7 +298,7 @@ class LabelScorer:
             stay in float32, with a `PrecisionWarning`.
         engine: ``"eager"``: kernels or ATen one after the other; a row's bits depend on no other row. ``"compile"``: Inductor,
             one graph per shape of step, which takes minutes to compile at first; on a CPU it needs a C++ compiler, and a row's
-            bits may depend on how many rows are scored with it (seen below 8 rows). ``"cuda_graph"``: eager passes captured per
+            bits may depend on how many rows are scored with it. ``"cuda_graph"``: eager passes captured per
             power of two of images. ``"auto"``: ``"cuda_graph"`` on a CUDA device, else ``"eager"``, which needs no warm-up.
         max_rows: most rows (images times labels) in one pass; chosen from the model's size and the free memory when None. Images
             and, where there are more labels than rows, labels are split accordingly. An allocation that fails halves it.
@@ -334,9 +333,7 @@ class LabelScorer:
         if model.training:
             raise ValueError("model must be in evaluation mode to be scored with (its dropout is active); call model.eval()")
         if not model.initialized:
-            raise UninitializedModelError(
-                "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
-            )
+            raise UninitializedModelError
         on_cuda = model.device.type == "cuda"
         if engine == "cuda_graph" and not on_cuda:
             raise ValueError(
@@ -511,7 +508,7 @@ def log_prob_all(model: MagicFlow, x: Tensor, max_rows: int | None = None) -> Te
     """
     _check_rows(max_rows)
     if not model.initialized:
-        raise UninitializedModelError("the model's ActNorm layers are not initialised: train it, call initialize(x) or load one")
+        raise UninitializedModelError
     scores, _ = _score(_Eager(model), x, model.config.num_classes, default_rows(model) if max_rows is None else max_rows)
     return scores.to(torch.promote_types(x.dtype, torch.float32))
 
