@@ -2,6 +2,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Tests compute with one thread each, so that cores are best used by processes.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: demo test test-all bench lint format clean
 
@@ -10,10 +12,10 @@ demo: $(INSTALLED)
 	$(BIN)/fastflow demo --out demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(PYTEST) -m "not slow and not browser"
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench --benchmark-only

