@@ -26,6 +26,18 @@ class ManifestError(FastflowError, ValueError):
     """A manifest or an image folder cannot be read as one."""
 
 
+class OutputFolderError(FastflowError, ValueError):
+    """An output folder belongs to something else: other files, another run, other settings."""
+
+
+class JournalError(FastflowError, RuntimeError):
+    """A journal of a run is damaged where it was safely written before."""
+
+
+class RunStoppedError(FastflowError, RuntimeError):
+    """A run gave up by its own rules: an error row too many. What it had done stays and can be resumed."""
+
+
 class VolumeError(FastflowError, ValueError):
     """A volume cannot be used.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,11 @@ import torch
 
 from fastflow import __version__
 from fastflow._files import write_text
-from fastflow.archive.classify import Row, Summary, classify, pick_device
+from fastflow.archive.classify import Summary, classify, pick_device
 from fastflow.archive.classify import class_names as model_class_names
 from fastflow.archive.explain import explain_slice
 from fastflow.archive.sample import draw
+from fastflow.archive.shards import read_results
 from fastflow.archive.train import calibrate
 from fastflow.data.demo import SCANNERS, build_archive
 from fastflow.data.manifest import Record, class_names, write_manifest
@@ -57,7 +59,7 @@ class DemoResult:
     """What `run_demo` found.
 
     Attributes:
-        folder: holds ``archive/``, ``manifest.csv``, ``model/``, ``results.csv``, ``metrics.json`` and ``report.html``.
+        folder: holds ``archive/``, ``manifest.csv``, ``model/``, ``results/``, ``metrics.json`` and ``report.html``.
         metrics: the content of ``metrics.json``.
         tests: results on each test set.
         summary: of the classification.
@@ -132,11 +134,12 @@ def run_demo(
     summary = classify(
         [folder / "held_out.csv"],
         folder / "model",
-        folder / "results.csv",
+        folder / "results",
         batch_size=32,
         workers=workers,
         device=device,
-        progress=lambda done, total: say("classification", done, total),
+        progress=lambda done, total, errors: say("classification", done, total or len(held_out)),
+        overwrite=True,
     )
     (folder / "held_out.csv").unlink()
     tests = _evaluate(model, sets, summary)
@@ -166,13 +169,14 @@ def _load_sets(
 def _evaluate(model: MagicFlow, sets: Mapping[str, SliceSet], summary: Summary) -> dict[str, TestSet]:
     names = summary.class_names
     baseline = HistogramBaseline().fit(sets["train"])
-    by_path: dict[str, Row] = {row.record.path: row for row in summary.rows}
+    rows = list(read_results(summary.out))
     tests = {}
     for name, (_, heading, note) in TESTS.items():
         data = sets[name]
-        rows = [row for row in by_path.values() if row.record.split == name and row.error is None]
-        labels = np.array([names.index(str(row.record.label)) for row in rows])
-        predictions = np.array([row.predicted for row in rows])
+        here = {os.path.relpath(path, Path(summary.out).parent) for path in data.paths}
+        mine = [row for row in rows if row["path"] in here and row["status"] != "error"]
+        labels = np.array([names.index(row["label"]) for row in mine])
+        predictions = np.array([names.index(row["predicted"]) for row in mine])
         tests[name] = TestSet(
             heading,
             classification_metrics(labels, predictions, len(names), names),

@@ -1,12 +1,12 @@
 """The demo from end to end, on an archive of a few scans and with a model of a few steps."""
 
-import csv
 import json
 import re
 
 import pytest
 
 from fastflow import FlowConfig, MagicFlow
+from fastflow.archive.shards import read_results
 from fastflow.data.manifest import read_manifest
 from fastflow.training.trainer import TrainConfig
 from fastflow.workflow import run_demo
@@ -39,7 +39,7 @@ def demo(tmp_path_factory):
 
 def test_the_folder_holds_what_was_promised(demo):
     out, result, _, _ = demo
-    assert {p.name for p in out.iterdir()} == {"archive", "manifest.csv", "model", "results.csv", "metrics.json", "report.html"}
+    assert {p.name for p in out.iterdir()} == {"archive", "manifest.csv", "model", "results", "metrics.json", "report.html"}
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics == result.metrics
     keys = ("accuracy", "balanced_accuracy", "histogram_balanced_accuracy", "bits_per_dim")
@@ -50,9 +50,10 @@ def test_the_folder_holds_what_was_promised(demo):
 def test_results_and_metrics_agree(demo):
     out, result, _, _ = demo
     held_out = {r.path: r for r in read_manifest(out / "manifest.csv") if r.split in ("test", "unseen_head")}
-    with open(out / "results.csv", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert len(rows) == len(held_out) == 14 and {row["status"] for row in rows} == {"ok"}
+    rows = list(read_results(out / "results"))
+    # A model of two epochs on a few scans may find a scan of another head unlike them.
+    assert len(rows) == len(held_out) == 14 and {row["status"] for row in rows} <= {"ok", "flagged"}
+    assert [str(out / row["path"]) for row in rows] == list(held_out)
     for split, prefix in (("test", ""), ("unseen_head", "unseen_head_")):
         of_split = [row for row, record in zip(rows, held_out.values(), strict=True) if record.split == split]
         right = [row["predicted"] == row["label"] for row in of_split]

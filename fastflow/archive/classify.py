@@ -1,118 +1,159 @@
-"""Classification of many files by likelihood: one row per input, always, in the order of the inputs."""
+"""Classification of archives by likelihood: one row per input, always, durable batch by batch, however many there are."""
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
-import io
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import platform
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastflow import __version__
 from fastflow._files import write_text
-from fastflow.data.manifest import Record, find_files, read_manifest, subject_of
+from fastflow.archive.decode import Decoded, decode, file_state
+from fastflow.archive.inputs import IDS, Inputs, Item, Shard
+from fastflow.archive.journal import Done, Journal, Row, key_of, locked
+from fastflow.archive.shards import SHARD_ROWS, Shards, check_format, found
 from fastflow.data.preprocess import Preprocess, slice_indices
-from fastflow.data.slices import iterate_images
-from fastflow.errors import FastflowError, ManifestError, VolumeError
+from fastflow.errors import FastflowError, OutputFolderError, RunStoppedError, VolumeError
 from fastflow.evaluation.classification import classification_metrics
+from fastflow.models.checkpoint import CONFIG
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import LabelScorer, posterior_from_log_probs, score_slices
+from fastflow.training.calibration import typicality
+from fastflow.training.objective import GREY_LEVEL
 
-MANIFESTS = (".csv", ".jsonl")
-COLUMNS = ("path", "status", "error_code", "error_message", "label", "predicted", "margin")
-FORMULA = ("=", "+", "-", "@", "\t")
+RUN, JOURNAL, SUMMARY, LOCK = "run.json", "journal.jsonl", "summary.json", ".lock"
+STATUSES = ("ok", "flagged", "error")
+COMBINE = ("sum", "mean")
+RAY = "ray"
+# A p-value of typicality below it is a flag.
+ATYPICAL = 0.01
+
+# Codes of rows beside those of `fastflow.data.volume`: errors first, then the flag.
+CODES = {
+    "likelihood": "the model gives the image a log-likelihood that is not finite",
+    "worker": "the process that was reading the file died",
+    "timeout": "the file could not be read in time",
+    "atypical": f"the typicality p-value is below {ATYPICAL}: the image is unlike the model's validation data",
+}
 
 # Longer than any axis: how many slices a specification asks for does not depend on the volume.
 MANY = 1 << 20
 
-Image = NDArray[np.uint8]
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run's rows depend on, beside the files. A run is only resumed with equal ones.
+
+    Attributes:
+        model_hash: of the model's ``config.json``, which names the hash of its weights.
+        class_names: K names.
+        temperature: of the posterior.
+        prior: (K,) probabilities, None for uniform ones.
+        preprocess: the model's, with this run's slices.
+        combine: ``"sum"`` or ``"mean"`` of the slices' log-likelihoods.
+        id_from: see `Item.id`.
+        dims: D, elements of an image.
+        validation: sorted log-likelihoods a slice of validation volumes under their predicted label, None where unknown.
+    """
+
+    model_hash: str
+    class_names: tuple[str, ...]
+    temperature: float
+    prior: tuple[float, ...] | None
+    preprocess: Preprocess
+    combine: str
+    id_from: str
+    dims: int
+    validation: tuple[float, ...] | None
+
+    @property
+    def constant(self) -> dict[str, Any]:
+        """Columns that are the same in every row."""
+        prior = "uniform" if self.prior is None else " ".join(f"{p:.10g}" for p in self.prior)
+        return {"temperature": self.temperature, "prior": prior, "model_hash": self.model_hash}
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """What is known about one input.
+class Scored:
+    """An input that went through the model, or did not.
 
     Attributes:
-        record: the input.
-        log_probs: (K,) nats, summed over the volume's slices; None where the input cannot be used.
-        posterior: (K,), None likewise.
-        margin: log-odds between the best and the second label under the posterior, nats; NaN where there is none.
-        error: why not, None where it can.
+        item: the input.
+        size: see `Decoded`.
+        mtime_ns: see `Decoded`.
+        flags: see `Decoded`.
+        result: (n, K) nats of its slices, or why there are none.
+        seconds: of reading and scoring.
     """
 
-    record: Record
-    log_probs: NDArray[np.float64] | None = None
-    posterior: NDArray[np.float64] | None = None
-    margin: float = math.nan
-    error: VolumeError | None = None
-
-    @property
-    def predicted(self) -> int:
-        """Index of the most probable label."""
-        if self.posterior is None:
-            raise ValueError(f"{self.record.path} has no posterior")
-        return int(self.posterior.argmax())
+    item: Item
+    size: int
+    mtime_ns: int
+    flags: tuple[tuple[str, str], ...]
+    result: NDArray[np.float64] | VolumeError
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run did.
+    """What a run's folder holds after it.
 
     Attributes:
-        rows: one per input, in order.
+        out: the folder.
+        files: the result files.
+        counts: rows by status.
+        codes: rows by error or flag code.
         class_names: K names.
-        out: the CSV file.
+        confusion: (K, K) rows of a known label (first axis) by predicted label.
+        new: rows of this run, the others were there before it.
+        seconds: of this run.
+        rates: of this run, see ``summary.json``.
+        errors: the first errors of this run.
     """
 
-    rows: tuple[Row, ...]
-    class_names: tuple[str, ...]
     out: str
+    files: tuple[str, ...]
+    counts: dict[str, int]
+    codes: dict[str, int]
+    class_names: tuple[str, ...]
+    confusion: NDArray[np.int64]
+    new: int
+    seconds: float
+    rates: dict[str, Any]
+    errors: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return sum(self.counts.values())
 
     @property
     def failed(self) -> int:
         """Number of inputs that could not be used."""
-        return sum(row.error is not None for row in self.rows)
+        return self.counts["error"]
 
     def labelled(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(labels, predictions) of the inputs that were classified and whose label the model knows."""
-        known = {name: k for k, name in enumerate(self.class_names)}
-        pairs = [(known[row.record.label], row.predicted) for row in self.rows if row.error is None and row.record.label in known]
-        labels, predictions = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-        return labels, predictions
-
-
-def gather(inputs: Iterable[str | PathLike[str]], split: str | None = None) -> list[Record]:
-    """The files that `inputs` mean.
-
-    Args:
-        inputs: files, folders (searched for .nii, .nii.gz and .png) and manifests (.csv, .jsonl). A file that does not
-            exist is kept: it becomes an error row.
-        split: take only this split of manifests.
-
-    Raises:
-        ManifestError: no input, a folder without files, a manifest that cannot be read or has nothing in the split.
-    """
-    records: list[Record] = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            found = [Record(str(file), None, subject_of(file)) for file in find_files(path)]
-            if not found:
-                raise ManifestError(f"{path}: no .nii, .nii.gz or .png file below this folder")
-        elif path.suffix in MANIFESTS:
-            found = [record for record in read_manifest(path) if split is None or record.split == split]
-            if not found:
-                raise ManifestError(f"{path}: no entry is in the split {split!r}")
-        else:
-            found = [Record(str(path), None, subject_of(path))]
-        records += found
-    if not records:
-        raise ManifestError("nothing to classify: give files, folders or a manifest")
-    return records
+        """(labels, predictions) of the inputs that were classified and whose label the model knows, sorted."""
+        label, predicted = np.indices(self.confusion.shape).reshape(2, -1)
+        counts = self.confusion.reshape(-1)
+        return np.repeat(label, counts), np.repeat(predicted, counts)
 
 
 def classify(
@@ -121,54 +162,134 @@ def classify(
     out: str | PathLike[str],
     prior: Sequence[float] | None = None,
     batch_size: int = 16,
-    workers: int = 1,
+    workers: int | None = None,
     device: str = "auto",
     split: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int | None, int], None] | None = None,
     precision: str = "float32",
     engine: str = "auto",
+    *,
+    manifest: str | PathLike[str] | None = None,
+    shard: str | Shard | None = None,
+    resume: bool = False,
+    retry_failed: bool = False,
+    overwrite: bool = False,
+    on_error: str = "row",
+    max_errors: int | None = None,
+    format: str = "csv",
+    id_from: str = "relpath",
+    slices: str | None = None,
+    combine: str = "sum",
+    shard_rows: int = SHARD_ROWS,
 ) -> Summary:
-    """Classify files and write one CSV row per input.
+    """Classify files and write one row per input into ``out/results-00000.csv`` and so on.
 
-    Columns: path, status (ok or error), error_code, error_message, label (where known), predicted, margin (posterior log-odds
-    between the best and the second label, nats), ``logp_<class>`` (nats, summed over slices) and ``posterior_<class>``. Text
-    that a spreadsheet would take for a formula gets a leading apostrophe. A bad file costs an error row and changes no other row.
+    ``docs/archives.md`` tells the columns, the codes and the files of the folder. A bad file costs an error row and changes no
+    other row. Every batch is made durable in ``out/journal.jsonl`` before the next one is scored.
 
     Args:
-        inputs: files, folders, manifests; see `gather`.
+        inputs: files, folders, BIDS datasets, manifests; see `fastflow.archive.inputs.Inputs`.
         model_folder: a model that was trained here, so that it knows its preprocessing.
-        out: the CSV file, replaced atomically at the end.
+        out: the folder of the results; with `shard` a folder of the part's name in it.
         prior: (K,) probabilities of the labels; uniform when None.
         batch_size: slices per pass.
-        workers: processes that read files.
+        workers: processes that read files; as many as half of the cores, up to 8, when None.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         split: take only this split of manifests.
-        progress: called with the number of inputs done and their total.
+        progress: called with the number of inputs done, their total (None until they are counted) and the errors among them.
         precision: see `fastflow.models.scoring.LabelScorer`.
-        engine: see `fastflow.models.scoring.LabelScorer`; ``"compile"`` pays from thousands of slices on.
+        engine: see `fastflow.models.scoring.LabelScorer`; ``"compile"`` pays from thousands of slices on. ``"ray"`` spreads the
+            work over a Ray cluster.
+        manifest: one more input, which must be a manifest.
+        shard: ``"i/N"``: only the i-th of N parts.
+        resume: go on with a run that was interrupted; inputs that have a row and have not changed since are passed over.
+        retry_failed: resume, and do the error rows again; their new rows come last.
+        overwrite: replace the results of an earlier run.
+        on_error: ``"row"``, or ``"fail"`` to stop at the first error row.
+        max_errors: stop after more error rows than this.
+        format: ``"csv"`` or ``"parquet"``.
+        id_from: what stands for an input in the results: ``"relpath"`` or ``"hash"``, see `fastflow.archive.inputs.Item`.
+        slices: which slices of a volume, see `Preprocess`; the model's own when None.
+        combine: ``"sum"`` of the slices' log-likelihoods (slices independent given the label), or their ``"mean"``.
+        shard_rows: rows of a result file.
 
     Raises:
         ManifestError: the inputs name nothing.
         CheckpointError: the model folder is not usable.
-        ValueError: the prior, the batch size, the precision or the engine does not fit.
+        OutputFolderError: the output folder is another run's, or holds anything and neither `resume` nor `overwrite` is set.
+        ValueError: an argument does not fit; the message names it.
+        RunStoppedError: there were more errors than allowed. The rows stay, and the run can be resumed.
+        JournalError: the journal to be resumed is damaged.
+        OSError: results cannot be written, such as on a full disk. What was written stays, and the run can be resumed.
         RuntimeError: ``engine="compile"`` without a C++ compiler.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if overwrite and (resume or retry_failed):
+        raise ValueError("overwrite starts anew, resume and retry_failed go on: give one of them")
+    limit = _error_limit(on_error, max_errors)
+    _check(batch_size=batch_size, shard_rows=shard_rows)
+    check_format(format)
+    sources = _inputs(inputs, manifest, split, shard)
+    workers = pick_workers(workers)
     model = MagicFlow.load(model_folder, pick_device(device))
-    names = class_names(model)
-    # A prior of the wrong length must not wait for the first volume.
-    posterior_from_log_probs(torch.zeros(1, len(names)), model.temperature, prior)
-    preprocess = preprocess_of(model)
-    scorer = LabelScorer(model, precision, engine)
-    records = gather(inputs, split)
-    rows: list[Row] = []
-    for row in score_records(scorer, records, preprocess, prior, batch_size, workers):
-        rows.append(row)
-        if progress is not None:
-            progress(len(rows), len(records))
-    write_text(out, format_csv(rows, names))
-    return Summary(tuple(rows), names, str(out))
+    settings = _settings(model, model_folder, prior, slices, combine, id_from)
+    run = _runner(model, model_folder, settings, batch_size, workers, precision, engine, device)
+    # Inputs that name nothing are told before a folder is made.
+    next(iter(sources), None)
+    folder = Path(out) / sources.shard.folder if sources.shard else Path(out)
+    identity = _identity(sources, settings, precision, format, shard_rows)
+    resume = resume or retry_failed
+    new = _prepare(folder, identity, resume, overwrite)
+    try:
+        with locked(folder):
+            if not resume:
+                _clear(folder)
+            write_text(folder / RUN, json.dumps(identity, indent=1) + "\n")
+            journal = Journal.open(folder / JOURNAL)
+            if retry_failed:
+                _forget(folder, journal, lambda key, row: row["status"] != "error")
+            shards = Shards(folder, journal, settings.class_names, settings.constant, format, shard_rows)
+            shards.add(journal.ends())
+            new = False
+            details = {"device": str(model.device), "workers": workers, "batch_size": batch_size, "engine": engine}
+            return _Run(folder, settings, sources, journal, shards, limit, progress, details | identity).go(run)
+    finally:
+        if new:
+            _remove(folder)
+
+
+def _error_limit(on_error: str, max_errors: int | None) -> float:
+    if on_error not in ("row", "fail"):
+        raise ValueError(f"on_error must be row or fail, got {on_error!r}")
+    if max_errors is not None and max_errors < 0:
+        raise ValueError(f"max_errors must not be negative, got {max_errors}")
+    return 0 if on_error == "fail" else math.inf if max_errors is None else max_errors
+
+
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _inputs(
+    inputs: Iterable[str | PathLike[str]], manifest: str | PathLike[str] | None, split: str | None, shard: str | Shard | None
+) -> Inputs:
+    sources = [os.fspath(path) for path in inputs]
+    if manifest is not None:
+        sources.append(os.fspath(manifest))
+    return Inputs(tuple(sources), split, Shard.parse(shard) if isinstance(shard, str) else shard)
+
+
+def pick_workers(workers: int | None) -> int:
+    """The number of reading processes that None means here.
+
+    Raises:
+        ValueError: it is less than 1.
+    """
+    if workers is None:
+        return max(1, min(8, (os.cpu_count() or 1) // 2))
+    _check(workers=workers)
+    return workers
 
 
 def pick_device(name: str) -> str:
@@ -203,76 +324,247 @@ def preprocess_of(model: MagicFlow) -> Preprocess:
     return Preprocess.from_dict(model.metadata["preprocess"])
 
 
-def score_records(
-    scorer: LabelScorer,
-    records: Sequence[Record],
-    preprocess: Preprocess,
-    prior: Sequence[float] | None = None,
-    batch_size: int = 16,
-    workers: int = 1,
-) -> Iterator[Row]:
-    """A row for each record, in order; files are read ahead of the model by `workers` processes."""
+def _settings(
+    model: MagicFlow,
+    folder: str | PathLike[str],
+    prior: Sequence[float] | None,
+    slices: str | None,
+    combine: str,
+    id_from: str,
+) -> Settings:
+    for name, value, accepted in (("combine", combine, COMBINE), ("id_from", id_from, IDS)):
+        if value not in accepted:
+            raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+    names = class_names(model)
+    # A prior of the wrong length must not wait for the first volume.
+    posterior_from_log_probs(torch.zeros(1, len(names)), model.temperature, prior)
+    own = preprocess_of(model)
+    preprocess = own if slices is None else dataclasses.replace(own, slices=slices)
+    validation = model.metadata.get("validation") or {}
+    # Other slices have other likelihoods.
+    comparable = validation.get("slices") == preprocess.slices and validation.get("log_prob")
+    return Settings(
+        hashlib.sha256((Path(folder) / CONFIG).read_bytes()).hexdigest()[:16],
+        names,
+        model.temperature,
+        None if prior is None else tuple(map(float, prior)),
+        preprocess,
+        combine,
+        id_from,
+        model.config.num_dims,
+        tuple(validation["log_prob"]) if comparable else None,
+    )
+
+
+def _identity(sources: Inputs, settings: Settings, precision: str, format: str, shard_rows: int) -> dict[str, Any]:
+    """What must be equal where a run goes on, as JSON values."""
+    fields = dataclasses.asdict(settings)
+    # The model's hash covers it.
+    del fields["validation"]
+    return {
+        "inputs": [os.path.abspath(source) for source in sources.sources],
+        "split": sources.split,
+        "shard": str(sources.shard) if sources.shard else None,
+        **json.loads(json.dumps(fields | {"preprocess": settings.preprocess.to_dict()})),
+        "precision": precision,
+        "format": format,
+        "shard_rows": shard_rows,
+    }
+
+
+# -- the output folder ----------------------------------------------------------------------------------------------------
+
+
+def _prepare(folder: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> bool:
+    """See to it that the folder can be written into. Returns whether it was made for this run."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        return True
+    if not folder.is_dir():
+        raise OutputFolderError(f"{folder}: must be a folder, it is a file")
+    here = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    if here and not (folder / RUN).exists():
+        raise OutputFolderError(f"{folder}: holds other files, such as {here[0]!r}; results need a folder of their own")
+    if here and resume:
+        _compare(folder, identity)
+    elif here and not overwrite:
+        raise OutputFolderError(f"{folder}: holds an earlier run; go on with it (--resume) or replace it (--overwrite)")
+    return False
+
+
+def _compare(folder: Path, identity: dict[str, Any]) -> None:
+    try:
+        before = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputFolderError(f"{folder / RUN} cannot be read: {error}") from error
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise OutputFolderError(
+                f"{folder}: cannot be resumed, because {name} was {before.get(name)!r} and is now {value!r}; "
+                "use another folder, or --overwrite"
+            )
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of an earlier run. First the one that would let somebody resume it."""
+    for path in [folder / RUN, folder / JOURNAL, folder / SUMMARY, *found(folder)]:
+        path.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    _clear(folder)
+    (folder / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _forget(folder: Path, journal: Journal, wanted: Callable[[bytes, Row], bool]) -> int:
+    """Take rows back. The result files go first: they are made again from whatever the journal then holds."""
+    if all(wanted(key, row) for key, row in journal.read()):
+        return 0
+    for path in found(folder):
+        path.unlink()
+    return journal.keep(wanted)
+
+
+# -- the run --------------------------------------------------------------------------------------------------------------
+
+Runner = Callable[[Iterator[Item], "Clock"], Generator[list[Scored], None, None]]
+
+
+@dataclasses.dataclass
+class Clock:
+    """Where the time of a run goes, in seconds.
+
+    Attributes:
+        reading: of all reading processes together.
+        waiting: of the model, for files.
+        scoring: in the model.
+        writing: of the journal and the result files.
+    """
+
+    reading: float = 0.0
+    waiting: float = 0.0
+    scoring: float = 0.0
+    writing: float = 0.0
+
+
+def _runner(
+    model: MagicFlow,
+    folder: str | PathLike[str],
+    settings: Settings,
+    batch_size: int,
+    workers: int,
+    precision: str,
+    engine: str,
+    device: str,
+) -> Runner:
+    if engine == RAY:
+        from fastflow.archive.ray_runner import ray_runner
+
+        return ray_runner(folder, settings.preprocess, batch_size, workers, precision, device)
+    scorer = LabelScorer(model, precision, engine)
+
+    def run(items: Iterator[Item], clock: Clock) -> Generator[list[Scored], None, None]:
+        decoded = decode(items, settings.preprocess, workers)
+        with contextlib.closing(decoded):
+            yield from score_batches(scorer, timed(decoded, clock), settings.preprocess, batch_size, clock)
+
+    return run
+
+
+def timed(decoded: Iterator[Decoded], clock: Clock) -> Iterator[Decoded]:
+    """The same, with the time that getting each one takes put down."""
+    while True:
+        start = time.perf_counter()
+        one = next(decoded, None)
+        clock.waiting += time.perf_counter() - start
+        if one is None:
+            return
+        clock.reading += one.seconds
+        yield one
+
+
+def score_batches(
+    scorer: LabelScorer, decoded: Iterable[Decoded], preprocess: Preprocess, batch_size: int, clock: Clock
+) -> Iterator[list[Scored]]:
+    """Score inputs by batches of `batch_size` slices; an input's slices stay together."""
     each = len(slice_indices(preprocess.slices, MANY))
-    chunk: list[tuple[Record, Image | VolumeError, int]] = []
+    chunk: list[tuple[Decoded, int]] = []
     used = 0
-    results = iterate_images([record.path for record in records], preprocess, workers)
-    for record, result in zip(records, results, strict=True):
-        slots = 1 if record.path.lower().endswith(".png") else each
+    for one in decoded:
+        slots = 1 if one.item.path.lower().endswith(".png") else each
         if chunk and used + slots > batch_size:
-            yield from _score(scorer, chunk, prior, batch_size)
+            yield _score(scorer, chunk, batch_size, clock)
             chunk, used = [], 0
-        chunk.append((record, result, slots))
+        chunk.append((one, slots))
         used += slots
     if chunk:
-        yield from _score(scorer, chunk, prior, batch_size)
+        yield _score(scorer, chunk, batch_size, clock)
 
 
-def _score(
-    scorer: LabelScorer, chunk: Sequence[tuple[Record, Image | VolumeError, int]], prior: Sequence[float] | None, batch_size: int
-) -> Iterator[Row]:
-    """Rows of one batch. A file has its slots in it whether it can be read or not, and every batch is full: the last bits of a
-    sum depend on the place in the batch, so a bad file must not move another's slices.
+def _score(scorer: LabelScorer, chunk: Sequence[tuple[Decoded, int]], batch_size: int, clock: Clock) -> list[Scored]:
+    """One batch. A file has its slots in it whether it can be read or not, and every batch is full: the last bits of a sum may
+    depend on the place in the batch, so a bad file must not move another's slices.
     """
-    starts = np.cumsum([0, *(slots for *_, slots in chunk)])
+    begin = time.perf_counter()
+    starts = np.cumsum([0, *(slots for _, slots in chunk)])
     images = np.zeros((max(batch_size, int(starts[-1])), *scorer.model.config.input_shape), dtype=np.uint8)
-    for start, (_, image, slots) in zip(starts, chunk, strict=False):
-        if not isinstance(image, VolumeError):
-            images[start : start + slots] = image
-    scores = score_slices(scorer, images, len(images))
-    for start, (record, image, slots) in zip(starts, chunk, strict=False):
-        yield _row(scorer.model, record, image, scores[start : start + slots].sum(axis=0), prior)
+    for start, (one, slots) in zip(starts, chunk, strict=False):
+        if not isinstance(one.result, VolumeError):
+            images[start : start + slots] = one.result
+    good = [not isinstance(one.result, VolumeError) for one, _ in chunk]
+    scores = score_slices(scorer, images, len(images)) if any(good) else np.zeros((len(images), 0))
+    seconds = time.perf_counter() - begin
+    clock.scoring += seconds
+    share = seconds / max(1, sum(good))
+    return [
+        Scored(
+            one.item,
+            one.size,
+            one.mtime_ns,
+            one.flags,
+            one.result if isinstance(one.result, VolumeError) else scores[start : start + slots],
+            one.seconds + (0.0 if isinstance(one.result, VolumeError) else share),
+        )
+        for start, (one, slots) in zip(starts, chunk, strict=False)
+    ]
 
 
-def _row(
-    model: MagicFlow, record: Record, image: Image | VolumeError, log_probs: NDArray[np.float64], prior: Sequence[float] | None
-) -> Row:
-    if isinstance(image, VolumeError):
-        return Row(record, error=image)
-    if not np.isfinite(log_probs).all():
-        message = "the model gives it a log-likelihood that is not finite"
-        return Row(record, error=VolumeError(record.path, "likelihood", message))
-    posterior = posterior_from_log_probs(torch.from_numpy(log_probs)[None], model.temperature, prior)[0].numpy()
-    return Row(record, log_probs, posterior, margin(log_probs, model.temperature, prior))
-
-
-def format_csv(rows: Iterable[Row], names: Sequence[str]) -> str:
-    """The rows as CSV text."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"logp_{name}" for name in names), *(f"posterior_{name}" for name in names)])
-    for row in rows:
-        writer.writerow(_cells(row, names))
-    return buffer.getvalue()
-
-
-def _cells(row: Row, names: Sequence[str]) -> list[str]:
-    path, label = _safe(row.record.path), _safe(row.record.label or "")
-    if row.error is not None or row.log_probs is None or row.posterior is None:
-        code, message = (row.error.code, row.error.message) if row.error else ("", "")
-        return [path, "error", _safe(code), _safe(message), label, "", "", *[""] * (2 * len(names))]
-    # Ten digits: more than a float32 likelihood has.
-    numbers = [f"{value:.10g}" for value in (row.margin, *row.log_probs, *row.posterior)]
-    return [path, "ok", "", "", label, _safe(names[row.predicted]), *numbers]
+def make_row(scored: Scored, settings: Settings) -> Row:
+    """The journal's row of an input."""
+    row: Row = {
+        "path": scored.item.id(settings.id_from),
+        "size": scored.size,
+        "mtime_ns": scored.mtime_ns,
+        "label": scored.item.label,
+        "seconds": round(scored.seconds, 6),
+    }
+    result = scored.result
+    if not isinstance(result, VolumeError) and not np.isfinite(result).all():
+        result = VolumeError(scored.item.path, "likelihood", CODES["likelihood"])
+    if isinstance(result, VolumeError):
+        return row | {"status": "error", "error_code": result.code, "error_message": result.message}
+    log_probs = result.sum(axis=0) if settings.combine == "sum" else result.mean(axis=0)
+    posterior = posterior_from_log_probs(torch.from_numpy(log_probs)[None], settings.temperature, settings.prior)[0].numpy()
+    best = int(posterior.argmax())
+    each = float(result[:, best].mean())
+    flags, p_value = list(scored.flags), None
+    if settings.validation is not None:
+        p_value = typicality(each, settings.validation)
+        if p_value < ATYPICAL:
+            flags.append(("atypical", f"typicality p-value {p_value:.2g}"))
+    return row | {
+        "status": "flagged" if flags else "ok",
+        "error_code": ";".join(code for code, _ in flags) or None,
+        "error_message": "; ".join(message for _, message in flags) or None,
+        "predicted": settings.class_names[best],
+        "margin": margin(log_probs, settings.temperature, settings.prior),
+        "bits_per_dim": -(each / settings.dims + math.log(GREY_LEVEL)) / math.log(2.0),
+        "typicality": p_value,
+        "logp": log_probs.tolist(),
+        "posterior": posterior.tolist(),
+    }
 
 
 def margin(log_probs: NDArray[np.float64], temperature: float = 1.0, prior: Sequence[float] | None = None) -> float:
@@ -285,10 +577,236 @@ def margin(log_probs: NDArray[np.float64], temperature: float = 1.0, prior: Sequ
     return float(best - second)
 
 
-def _safe(text: str) -> str:
-    # The csv module leaves a carriage return unquoted, and readers take it for the end of the row.
-    text = text.replace("\r", "\\r")
-    return f"'{text}" if text.startswith(FORMULA) else text
+class _Run:
+    """A run over an archive into a folder that it holds."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        sources: Inputs,
+        journal: Journal,
+        shards: Shards,
+        limit: float,
+        progress: Callable[[int, int | None, int], None] | None,
+        details: dict[str, Any],
+    ) -> None:
+        self.folder, self.settings, self.sources, self.journal, self.shards = folder, settings, sources, journal, shards
+        self.limit, self.progress, self.details = limit, progress, details
+        self.done = Done(key for key, _ in journal.read())
+        self.total: int | None = None
+        self.clock = Clock()
+        self.new = self.old = self.failed = 0
+        self.errors: list[str] = []
+        self.start = time.perf_counter()
+
+    def go(self, run: Runner) -> Summary:
+        if self.progress is not None:
+            threading.Thread(target=self._count, daemon=True).start()
+        batches = run(self._left(), self.clock)
+        try:
+            with contextlib.closing(batches):
+                for batch in batches:
+                    self._write(batch)
+        except RunStoppedError:
+            self._finish("stopped")
+            raise
+        self._drop_stale()
+        return self._finish("finished")
+
+    def _count(self) -> None:
+        """Beside the run, so that a listing that takes minutes does not delay it."""
+        # What is wrong with the inputs is for the run itself to tell.
+        with contextlib.suppress(Exception):
+            self.total = sum(1 for _ in self.sources)
+
+    def _left(self) -> Iterator[Item]:
+        """The inputs that have no row yet."""
+        known = self.journal.size > 0
+        for item in self.sources:
+            if known and self.done.take(self._key(item.path, *file_state(item.path))):
+                self.old += 1
+                self._tell()
+            else:
+                yield item
+
+    def _key(self, path: str, size: int, mtime_ns: int) -> bytes:
+        return key_of(path, size, mtime_ns, self.settings.model_hash)
+
+    def _write(self, batch: Sequence[Scored]) -> None:
+        rows = [make_row(scored, self.settings) for scored in batch]
+        begin = time.perf_counter()
+        keys = [self._key(scored.item.path, scored.size, scored.mtime_ns) for scored in batch]
+        self.shards.add(self.journal.append(zip(keys, rows, strict=True)))
+        self.clock.writing += time.perf_counter() - begin
+        for scored, row in zip(batch, rows, strict=True):
+            self.new += 1
+            if row["status"] == "error":
+                self.failed += 1
+                if len(self.errors) < 20:
+                    shown = scored.item.path if self.settings.id_from == "relpath" else row["path"]
+                    self.errors.append(f"{shown}: {row['error_message']} [{row['error_code']}]")
+        self._tell()
+        if self.failed > self.limit:
+            raise RunStoppedError(
+                f"{self.failed} inputs failed, more than the {self.limit:.0f} allowed; the last: {self.errors[-1]}. "
+                f"The rows so far are in {self.folder}; --resume goes on"
+            )
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(self.old + self.new, self.total, self.failed)
+
+    def _drop_stale(self) -> None:
+        """Rows of files that have changed since, or are no longer there."""
+        left = self.done.left()
+        if not left:
+            return
+
+        def wanted(key: bytes, row: Row) -> bool:
+            if left.get(key, 0) == 0:
+                return True
+            left[key] -= 1
+            return False
+
+        for path in found(self.folder):
+            path.unlink()
+        self.journal.keep(wanted)
+        self.shards = dataclasses.replace(self.shards, done=0, start=0, waiting=0)
+        self.shards.add(self.journal.ends())
+
+    def _finish(self, state: str) -> Summary:
+        begin = time.perf_counter()
+        files = self.shards.finish()
+        self.clock.writing += time.perf_counter() - begin
+        counts, codes, confusion = tally(self.journal, self.settings.class_names)
+        seconds = time.perf_counter() - self.start
+        names = self.settings.class_names
+        summary = Summary(
+            str(self.folder),
+            tuple(map(str, files)),
+            counts,
+            codes,
+            names,
+            confusion,
+            self.new,
+            seconds,
+            self._rates(seconds),
+            tuple(self.errors),
+        )
+        write_text(self.folder / SUMMARY, json.dumps(self._document(summary, state), indent=1) + "\n")
+        return summary
+
+    def _rates(self, seconds: float) -> dict[str, Any]:
+        def rate(time: float) -> float | None:
+            return round(self.new / time, 3) if self.new and time > 0 else None
+
+        clock = self.clock
+        shares = {"reading": clock.waiting, "scoring": clock.scoring, "writing": clock.writing}
+        return {
+            "files_per_second": rate(seconds),
+            "reading_files_per_second": rate(clock.reading / self.details["workers"]),
+            "scoring_files_per_second": rate(clock.scoring),
+            "writing_files_per_second": rate(clock.writing),
+            "seconds_of_the_model": {name: round(value, 3) for name, value in shares.items()},
+            "bound_by": max(shares, key=lambda name: shares[name]) if self.new else None,
+        }
+
+    def _document(self, summary: Summary, state: str) -> dict[str, Any]:
+        labels, predictions = summary.labelled()
+        names = summary.class_names
+        return {
+            "state": state,
+            "rows": summary.total,
+            "rows_of_this_run": summary.new,
+            "status": summary.counts,
+            "codes": summary.codes,
+            "files": [Path(file).name for file in summary.files],
+            "accuracy": classification_metrics(labels, predictions, len(names), names) if len(labels) else None,
+            "seconds": round(summary.seconds, 3),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "rates": summary.rates,
+            # Scores are computed, not drawn.
+            "seed": None,
+            "versions": {
+                "fastflow": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "numpy", "nibabel")},
+            },
+            "configuration": self.details,
+        }
+
+
+def tally(journal: Journal, names: Sequence[str]) -> tuple[dict[str, int], dict[str, int], NDArray[np.int64]]:
+    """(rows by status, rows by code, (K, K) rows by known label and predicted one) of a journal."""
+    known = {name: k for k, name in enumerate(names)}
+    counts: Counter[str] = Counter()
+    codes: Counter[str] = Counter()
+    confusion = np.zeros((len(names), len(names)), dtype=np.int64)
+    for _, row in journal.read():
+        counts[row["status"]] += 1
+        codes.update((row.get("error_code") or "").split(";") if row.get("error_code") else ())
+        if row["status"] != "error" and row["label"] in known:
+            confusion[known[row["label"]], known[row["predicted"]]] += 1
+    return {status: counts[status] for status in STATUSES}, dict(sorted(codes.items())), confusion
+
+
+# -- before and after -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        total: inputs.
+        bytes: of the files.
+        kinds: inputs by ending of their name.
+        missing: inputs that are no file.
+        first: paths of the first inputs.
+        class_names: of the model.
+        slices: which slices of a volume.
+    """
+
+    total: int
+    bytes: int
+    kinds: dict[str, int]
+    missing: int
+    first: tuple[str, ...]
+    class_names: tuple[str, ...]
+    slices: str
+
+
+def plan(
+    inputs: Iterable[str | PathLike[str]],
+    model_folder: str | PathLike[str],
+    *,
+    manifest: str | PathLike[str] | None = None,
+    split: str | None = None,
+    shard: str | Shard | None = None,
+    slices: str | None = None,
+) -> Plan:
+    """List the inputs and load the model, as `classify` would, and write nothing.
+
+    Raises:
+        ManifestError: the inputs name nothing.
+        CheckpointError: the model folder is not usable.
+        ValueError: an argument does not fit.
+    """
+    settings = _settings(MagicFlow.load(model_folder), model_folder, None, slices, "sum", "relpath")
+    total = size = missing = 0
+    kinds: Counter[str] = Counter()
+    first: list[str] = []
+    for item in _inputs(inputs, manifest, split, shard):
+        total += 1
+        bytes_here, _ = file_state(item.path)
+        size += max(0, bytes_here) if os.path.isfile(item.path) else 0
+        missing += not os.path.isfile(item.path)
+        name = os.path.basename(item.path)
+        kinds[".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1] or "(none)"] += 1
+        if len(first) < 5:
+            first.append(item.path)
+    return Plan(total, size, dict(sorted(kinds.items())), missing, tuple(first), settings.class_names, settings.preprocess.slices)
 
 
 def parse_prior(text: str | None) -> list[float] | None:
@@ -307,9 +825,19 @@ def parse_prior(text: str | None) -> list[float] | None:
 
 def describe(summary: Summary) -> str:
     """The outcome of a run in a few lines: counts, and accuracy with per-class recall where labels are known."""
+    counts = summary.counts
+    flagged = f" ({counts['flagged']} flagged)" if counts["flagged"] else ""
     lines = [
-        f"{summary.out}: {len(summary.rows)} inputs, {len(summary.rows) - summary.failed} classified, {summary.failed} failed"
+        f"{summary.out}: {summary.total} inputs, {summary.total - summary.failed} classified{flagged}, {summary.failed} failed"
     ]
+    if summary.new < summary.total:
+        lines.append(f"{summary.total - summary.new} of them were there before this run")
+    if summary.codes:
+        lines.append(", ".join(f"{code} {count}" for code, count in summary.codes.items()))
+    rates = summary.rates
+    if rates["bound_by"]:
+        parts = [f"{name} {rates[f'{name}_files_per_second'] or math.inf:.3g}/s" for name in ("reading", "scoring", "writing")]
+        lines.append(f"{rates['files_per_second']:.3g} inputs/s ({', '.join(parts)}; bound by {rates['bound_by']})")
     labels, predictions = summary.labelled()
     if len(labels):
         metrics = classification_metrics(labels, predictions, len(summary.class_names), summary.class_names)

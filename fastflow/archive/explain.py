@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from fastflow._files import write_bytes
-from fastflow.archive.classify import class_names, gather, pick_device, preprocess_of
+from fastflow.archive.classify import class_names, pick_device, preprocess_of
+from fastflow.archive.inputs import gather
 from fastflow.data.manifest import Record
 from fastflow.data.slices import iterate_images
 from fastflow.errors import VolumeError

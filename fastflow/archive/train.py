@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastflow.archive.classify import pick_device
@@ -151,6 +152,12 @@ def _load(
 
 
 def calibrate(model: MagicFlow, val_set: SliceSet) -> None:
-    """Fit `model.temperature` on whole volumes, as `classify` scores them."""
+    """Fit `model.temperature` on whole volumes, as `classify` scores them, and keep their likelihoods in the model's metadata:
+    what is typical can then be told of any volume that is prepared alike.
+    """
     log_probs = volume_log_probs(score_slices(model, val_set.images), val_set.volumes)
     model.temperature = fit_temperature(log_probs, val_set.volume_labels)
+    counts = np.bincount(val_set.volumes, minlength=len(val_set.paths))
+    each = np.sort(log_probs.max(axis=1) / counts)
+    slices = model.metadata.get("preprocess", {}).get("slices")
+    model.metadata["validation"] = {"slices": slices, "log_prob": [round(float(value), 3) for value in each]}

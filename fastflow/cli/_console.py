@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from fastflow.errors import FastflowError
+from fastflow.errors import FastflowError, JournalError, RunStoppedError
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
+# Seconds between two lines about a run's progress where there is no terminal.
+INTERVAL = 30.0
 
 results = Console()
 messages = Console(stderr=True, soft_wrap=True)
@@ -43,6 +47,8 @@ class Commands(TyperGroup):
         """
         try:
             return super().invoke(ctx)
+        except (RunStoppedError, JournalError) as error:
+            self._give_up(ctx, error, FAILED)
         except (FastflowError, ValueError) as error:
             self._give_up(ctx, error, USAGE)
         except BrokenPipeError:
@@ -79,6 +85,38 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr; yields a function of (done, total)."""
     with stages() as notify:
         yield partial(notify, description)
+
+
+@contextmanager
+def run_progress(description: str) -> Iterator[Callable[[int, int | None, int], None]]:
+    """Progress of a run over an archive on stderr: a bar on a terminal, otherwise a line every 30 s, with rate and time left.
+
+    Yields a function of (done, total or None, errors).
+    """
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")),
+        *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    start = last = time.monotonic()
+    first: int | None = None
+    with Progress(*columns, console=messages, disable=not messages.is_terminal) as bar:
+        task = bar.add_task(description, total=None, rate="")
+
+        def notify(done: int, total: int | None, errors: int) -> None:
+            nonlocal last, first
+            now = time.monotonic()
+            # What an earlier run had done comes at once and says nothing about the rate.
+            first = done - 1 if first is None else first
+            rate = (done - first) / max(now - start, 1e-9)
+            failed = f", {errors} failed" if errors else ""
+            bar.update(task, completed=done, total=total, rate=f"{rate:.3g}/s{failed}")
+            if not messages.is_terminal and now - last >= INTERVAL:
+                last = now
+                left = "" if total is None else f", about {timedelta(seconds=round((total - done) / rate))} left"
+                of = "" if total is None else f" of {total}"
+                messages.print(f"{description}: {done}{of}, {rate:.3g}/s{failed}{left}", highlight=False)
+
+        yield notify
 
 
 def print_epoch(record: Mapping[str, float]) -> None:

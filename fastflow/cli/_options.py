@@ -17,15 +17,6 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-class Engine(StrEnum):
-    """What scores all labels."""
-
-    auto = "auto"
-    eager = "eager"
-    compile = "compile"
-    cuda_graph = "cuda_graph"
-
-
 class Precision(StrEnum):
     """What conditioners compute in."""
 

@@ -2,44 +2,124 @@
 
 from __future__ import annotations
 
+import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastflow.cli._console import progress_bar, report_errors
-from fastflow.cli._options import Device, DeviceOption, Engine, Inputs, ModelFolder, Precision, Workers
+from fastflow.cli._console import FINISHED_WITH_ERRORS, USAGE, fail, run_progress, warn
+from fastflow.cli._options import Device, DeviceOption, ModelFolder, Precision
+
+
+class Engine(StrEnum):
+    """The scorer's engines, and a runner that spreads the work over machines."""
+
+    auto = "auto"
+    eager = "eager"
+    compile = "compile"
+    cuda_graph = "cuda_graph"
+    ray = "ray"
+
+
+class OnError(StrEnum):
+    """What an input that cannot be used does to the run."""
+
+    row = "row"
+    fail = "fail"
+
+
+class Format(StrEnum):
+    """Of the result files."""
+
+    csv = "csv"
+    parquet = "parquet"
+
+
+class IdFrom(StrEnum):
+    """What stands for an input in the results."""
+
+    relpath = "relpath"
+    hash = "hash"
+
+
+class Combine(StrEnum):
+    """What a volume's log-likelihood is of its slices'."""
+
+    sum = "sum"
+    mean = "mean"
 
 
 def classify(
-    inputs: Inputs,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files (.nii, .nii.gz, .mgz, .png), folders of them, BIDS datasets, or manifests (.csv, .jsonl).",
+            show_default=False,
+        ),
+    ] = None,
     model: ModelFolder = Path("model"),
-    out: Annotated[Path, typer.Option("--out", "-o", help="CSV file to write, a row per input.")] = Path("results.csv"),
-    prior: Annotated[str | None, typer.Option(help="Probabilities of the labels in the model's order, e.g. 0.5,0.3,0.2.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write results into.")] = Path("results"),
+    manifest: Annotated[Path | None, typer.Option(help="A manifest (.csv, .jsonl), as an input.")] = None,
     split: Annotated[str | None, typer.Option(help="Take only this split of manifests.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/N: the i-th of N parts, into a folder of its own below --out.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in --out, or begin it.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Resume, and do error rows again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in --out.")] = False,
+    on_error: Annotated[OnError, typer.Option(help="fail: stop at the first input that cannot be used.")] = OnError.row,
+    max_errors: Annotated[int | None, typer.Option(min=0, help="Stop after more error rows than this.")] = None,
+    prior: Annotated[str | None, typer.Option(help="Probabilities of the labels in the model's order, e.g. 0.5,0.3,0.2.")] = None,
+    slices: Annotated[
+        str | None, typer.Option(help="center, center+-N or i,j,k along the anterior axis; the model's own by default.")
+    ] = None,
+    combine: Annotated[Combine, typer.Option(help="A volume's log-likelihood is its slices' sum or mean.")] = Combine.sum,
     batch_size: Annotated[int, typer.Option(min=1, help="Slices per pass.")] = 16,
-    workers: Workers = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read files; half of the cores, up to 8, by default.")
+    ] = None,
     device: DeviceOption = Device.auto,
     precision: Annotated[
         Precision, typer.Option(help="mixed: conditioners in bfloat16 where the device computes in it.")
     ] = Precision.float32,
     engine: Annotated[
-        Engine, typer.Option(help="compile takes minutes before the first scan and is faster from thousands of slices on.")
+        Engine,
+        typer.Option(
+            help="compile takes minutes before the first scan and is faster from thousands of slices on; ray: a Ray cluster."
+        ),
     ] = Engine.auto,
+    format: Annotated[Format, typer.Option(help="Of the result files.")] = Format.csv,
+    id_from: Annotated[IdFrom, typer.Option(help="hash: rows hold a hash in place of the path.")] = IdFrom.relpath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the inputs, load the model, write nothing.")] = False,
 ) -> None:
-    """Classify scans by likelihood: status, prediction, log-likelihoods and posterior of each, as CSV.
+    """Classify scans by likelihood: status, prediction, log-likelihoods and posterior of each, as CSV or Parquet.
 
-    A file that cannot be used gets a row with the reason, and the exit code is 1. Where a manifest knows labels, the
-    accuracy is printed.
+    Every input gets a row, one that cannot be used with the reason. Where a manifest knows labels, the accuracy is printed.
 
-    Example: `fastflow classify archive/manifest.csv --split test --model model --out results.csv`
+    Exit codes: 0 all inputs were classified; 3 finished, with error rows; 1 the run failed (what it had done stays: --resume);
+    2 wrong usage or bad input.
+
+    Example: `fastflow classify archive/manifest.csv --split test --model model --out results`
     """
+    # Before torch is loaded: threads that spin while they wait take the cores from the processes that read files.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fastflow.archive.classify import classify as run
-    from fastflow.archive.classify import describe, parse_prior
+    from fastflow.archive.classify import describe, parse_prior, plan
 
-    with progress_bar("classifying") as progress:
+    sources = inputs or []
+    if not sources and manifest is None:
+        fail("nothing to classify: give INPUTS or --manifest", USAGE)
+    if dry_run:
+        found = plan(sources, model, manifest=manifest, split=split, shard=shard, slices=slices)
+        typer.echo(f"{found.total} inputs, {found.bytes / 1e6:.1f} MB, {found.missing} of them no file")
+        typer.echo(", ".join(f"{kind} {count}" for kind, count in found.kinds.items()))
+        typer.echo(f"classes {', '.join(found.class_names)}; slices {found.slices}; nothing was read or written")
+        for path in found.first:
+            typer.echo(f"  {path}")
+        return
+    with run_progress("classifying") as progress:
         summary = run(
-            inputs,
+            sources,
             model,
             out,
             parse_prior(prior),
@@ -50,6 +130,20 @@ def classify(
             progress,
             precision.value,
             engine.value,
+            manifest=manifest,
+            shard=shard,
+            resume=resume,
+            retry_failed=retry_failed,
+            overwrite=overwrite,
+            on_error=on_error.value,
+            max_errors=max_errors,
+            format=format.value,
+            id_from=id_from.value,
+            slices=slices,
+            combine=combine.value,
         )
     typer.echo(describe(summary))
-    report_errors([row.error for row in summary.rows if row.error])
+    for error in summary.errors:
+        warn(error)
+    if summary.failed:
+        raise typer.Exit(FINISHED_WITH_ERRORS)

@@ -37,10 +37,10 @@ def main(
 
         fastflow demo-data archive
         fastflow train archive/manifest.csv --out model
-        fastflow classify archive/manifest.csv --split test --model model --out results.csv
+        fastflow classify archive/manifest.csv --split test --model model --out results
 
-    Results go to stdout, progress to stderr. Exit codes: 0 success; 1 some inputs failed, or the run failed; 2 wrong usage or bad
-    input.
+    Results go to stdout, progress to stderr. Exit codes: 0 success; 1 the run failed, or inputs of `train` or
+    `explain` did; 2 wrong usage or bad input; 3 `classify` finished, with error rows.
     """
 
 

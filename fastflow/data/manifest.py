@@ -10,13 +10,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -24,10 +25,13 @@ from fastflow._files import write_bytes
 from fastflow.errors import ManifestError
 
 COLUMNS = ("path", "label", "subject", "split")
-SUFFIXES = (".nii", ".nii.gz", ".png")
+MANIFESTS = (".csv", ".jsonl")
+SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".png")
+# Entries of one folder that are held in memory to be sorted.
+SORTED = 1 << 17
 SPLITS = ("train", "val", "validation", "test")
 _SUBJECT = re.compile(r"(?:^|_)(sub-[A-Za-z0-9]+)")
-_ENDING = re.compile(r"(\.nii|\.nii\.gz|\.png)$")
+_ENDING = re.compile(r"\.(nii|nii\.gz|mgz|mgh|png)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,47 +57,58 @@ def read_manifest(path: str | PathLike[str]) -> list[Record]:
     Raises:
         ManifestError: it is missing, empty, malformed, lacks a column or names a file twice; the message gives the line.
     """
-    path = Path(path)
-    if path.suffix not in (".csv", ".jsonl"):
+    records: list[Record] = []
+    seen: dict[str, int] = {}
+    for line, record in _numbered(Path(path)):
+        if record.path in seen:
+            raise ManifestError(f"{path}, line {line}: {record.path} stands in line {seen[record.path]} already")
+        seen[record.path] = line
+        records.append(record)
+    if not records:
+        raise ManifestError(f"{path}: the manifest has no entries")
+    return records
+
+
+def iterate_manifest(path: str | PathLike[str]) -> Iterator[Record]:
+    """The entries of a manifest one after the other, however long it is; a file may be named twice, and there may be none.
+
+    Raises:
+        ManifestError: it is missing, malformed or lacks a column; the message gives the line.
+    """
+    for _, record in _numbered(Path(path)):
+        yield record
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, Record]]:
+    if path.suffix not in MANIFESTS:
         raise ManifestError(f"{path}: a manifest ends in .csv or .jsonl")
+    is_csv = path.suffix == ".csv"
     try:
-        # Not as text: its universal newlines would change a quoted field.
-        text = path.read_bytes().decode("utf-8-sig")
+        # Lines end as the format says: universal newlines would change a quoted field.
+        with path.open(encoding="utf-8-sig", newline="" if is_csv else "\n") as stream:
+            for line, row in _csv_rows(path, stream) if is_csv else _json_rows(path, stream):
+                yield line, _record(path, line, row)
     except FileNotFoundError:
         raise ManifestError(f"{path}: there is no such manifest") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: cannot be read: {error}") from error
-    rows = _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
-    records = [_record(path, line, row) for line, row in rows]
-    if not records:
-        raise ManifestError(f"{path}: the manifest has no entries")
-    seen: dict[str, int] = {}
-    for (line, _), record in zip(rows, records, strict=True):
-        if record.path in seen:
-            raise ManifestError(f"{path}, line {line}: {record.path} stands in line {seen[record.path]} already")
-        seen[record.path] = line
-    return records
 
 
-def _csv_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[tuple[int, Mapping[str, Any]]] = []
+def _csv_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(stream, strict=True)
     try:
         if "path" not in (reader.fieldnames or ()):
             raise ManifestError(f"{path}, line 1: no column 'path'; columns are {', '.join(COLUMNS)}")
         for row in reader:
             if None in row or any(value is None for value in row.values()):
                 raise ManifestError(f"{path}, line {reader.line_num}: has another number of fields than the header")
-            rows.append((reader.line_num, row))
+            yield reader.line_num, row
     except csv.Error as error:
         raise ManifestError(f"{path}, line {reader.reader.line_num}: is not CSV: {error}") from error
-    return rows
 
 
-def _json_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
-    rows: list[tuple[int, Mapping[str, Any]]] = []
-    # Not splitlines: JSON strings may hold line separators of Unicode as they are.
-    for line, content in enumerate(text.split("\n"), start=1):
+def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for line, content in enumerate(stream, start=1):
         if not content.strip():
             continue
         try:
@@ -102,8 +117,7 @@ def _json_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
             raise ManifestError(f"{path}, line {line}: is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ManifestError(f"{path}, line {line}: must be a JSON object, got {type(row).__name__}")
-        rows.append((line, row))
-    return rows
+        yield line, row
 
 
 def _record(path: Path, line: int, row: Mapping[str, Any]) -> Record:
@@ -126,7 +140,7 @@ def write_manifest(records: Iterable[Record], path: str | PathLike[str]) -> None
         ManifestError: the name has another ending, or a file's name is not valid Unicode, which only ``.jsonl`` can hold.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".jsonl"):
+    if path.suffix not in MANIFESTS:
         raise ManifestError(f"{path}: a manifest ends in .csv or .jsonl")
     # Links are not followed: where large files are managed by links, their targets have lost name, subject and class.
     folder = Path(os.path.abspath(path.parent))
@@ -154,9 +168,57 @@ def write_manifest(records: Iterable[Record], path: str | PathLike[str]) -> None
 
 def find_files(root: str | PathLike[str]) -> list[Path]:
     """Volumes and PNG files below `root`, sorted; hidden files and folders are passed over."""
-    root = Path(root)
-    found = (p for p in root.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
+    return [path for path in map(Path, walk_files(root)) if path.is_file()]
+
+
+def walk_files(root: str | PathLike[str], enters: Callable[[tuple[str, ...]], bool] | None = None) -> Iterator[str]:
+    """Whatever has a volume's or a PNG file's name below `root`, one after the other, however many there are.
+
+    Sorted by the parts of their paths, except within folders of more than `SORTED` entries, which come as the file system gives
+    them. Hidden files and folders are passed over. Links are followed, unless they lead back to a folder on the way. A folder
+    with a volume's name (some archivers make them), a broken link, and a folder that cannot be listed are given like files: it
+    is for whoever reads them to say what is wrong.
+
+    Args:
+        root: the folder.
+        enters: called with the parts of a folder's path relative to `root`; False leaves the folder out.
+    """
+    yield from _walk(os.fspath(root), (), enters, frozenset())
+
+
+def _walk(
+    folder: str, parts: tuple[str, ...], enters: Callable[[tuple[str, ...]], bool] | None, above: frozenset[tuple[int, int]]
+) -> Iterator[str]:
+    try:
+        status = os.stat(folder)
+        listing = os.scandir(folder)
+    except OSError:
+        yield folder
+        return
+    if (status.st_dev, status.st_ino) in above:
+        return
+    above |= {(status.st_dev, status.st_ino)}
+    with listing:
+        entries = list(itertools.islice(listing, SORTED + 1))
+        rest: Iterable[os.DirEntry[str]] = listing
+        if len(entries) <= SORTED:
+            entries.sort(key=lambda entry: entry.name)
+            rest = ()
+        for entry in itertools.chain(entries, rest):
+            if entry.name.startswith("."):
+                continue
+            if entry.name.endswith(SUFFIXES):
+                yield entry.path
+            inner = (*parts, entry.name)
+            if _is_folder(entry) and (enters is None or enters(inner)):
+                yield from _walk(entry.path, inner, enters, above)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def subject_of(path: str | PathLike[str]) -> str:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastflow.data._intensity import Intensities, Scaling
 from fastflow.data.volume import Volume
 from fastflow.errors import VolumeError
 
 SCALINGS = ("percentile", "fixed")
-PERCENTILE = 99.9
 _SPEC = re.compile(r"center(?:\+-(\d+)(?::([1-9]\d*))?)?|\d+(?:,\d+)*")
 
 
@@ -89,36 +89,61 @@ class Preprocess:
             (n, 1, H, W) uint8, anterior order as `slices` lists them.
 
         Raises:
-            VolumeError: the volume is on another grid, constant, or too small or too large for the slices.
+            VolumeError: the volume is on another grid, constant, not finite, or too small or too large for the slices.
         """
         from fastflow.data.slices import coronal_slices
 
-        self._check_grid(volume)
-        try:
-            indices = slice_indices(self.slices, volume.data.shape[1])
-        except ValueError as error:
-            raise VolumeError(volume.path, "slice_range", str(error)) from error
-        planes = self._to_uint8(volume, coronal_slices(volume.data, indices))
-        try:
-            return pad_evenly(planes, self.size)[:, None]
-        except ValueError as error:
-            raise VolumeError(volume.path, "size", str(error)) from error
+        indices = self.locate(volume.path, volume.data.shape, volume.spacing)
+        intensities = self.intensities(volume.data.dtype, volume.data.size, Scaling())
+        # Along the axis that memory follows last: chunks are contiguous.
+        for plane in np.moveaxis(volume.data, int(np.argmax(np.abs(volume.data.strides))), 0):
+            intensities.add(plane)
+        return self.render(volume.path, coronal_slices(volume.data, indices), Scaling(), intensities)
 
-    def _check_grid(self, volume: Volume) -> None:
-        if self.spacing is not None and not np.allclose(volume.spacing, self.spacing, rtol=0.01):
-            found = " x ".join(f"{n:.3g}" for n in volume.spacing)
-            raise VolumeError(volume.path, "grid_mismatch", f"voxels are {found} mm; the model was trained on {self.spacing}")
-        if self.grid is not None and volume.data.shape != self.grid:
-            raise VolumeError(volume.path, "grid_mismatch", f"grid is {volume.data.shape}; the model was trained on {self.grid}")
+    def locate(self, path: str, shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
+        """Indices of the slices along the anterior axis of a canonical volume of `shape` voxels of `spacing` mm.
 
-    def _to_uint8(self, volume: Volume, planes: NDArray[np.float32]) -> NDArray[np.uint8]:
-        if self.scaling == "fixed":
-            return np.clip(np.rint(planes), 0, 255).astype(np.uint8)
-        positive = volume.data[volume.data > 0]
-        top = float(np.percentile(positive, PERCENTILE)) if positive.size else 0.0
-        if volume.data.min() == volume.data.max() or not top > 0:
-            raise VolumeError(volume.path, "constant", "has no contrast")
-        return np.clip(np.rint(planes.astype(np.float64) * (255.0 / top)), 0, 255).astype(np.uint8)
+        Raises:
+            VolumeError: the volume is on another grid, or too small or too large for the slices; `path` names it.
+        """
+        if self.spacing is not None and not np.allclose(spacing, self.spacing, rtol=0.01):
+            found = " x ".join(f"{n:.3g}" for n in spacing)
+            raise VolumeError(path, "grid_mismatch", f"voxels are {found} mm; the model was trained on {self.spacing}")
+        if self.grid is not None and tuple(shape) != self.grid:
+            raise VolumeError(path, "grid_mismatch", f"grid is {tuple(shape)}; the model was trained on {self.grid}")
+        try:
+            indices = slice_indices(self.slices, shape[1])
+        except ValueError as error:
+            raise VolumeError(path, "slice_range", str(error)) from error
+        try:
+            _missing((shape[2], shape[0]), self.size)
+        except ValueError as error:
+            raise VolumeError(path, "size", str(error)) from error
+        return indices
+
+    def intensities(self, dtype: np.dtype[Any], count: int, scaling: Scaling) -> Intensities:
+        """What is to be learnt of all `count` voxels before `render`; `scaling` turns stored values into intensities."""
+        return Intensities(dtype, count, scaling, ranked=self.scaling == "percentile")
+
+    def render(self, path: str, planes: NDArray[Any], scaling: Scaling, intensities: Intensities) -> NDArray[np.uint8]:
+        """8-bit images of (n, Z, X) stored values, (n, 1, H, W).
+
+        Raises:
+            VolumeError: a voxel of the volume is not finite, or the volume is constant; `path` names it.
+        """
+        if intensities.non_finite:
+            raise VolumeError(path, "non_finite", f"{intensities.non_finite} voxels are NaN or infinite")
+        factor = 1.0
+        if self.scaling == "percentile":
+            top = intensities.top()
+            if top is None:
+                raise VolumeError(path, "constant", "has no contrast")
+            factor = 255.0 / top
+        images = np.empty(planes.shape, dtype=np.uint8)
+        # One by one: they are many where a whole volume is asked for.
+        for image, plane in zip(images, planes, strict=True):
+            image[...] = np.clip(np.rint(scaling.apply(plane).astype(np.float64) * factor), 0, 255)
+        return pad_evenly(images, self.size)[:, None]
 
 
 def _is_positive(value: object, kind: type) -> bool:
@@ -154,11 +179,16 @@ def pad_evenly(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.u
     Raises:
         ValueError: the images are larger than `size`.
     """
-    missing = [want - got for want, got in zip(size, images.shape[-2:], strict=True)]
-    if min(missing) < 0:
-        raise ValueError(f"slices are {images.shape[-2]} x {images.shape[-1]}, larger than the model's {size[0]} x {size[1]}")
+    missing = _missing(images.shape[-2:], size)
     edges = [(0, 0)] * (images.ndim - 2) + [(n // 2, n - n // 2) for n in missing]
     return np.pad(images, edges)
+
+
+def _missing(shape: Sequence[int], size: tuple[int, int]) -> list[int]:
+    missing = [want - got for want, got in zip(size, shape, strict=True)]
+    if min(missing) < 0:
+        raise ValueError(f"slices are {shape[0]} x {shape[1]}, larger than the model's {size[0]} x {size[1]}")
+    return missing
 
 
 def to_unit_range(images: NDArray[np.uint8]) -> NDArray[np.float32]:

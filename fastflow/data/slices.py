@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastflow.data._header import Flag, Header
 from fastflow.data.manifest import Record
 from fastflow.data.preprocess import Preprocess, pad_evenly
-from fastflow.data.volume import check_file, read_volume
+from fastflow.data.volume import check_file, open_scan
 from fastflow.errors import VolumeError
 
 Result = NDArray[np.uint8] | VolumeError
@@ -97,15 +98,85 @@ class SliceSet:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class LoadedImage:
+    """What was read from one file.
+
+    Attributes:
+        images: (n, 1, H, W) uint8.
+        flags: doubts about the file, whose codes are among `fastflow.data.volume.FLAG_CODES`.
+    """
+
+    images: NDArray[np.uint8]
+    flags: tuple[Flag, ...]
+
+
+def read_image(path: str, preprocess: Preprocess) -> LoadedImage:
+    """The 8-bit slices of one volume, or the one slice of a PNG.
+
+    A volume is streamed: memory holds some chunks of 0.5 MiB (or one plane along the file's last axis, if that is larger), the
+    wanted slices and the largest 0.1 % of the voxels. Frames of PET are all kept, as they are stored, and their median.
+
+    Args:
+        path: the file.
+        preprocess: which slices, and how.
+
+    Returns:
+        The slices, exactly those that `preprocess` takes of `read_volume(path)`, and doubts about the file.
+
+    Raises:
+        VolumeError: the file cannot be used. Where the header alone says so, the voxels are not read.
+    """
+    if path.lower().endswith(".png"):
+        return LoadedImage(_load_png(path, preprocess.size), ())
+    with open_scan(path) as scan:
+        header = scan.header
+        indices = preprocess.locate(path, header.canonical_shape, header.spacing)
+        if header.frames > 1:
+            return LoadedImage(preprocess(scan.volume()), header.flags)
+        slices = _StoredSlices(header, indices)
+        intensities = preprocess.intensities(header.dtype, header.voxels, header.scaling)
+        for chunk in scan.chunks:
+            slices.take(chunk)
+            intensities.add(chunk)
+        return LoadedImage(preprocess.render(path, slices.canonical(), header.scaling, intensities), header.flags)
+
+
+class _StoredSlices:
+    """Coronal slices of a volume that passes by, cut along whichever of its axes is nearest to the anterior one."""
+
+    def __init__(self, header: Header, indices: Sequence[int]) -> None:
+        self._header = header
+        anterior = header.file_axis(1)
+        forward = header.axes[anterior][1] > 0
+        self._indices = np.array([i if forward else header.shape[anterior] - 1 - i for i in indices])
+        # Axes of chunks are those of the file, the last one first.
+        self._axis, self._plane = 2 - anterior, 0
+        self._left = [axis for axis in (2, 1, 0) if axis != anterior]
+        self._kept = np.empty((len(indices), *(header.shape[axis] for axis in self._left)), header.dtype.newbyteorder("="))
+
+    def take(self, chunk: NDArray[Any]) -> None:
+        first, self._plane = self._plane, self._plane + len(chunk)
+        if self._axis == 0:
+            inside = (self._indices >= first) & (self._indices < self._plane)
+            self._kept[inside] = chunk[self._indices[inside] - first]
+        else:
+            self._kept[:, first : self._plane] = np.moveaxis(chunk.take(self._indices, self._axis), self._axis, 0)
+
+    def canonical(self) -> NDArray[Any]:
+        """(n, Z, X) as `coronal_slices` gives them, stored values."""
+        up, right = self._header.file_axis(2), self._header.file_axis(0)
+        kept = self._kept if self._left == [up, right] else self._kept.transpose(0, 2, 1)
+        return kept[:, :: -self._header.axes[up][1], :: self._header.axes[right][1]]
+
+
 def load_image(path: str, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """The 8-bit slices of one volume, or the one slice of a PNG, (n, 1, H, W).
+    """The images of `read_image`, (n, 1, H, W).
 
     Raises:
         VolumeError: the file cannot be used.
     """
-    if path.lower().endswith(".png"):
-        return _load_png(path, preprocess.size)
-    return preprocess(read_volume(path))
+    return read_image(path, preprocess).images
 
 
 def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -122,6 +193,8 @@ def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
             pixels = np.asarray(image)
     except VolumeError:
         raise
+    except MemoryError as error:
+        raise VolumeError(path, "too_large", "needs more memory than there is") from error
     # Pillow's readers let whatever a broken chunk causes through.
     except Exception as error:
         raise VolumeError(path, "image", f"cannot be read as a PNG image: {error}") from error

@@ -1,4 +1,4 @@
-"""Safe reading of NIfTI volumes: the header is checked before anything is allocated, gzip streams are drained to their checksum.
+"""Safe reading of NIfTI and MGH volumes: headers are checked before anything is allocated, gzip is drained to its checksum.
 
 nibabel parses headers and orientations. It does not notice a bad CRC in a ``.nii.gz``, so the bytes are inflated here, in bounded
 chunks and never beyond what the header promises.
@@ -8,38 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gzip
-import io
+import mmap
 import os
-import zlib
+from collections.abc import Iterator
 from os import PathLike
 from stat import S_ISREG
-from typing import Any, BinaryIO
+from typing import Any
 
-import nibabel as nib
 import numpy as np
 from nibabel import orientations
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+from fastflow.data import _gzip
+from fastflow.data._header import FLAG_CODES as FLAG_CODES
+from fastflow.data._header import MAX_VOXELS as MAX_VOXELS
+from fastflow.data._header import Flag as Flag
+from fastflow.data._header import Header, Readable, read_header
 from fastflow.errors import VolumeError
 
-MAX_VOXELS = 512**3
-HEADER_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
-Stream = BinaryIO | gzip.GzipFile
-_CHUNK = 1 << 20
+ENDINGS = (".nii", ".nii.gz", ".mgh", ".mgz")
+# Half a processor's cache: what is inflated is looked at while it is still there.
+_CHUNK = 1 << 19
 
 ERROR_CODES = {
     "missing": "there is no such file",
     "not_a_file": "the path is a folder or a device",
     "unreadable": "the operating system refuses to read it",
     "empty": "the file has no bytes",
-    "unsupported_format": "neither .nii, .nii.gz nor .png",
-    "header": "the NIfTI header cannot be parsed or contradicts itself",
+    "unsupported_format": "none of .nii, .nii.gz, .mgh, .mgz and .png",
+    "header": "the header cannot be parsed or contradicts itself",
     "dims": "the volume is not three-dimensional, or a dimension is not positive",
+    "four_dimensional": "the file is a series of volumes, and not PET",
     "dtype": "voxels are not real numbers (RGB, complex, unknown type)",
-    "too_large": "the header promises more voxels than the limit",
+    "too_large": "the header promises more voxels than the limit, or than memory holds",
     "affine": "the affine is singular or not finite, so there is no orientation",
+    "orientation_conflict": "sform and qform name different axes",
     "truncated": "there are fewer bytes than the header promises",
     "too_long": "there are more bytes than the header promises",
     "crc": "the gzip stream is corrupt (checksum, length or deflate error)",
@@ -61,20 +64,24 @@ class Volume:
         spacing: voxel size along X, Y, Z in mm.
         affine: (4, 4), voxel indices to scanner millimetres.
         path: the file it came from.
+        flags: doubts about the file.
     """
 
     data: NDArray[np.float32]
     spacing: tuple[float, float, float]
     affine: NDArray[np.float64]
     path: str
+    flags: tuple[Flag, ...] = ()
 
 
 def read_volume(path: str | PathLike[str], max_voxels: int = MAX_VOXELS) -> Volume:
-    """Read a ``.nii`` or ``.nii.gz`` volume in canonical orientation.
+    """Read a ``.nii``, ``.nii.gz``, ``.mgh`` or ``.mgz`` volume in canonical orientation.
+
+    Frames of PET become their median. Memory: 4 bytes per voxel and some chunks; with frames, all frames as they are stored too.
 
     Args:
         path: the file.
-        max_voxels: refuse volumes whose header promises more.
+        max_voxels: refuse files whose header promises more, frames included.
 
     Returns:
         The volume, intensities scaled by the header's slope and intercept.
@@ -82,24 +89,96 @@ def read_volume(path: str | PathLike[str], max_voxels: int = MAX_VOXELS) -> Volu
     Raises:
         VolumeError: the file cannot be used; its code is one of `ERROR_CODES`.
     """
-    name = str(path)
-    if not name.endswith((".nii", ".nii.gz")):
-        raise VolumeError(name, "unsupported_format", "is not a .nii or .nii.gz file")
-    size = check_file(name)
+    with open_scan(str(path), max_voxels) as scan:
+        return scan.volume()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """A file whose header has been accepted, and whose voxels can be read once.
+
+    Attributes:
+        path: the file.
+        header: what it promises.
+        chunks: (k, Y, X) arrays of whole planes, stored values in the file's byte order, last axis first. No chunk spans frames.
+            All of them must be taken: whatever follows the last one, and the CRC, is checked then.
+    """
+
+    path: str
+    header: Header
+    chunks: Iterator[NDArray[Any]]
+
+    def volume(self) -> Volume:
+        """Read the voxels.
+
+        Raises:
+            VolumeError: one is NaN or infinite.
+        """
+        header = self.header
+        stored = self._medians() if header.frames > 1 else map(header.scaling.apply, self.chunks)
+        data = np.empty(header.shape[::-1], dtype=np.float32)
+        plane = non_finite = 0
+        for chunk in stored:
+            data[plane : plane + len(chunk)] = chunk
+            non_finite += int((~np.isfinite(chunk)).sum())
+            plane += len(chunk)
+        if non_finite:
+            raise VolumeError(self.path, "non_finite", f"{non_finite} voxels are NaN or infinite")
+        canonical = orientations.apply_orientation(data.T, np.array(header.axes))
+        return Volume(np.asarray(canonical), header.spacing, header.affine, self.path, header.flags)
+
+    def _medians(self) -> Iterator[NDArray[np.float32]]:
+        """Planes of the median frame. Frames are kept as they are stored: what a false header promises is never allocated."""
+        frames: list[list[NDArray[Any]]] = [[] for _ in range(self.header.frames)]
+        plane = 0
+        for chunk in self.chunks:
+            frames[plane // self.header.shape[2]].append(chunk)
+            plane += len(chunk)
+        for chunks in zip(*frames, strict=True):
+            for planes in zip(*chunks, strict=True):
+                # NaN and infinity pass through a median only by accident.
+                series = np.stack([self.header.scaling.apply(plane) for plane in planes])
+                bad = ~np.isfinite(series).all(axis=0)
+                with np.errstate(all="ignore"):
+                    median = np.median(series, axis=0)
+                median[bad] = np.nan
+                yield median[None]
+
+
+@contextlib.contextmanager
+def open_scan(name: str, max_voxels: int = MAX_VOXELS) -> Iterator[Scan]:
+    """Open a volume for reading; errors of files and streams in the body become `VolumeError`.
+
+    Raises:
+        VolumeError: the file cannot be used; its code is one of `ERROR_CODES`.
+    """
+    if not name.endswith(ENDINGS):
+        raise VolumeError(name, "unsupported_format", f"is none of {', '.join(ENDINGS)}")
+    check_file(name)
     with contextlib.ExitStack() as stack:
         try:
-            raw = stack.enter_context(open(name, "rb"))
-            stream: Stream = stack.enter_context(gzip.GzipFile(fileobj=raw)) if name.endswith(".gz") else raw
-            header = _read_header(name, stream)
-            shape, dtype, offset = _check_header(name, header, max_voxels, None if name.endswith(".gz") else size)
-            voxels = _read_voxels(name, stream, shape, dtype, offset - header.sizeof_hdr)
-        except (zlib.error, gzip.BadGzipFile) as error:
+            raw = stack.enter_context(open(name, "rb", buffering=0))
+            size = os.fstat(raw.fileno()).st_size
+            if name.endswith("z"):
+                stream = stack.enter_context(_gzip.GzipFile(fileobj=raw, mode="rb"))
+                header = read_header(name, stream, max_voxels)
+                _check_size(name, header, size * _gzip.MAX_RATIO)
+                chunks = _inflated(name, header, stream)
+            else:
+                header = read_header(name, raw, max_voxels)
+                _check_size(name, header, size)
+                chunks = _mapped(header, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ))
+            yield Scan(name, header, chunks)
+        except _gzip.CORRUPT as error:
             raise VolumeError(name, "crc", f"the gzip stream is corrupt: {error}") from error
         except EOFError as error:
+            if _gzip.has_garbage(name):
+                raise VolumeError(name, "crc", "the gzip stream is corrupt: garbage where a stream should begin") from error
             raise VolumeError(name, "truncated", "the gzip stream ends early") from error
         except OSError as error:
             raise VolumeError(name, "unreadable", f"cannot be read: {error.strerror or error}") from error
-    return _orient(name, _scale(name, voxels, header), header)
+        except MemoryError as error:
+            raise VolumeError(name, "too_large", "needs more memory than there is") from error
 
 
 def check_file(name: str) -> int:
@@ -123,101 +202,48 @@ def check_file(name: str) -> int:
     return stat.st_size
 
 
-def _read_header(name: str, stream: Stream) -> Any:
-    first = stream.read(4)
-    sizes = {int.from_bytes(first, order) for order in ("little", "big")} & set(HEADER_BYTES)
-    if len(first) < 4 or not sizes:
-        raise VolumeError(name, "header", "does not start with a NIfTI-1 or NIfTI-2 header")
-    size = sizes.pop()
-    block = first + stream.read(size - 4)
-    if len(block) < size:
-        raise VolumeError(name, "truncated", f"has {len(block)} of the header's {size} bytes")
-    try:
-        header = HEADER_BYTES[size].from_fileobj(io.BytesIO(block), check=False)
-    except (HeaderDataError, ValueError, KeyError) as error:
-        raise VolumeError(name, "header", f"the header cannot be parsed: {error}") from error
-    if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
-        raise VolumeError(name, "header", f"magic is {bytes(header['magic'])!r}, not that of a single-file NIfTI")
-    header.sizeof_hdr = size
-    return header
+def _check_size(name: str, header: Header, most: int) -> None:
+    """Refuse a file that cannot hold what its header promises."""
+    promised = header.offset + header.bytes
+    if most < promised:
+        raise VolumeError(name, "truncated", f"has at most {most} of the {promised} bytes promised")
 
 
-def _check_header(
-    name: str, header: Any, max_voxels: int, file_size: int | None
-) -> tuple[tuple[int, int, int], np.dtype[Any], int]:
-    """(shape, dtype, offset of the voxels), or an error, before anything of that size is allocated."""
-    dims = [int(n) for n in header["dim"]]
-    count = dims[0]
-    if not 3 <= count <= 7 or any(n < 1 for n in dims[1 : count + 1]) or any(n != 1 for n in dims[4 : count + 1]):
-        raise VolumeError(name, "dims", f"dim is {dims[: max(1, min(count, 7)) + 1]}; three positive dimensions are accepted")
-    shape = (dims[1], dims[2], dims[3])
-    voxels = shape[0] * shape[1] * shape[2]
-    if voxels > max_voxels:
-        raise VolumeError(name, "too_large", f"the header promises {voxels} voxels; the limit is {max_voxels}")
-    try:
-        dtype = header.get_data_dtype()
-    except (HeaderDataError, KeyError) as error:
-        raise VolumeError(name, "dtype", f"datatype {int(header['datatype'])} is unknown") from error
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise VolumeError(name, "dtype", f"voxels are {dtype}; integers and real floats of up to 64 bits are accepted")
-    offset = float(header["vox_offset"])
-    if not header.sizeof_hdr <= offset <= header.sizeof_hdr + (1 << 24) or offset != int(offset):
-        raise VolumeError(name, "header", f"vox_offset is {offset}")
-    if file_size is not None and file_size < offset + voxels * dtype.itemsize:
-        raise VolumeError(name, "truncated", f"has {file_size} of the {int(offset) + voxels * dtype.itemsize} bytes promised")
-    return shape, dtype, int(offset)
+def _planes(header: Header) -> Iterator[int]:
+    """How many planes each chunk has."""
+    most = max(1, _CHUNK // (header.shape[0] * header.shape[1] * header.dtype.itemsize))
+    for _ in range(header.frames):
+        for first in range(0, header.shape[2], most):
+            yield min(most, header.shape[2] - first)
 
 
-def _read_voxels(name: str, stream: Stream, shape: tuple[int, int, int], dtype: np.dtype[Any], skip: int) -> NDArray[Any]:
+def _mapped(header: Header, mapped: mmap.mmap) -> Iterator[NDArray[Any]]:
+    """Chunks of an uncompressed file, of which only what is looked at is read. What follows the voxels is ignored."""
+    offset = header.offset
+    for planes in _planes(header):
+        count = planes * header.shape[1] * header.shape[0]
+        yield np.frombuffer(mapped, header.dtype, count, offset).reshape(planes, header.shape[1], header.shape[0])
+        offset += count * header.dtype.itemsize
+
+
+def _inflated(name: str, header: Header, stream: Readable) -> Iterator[NDArray[Any]]:
+    """Chunks of a compressed file, then its end."""
+    skip = header.offset - header.read
     while skip > 0:
-        block = stream.read(min(skip, _CHUNK))
-        if not block:
-            raise VolumeError(name, "truncated", "ends before its voxels")
-        skip -= len(block)
-    voxels = np.empty(shape, dtype=dtype, order="F")
-    target = memoryview(voxels.reshape(-1, order="F").view(np.uint8).data)
-    done = 0
-    while done < len(target):
-        block = stream.read(min(_CHUNK, len(target) - done))
-        if not block:
-            raise VolumeError(name, "truncated", f"has {done} of {len(target)} bytes of voxels")
-        target[done : done + len(block)] = block
-        done += len(block)
-    # Reading on to the end is what makes the gzip module check the CRC and the length.
-    if stream.read(1) and isinstance(stream, gzip.GzipFile):
-        raise VolumeError(name, "too_long", f"holds more than the {len(target)} bytes of voxels that its header promises")
-    return voxels
+        skip -= len(_read(name, stream, min(skip, _CHUNK)))
+    for planes in _planes(header):
+        block = _read(name, stream, planes * header.shape[1] * header.shape[0] * header.dtype.itemsize)
+        yield np.frombuffer(block, header.dtype).reshape(planes, header.shape[1], header.shape[0])
+    # Reading on to the end is what makes the stream check the CRC and the length.
+    left = header.footer
+    while block := stream.read(min(left + 1, _CHUNK)):
+        left -= len(block)
+        if left < 0:
+            raise VolumeError(name, "too_long", f"holds more than the {header.bytes} bytes of voxels that its header promises")
 
 
-def _scale(name: str, voxels: NDArray[Any], header: Any) -> NDArray[np.float32]:
-    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(slope) and slope != 0:
-            scaled = voxels.astype(np.float64) * slope + (inter if np.isfinite(inter) else 0.0)
-        else:
-            scaled = voxels
-        data = np.asarray(scaled, dtype=np.float32)
-    if not np.isfinite(data).all():
-        raise VolumeError(name, "non_finite", f"{int((~np.isfinite(data)).sum())} voxels are NaN or infinite")
-    return data
-
-
-def _orient(name: str, data: NDArray[np.float32], header: Any) -> Volume:
-    if header["pixdim"][0] != -1:
-        # The standard reads a qfac of 0 as 1; nibabel's lenient loading does so with any other value.
-        header["pixdim"][0] = 1
-    try:
-        with np.errstate(all="ignore"):
-            affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-            if not np.isfinite(affine).all() or not 1e-12 <= abs(np.linalg.det(affine[:3, :3])) < np.inf:
-                raise ValueError("singular or not finite")
-            codes = orientations.io_orientation(affine)
-            if np.isnan(codes).any():
-                raise ValueError("an axis has no direction")
-            affine = affine @ orientations.inv_ornt_aff(codes, data.shape)
-            spacing = tuple(float(n) for n in np.sqrt((affine[:3, :3] ** 2).sum(axis=0)))
-        if not np.isfinite([*spacing, *affine.flat]).all():
-            raise ValueError("not finite")
-    except (ValueError, HeaderDataError, np.linalg.LinAlgError, orientations.OrientationError) as error:
-        raise VolumeError(name, "affine", f"the affine gives no orientation: {error}") from error
-    return Volume(np.asarray(orientations.apply_orientation(data, codes)), (spacing[0], spacing[1], spacing[2]), affine, name)
+def _read(name: str, stream: Readable, size: int) -> bytes:
+    block = stream.read(size)
+    if len(block) < size:
+        raise VolumeError(name, "truncated", "ends before all of its voxels")
+    return block

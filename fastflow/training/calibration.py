@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,3 +56,27 @@ def fit_temperature(log_probs: NDArray[Any], labels: NDArray[Any], prior: NDArra
         lambda g: negative_log_posterior(log_probs, labels, float(np.exp(g)), prior), bounds=bracket, method="bounded"
     )
     return float(np.exp(found.x))
+
+
+def typicality(log_prob: float, validation: Sequence[float]) -> float:
+    """Two-sided p-value of a log-likelihood among those of validation data: small where it is lower or higher than usual.
+
+    Likelihoods of unlike images can be too high as well as too low. Source: Nalisnick et al., 2019, with one sample and ranks
+    in place of a bootstrap.
+
+    Args:
+        log_prob: nats.
+        validation: sorted, nats, at least one.
+
+    Returns:
+        ``2 (1 + r) / (n + 1)``, at most 1, r the number of validation values that are as extreme on the nearer side. Its lowest
+        value is ``2 / (n + 1)``.
+
+    Raises:
+        ValueError: there are no validation values.
+    """
+    n = len(validation)
+    if n == 0:
+        raise ValueError("validation must hold at least one log-likelihood")
+    below, above = bisect.bisect_right(validation, log_prob), n - bisect.bisect_left(validation, log_prob)
+    return min(1.0, 2.0 * (1 + min(below, above)) / (n + 1))

@@ -209,7 +209,7 @@ def test_folders_above_the_root_name_no_subject(tmp_path: Path) -> None:
 def test_folders_that_are_no_archive(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="there is no such folder"):
         index_folder(tmp_path / "none")
-    with pytest.raises(ManifestError, match=r"no \.nii, \.nii\.gz, \.png file"):
+    with pytest.raises(ManifestError, match=r"no \.nii, \.nii\.gz, \.mgz, \.mgh, \.png file"):
         index_folder(tmp_path)
     touch(tmp_path, "train/a.png")
     with pytest.raises(ManifestError, match=r"a\.png: lies in no class folder"):

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import importlib
+import itertools
 import os
 import struct
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -15,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastflow.data import _gzip, _intensity, volume
 from fastflow.data.manifest import Record
-from fastflow.data.preprocess import Preprocess
-from fastflow.data.slices import SliceSet, coronal_slices, iterate_images, load_image, load_slices
-from fastflow.data.volume import ERROR_CODES
+from fastflow.data.preprocess import Preprocess, pad_evenly
+from fastflow.data.slices import SliceSet, coronal_slices, iterate_images, load_image, load_slices, read_image
+from fastflow.data.volume import ERROR_CODES, read_volume
 from fastflow.errors import VolumeError
 
 NAMES = ("old", "young")
@@ -200,6 +204,177 @@ def test_damaged_png_is_noticed(tmp_path: Path, where: float, bit: int, cut: boo
     assert code in ERROR_CODES
 
 
+# -- streams ----------------------------------------------------------------------------------------------------------------
+
+AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
+AXES = [(order, flips) for order in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)]
+WIDE = Preprocess((16, 16), "center+-1")
+
+
+def whole(path: Path, preprocess: Preprocess) -> np.ndarray:
+    return preprocess(read_volume(path))
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "scan.mgz", "scan.mgh"])
+@pytest.mark.parametrize(("order", "flips"), AXES)
+def test_slices_of_all_orientations_as_nibabel_does(
+    tmp_path: Path, order: tuple[int, ...], flips: tuple[int, ...], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Chunks of few planes, the last one smaller.
+    monkeypatch.setattr(volume, "_CHUNK", 200)
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag([2.0, 2.0, 2.0])[:, order] * flips
+    affine[:3, 3] = (-5, 6, 7)
+    data = np.random.default_rng(0).integers(0, 256, (6, 7, 9)).astype(np.int16)
+    image = (nib.MGHImage if "mg" in name else nib.Nifti1Image)(data, affine)
+    nib.save(image, tmp_path / name)
+    canonical = np.asarray(nib.as_closest_canonical(image).dataobj)
+    fixed = Preprocess((9, 9), "center+-2", scaling="fixed")
+    loaded = read_image(str(tmp_path / name), fixed)
+    centre = canonical.shape[1] // 2
+    expected = coronal_slices(canonical, range(centre - 2, centre + 3))
+    np.testing.assert_array_equal(loaded.images[:, 0], pad_evenly(expected.astype(np.uint8), (9, 9)))
+    assert loaded.flags == ()
+    np.testing.assert_array_equal(read_image(str(tmp_path / name), PREPROCESS_9).images, whole(tmp_path / name, PREPROCESS_9))
+
+
+PREPROCESS_9 = Preprocess((9, 9), "3,1,1,5")
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+@pytest.mark.parametrize("dtype", ["u1", "i1", "<i2", ">u2", "i4", ">u4", "<i8", ">u8", "<f4", ">f4", "<f8", ">f8"])
+@pytest.mark.parametrize("scaling", [(1, 0), (0, 0), (0.37, -20.0), (-0.5, 60.0), (-2, 0), (1e-30, 0), (3, 1e6), (2.0, -255.0)])
+def test_streamed_percentile_is_that_of_the_whole_volume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, scaling: tuple[float, float], name: str
+) -> None:
+    monkeypatch.setattr(volume, "_CHUNK", 1500)
+    monkeypatch.setattr(_intensity, "_PENDING", 40)
+    rng = np.random.default_rng(int(1000 * abs(scaling[0])) % 97)
+    data = (rng.gamma(2.0, 18.0, (14, 15, 13)) * (rng.random((14, 15, 13)) < 0.7)).clip(0, 127)
+    if dtype[-2] != "u":
+        data[:, :2] *= -1
+    content = store_nifti(data.astype(dtype), scaling)
+    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith("z") else content)
+    try:
+        expected = whole(tmp_path / name, WIDE)
+    except VolumeError as error:
+        code = error.code
+        with pytest.raises(VolumeError, match=rf"\[{code}\]"):
+            read_image(str(tmp_path / name), WIDE)
+        assert code == "constant"
+        return
+    np.testing.assert_array_equal(read_image(str(tmp_path / name), WIDE).images, expected)
+    values = read_volume(tmp_path / name).data.astype(np.float64)
+    top = np.percentile(values[values > 0], 99.9)
+    plain = np.clip(np.rint(coronal_slices(values, [6, 7, 8]) * (255.0 / top)), 0, 255)
+    assert np.abs(expected[:, 0, 1:14, 1:15] - plain).max() <= 1
+
+
+def store_nifti(data: np.ndarray, scaling: tuple[float, float] = (1, 0)) -> bytes:
+    header = nib.Nifti1Header(endianness=">" if data.dtype.byteorder == ">" else "<")
+    header.set_data_dtype(data.dtype.newbyteorder("="))
+    header.set_data_shape(data.shape)
+    header.set_sform(AFFINE, code=1)
+    header["scl_slope"], header["scl_inter"], header["vox_offset"] = *scaling, 352
+    return header.binaryblock + bytes(4) + data.tobytes(order="F")
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_a_single_voxel_that_is_not_finite(tmp_path: Path, name: str) -> None:
+    for value, dtype in ((np.nan, "<f4"), (np.inf, "<f8"), (-np.inf, ">f4"), (1e300, "<f8")):
+        data = np.random.default_rng(0).random((6, 9, 5)).astype(dtype)
+        data[0, 0, -1] = value
+        content = store_nifti(data)
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("z") else content)
+        for scaling in ("percentile", "fixed"):
+            preprocess = Preprocess((8, 10), scaling=scaling)
+            with pytest.raises(VolumeError, match=r"1 voxels are NaN or infinite \[non_finite\]"):
+                read_image(str(tmp_path / name), preprocess)
+
+
+def test_integers_that_scale_beyond_float32(tmp_path: Path) -> None:
+    data = np.zeros((6, 9, 5), dtype=np.int16)
+    data[1] = 5
+    (tmp_path / "scan.nii").write_bytes(store_nifti(data, (3e38, 0)))
+    with pytest.raises(VolumeError, match=r"45 voxels are NaN or infinite"):
+        read_image(str(tmp_path / "scan.nii"), WIDE)
+    (tmp_path / "scan.nii").write_bytes(store_nifti(data // 5, (3e38, 0)))
+    assert read_image(str(tmp_path / "scan.nii"), WIDE).images.max() == 255
+
+
+@pytest.mark.parametrize("value", [0, 7, -3])
+def test_a_constant_volume_has_no_contrast(tmp_path: Path, value: int) -> None:
+    for dtype, slope in itertools.product(("<i2", ">f4"), (1.0, -1.0)):
+        (tmp_path / "scan.nii").write_bytes(store_nifti(np.full((6, 9, 5), value, dtype=dtype), (slope, 0.0)))
+        with pytest.raises(VolumeError, match=r"\[constant\]"):
+            read_image(str(tmp_path / "scan.nii"), WIDE)
+        fixed = dataclasses.replace(WIDE, scaling="fixed")
+        assert read_image(str(tmp_path / "scan.nii"), fixed).images.max() == max(0, value * slope)
+
+
+def test_flags_come_with_images(tmp_path: Path) -> None:
+    content = bytearray(store_nifti(np.arange(270, dtype=np.int16).reshape(6, 9, 5)))
+    # sform_code
+    content[254:256] = bytes(2)
+    (tmp_path / "scan.nii").write_bytes(content)
+    assert [flag.code for flag in read_image(str(tmp_path / "scan.nii"), WIDE).flags] == ["no_orientation"]
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_streaming_takes_little_memory(tmp_path: Path, name: str) -> None:
+    plane = np.random.default_rng(0).integers(0, 1000, (256, 256)).astype("<i2")
+    header = nib.Nifti1Header()
+    header.set_data_shape((256, 256, 256))
+    header.set_data_dtype(np.int16)
+    header.set_sform(AFFINE, code=1)
+    header["vox_offset"] = 352
+    with gzip.open(tmp_path / name, "wb", 1) if name.endswith("z") else open(tmp_path / name, "wb") as stream:
+        stream.write(header.binaryblock + bytes(4))
+        # Ever brighter: the largest values come last, and every chunk has some.
+        for z in range(256):
+            stream.write((plane + 4 * z).tobytes())
+    preprocess = Preprocess((256, 256))
+    tracemalloc.start()
+    images = read_image(str(tmp_path / name), preprocess).images
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert images.shape == (1, 1, 256, 256)
+    # The volume takes 32 MiB.
+    assert peak < 5 << 20
+
+
+def test_zlib_where_isal_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = scan(tmp_path, 1)
+    expected = read_image(str(path), PREPROCESS).images
+    monkeypatch.setitem(sys.modules, "isal", None)
+    try:
+        importlib.reload(_gzip)
+        assert _gzip.GzipFile is gzip.GzipFile
+        np.testing.assert_array_equal(read_image(str(path), PREPROCESS).images, expected)
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+        with pytest.raises(VolumeError, match=r"\[crc\]"):
+            read_image(str(path), PREPROCESS)
+    finally:
+        monkeypatch.undo()
+        importlib.reload(_gzip)
+
+
+def test_what_the_header_rules_out_is_not_read(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(0, 1000, (40, 41, 42)).astype(np.int16)
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(gzip.compress(store_nifti(data))[:-20])
+    fits = Preprocess((42, 40))
+    for changes, code in (
+        ({}, "truncated"),
+        ({"grid": (40, 41, 43)}, "grid_mismatch"),
+        ({"spacing": (1.0, 1.0, 1.0)}, "grid_mismatch"),
+        ({"slices": "41"}, "slice_range"),
+        ({"size": (41, 40)}, "size"),
+    ):
+        with pytest.raises(VolumeError, match=rf"\[{code}\]"):
+            read_image(str(path), dataclasses.replace(fits, **changes))
+
+
 # -- many files ---------------------------------------------------------------------------------------------------------------
 
 
@@ -229,19 +404,25 @@ def test_a_bad_file_stops_nothing(tmp_path: Path) -> None:
     assert slices.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_an_exception_that_nobody_expected_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [(RuntimeError("a bug"), "unreadable", "RuntimeError: a bug"), (MemoryError("none left"), "too_large", "more memory")],
+)
+def test_an_exception_that_nobody_expected_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, code: str, message: str
+) -> None:
     paths = [scan(tmp_path, number) for number in range(2)]
     decompress = gzip.GzipFile.read
 
     def read(self: gzip.GzipFile, size: int = -1) -> bytes:
         if self.name.endswith("sub-00_T1w.nii.gz"):
-            raise MemoryError("no memory left")
+            raise failure
         return decompress(self, size)
 
     monkeypatch.setattr(gzip.GzipFile, "read", read)
     slices, errors = load_slices(records(paths), PREPROCESS, NAMES)
-    assert [error.code for error in errors] == ["unreadable"]
-    assert "MemoryError: no memory left" in str(errors[0])
+    assert [error.code for error in errors] == [code]
+    assert message in str(errors[0])
     assert slices.paths == (str(paths[1]),)
 
 

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastflow.training.calibration import fit_temperature, negative_log_posterior
+from fastflow.training.calibration import fit_temperature, negative_log_posterior, typicality
 
 
 def samples(temperature, prior, count=20000, seed=0):
@@ -34,3 +36,25 @@ def test_it_refuses_what_does_not_fit():
         fit_temperature(np.zeros((0, 3)), np.zeros(0, dtype=int))
     with pytest.raises(ValueError, match="fit"):
         fit_temperature(np.zeros((2, 3)), np.zeros(3, dtype=int))
+
+
+@given(st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=50), st.floats(-2e5, 2e5))
+def test_typicality_is_a_two_sided_rank(values: list[float], value: float) -> None:
+    ordered = sorted(values)
+    below, above = sum(v <= value for v in values), sum(v >= value for v in values)
+    assert typicality(value, ordered) == pytest.approx(min(1.0, 2 * (1 + min(below, above)) / (len(values) + 1)))
+    # Outside of all of them it is as small as it can be.
+    lowest = min(1.0, 2 / (len(values) + 1))
+    assert typicality(ordered[0] - 1.0, ordered) == typicality(ordered[-1] + 1.0, ordered) == pytest.approx(lowest)
+
+
+def test_typicality_of_like_data_is_uniform() -> None:
+    rng = np.random.default_rng(0)
+    values = [typicality(float(rng.normal()), np.sort(rng.normal(size=199)).tolist()) for _ in range(2000)]
+    for level in (0.05, 0.2, 0.5):
+        assert np.mean(np.array(values) <= level) == pytest.approx(level, abs=0.035)
+
+
+def test_typicality_needs_validation_values() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        typicality(0.0, [])

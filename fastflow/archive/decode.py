@@ -1,0 +1,189 @@
+"""Reading ahead of the model: spawned processes turn files into images, in order, a bounded number at a time. Torch-free."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastflow.archive.inputs import Item
+from fastflow.data.preprocess import Preprocess
+from fastflow.data.slices import read_image
+from fastflow.errors import VolumeError
+
+# Files of one message to a worker, and messages under way per worker.
+CHUNK, AHEAD = 4, 3
+# For fewer files than this, starting processes takes longer than reading.
+FEW = 8
+# Of a chunk. A file system that hangs must not hold up a run for ever.
+TIMEOUT = 600.0
+
+Image = NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What reading an input gave.
+
+    Attributes:
+        item: the input.
+        size: bytes of the file, -1 where there is none.
+        mtime_ns: its last change in nanoseconds since 1970, -1 where there is no file.
+        result: (n, 1, H, W) uint8, or why there is none.
+        flags: (code, message) of what is doubtful about it.
+        seconds: that reading took.
+    """
+
+    item: Item
+    size: int
+    mtime_ns: int
+    result: Image | VolumeError
+    flags: tuple[tuple[str, str], ...] = ()
+    seconds: float = 0.0
+
+
+def file_state(path: str) -> tuple[int, int]:
+    """(size in bytes, last change in nanoseconds), -1 where there is no such file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def decode_one(item: Item, preprocess: Preprocess) -> Decoded:
+    """Read one input. Whatever is in the file: never an exception."""
+    start = time.perf_counter()
+    # Before reading: a file that is being written gets the older time, and is read again by a later run.
+    size, mtime = file_state(item.path)
+    flags: tuple[tuple[str, str], ...] = ()
+    result: Image | VolumeError
+    try:
+        image = read_image(item.path, preprocess)
+        result, flags = image.images, tuple((flag.code, flag.message) for flag in image.flags)
+    except VolumeError as error:
+        result = _closer(item.path, error)
+    except Exception as error:
+        result = VolumeError(item.path, "unreadable", f"{type(error).__name__}: {error}")
+    return Decoded(item, size, mtime, result, flags, time.perf_counter() - start)
+
+
+def _closer(path: str, error: VolumeError) -> VolumeError:
+    """A folder stands among the inputs because of its name, or because what is in it cannot be listed."""
+    if error.code == "not_a_file" and os.path.isdir(path):
+        try:
+            os.scandir(path).close()
+        except OSError as reason:
+            return VolumeError(path, "unreadable", f"the folder cannot be listed: {reason.strerror or reason}")
+    return error
+
+
+def decode(
+    items: Iterable[Item], preprocess: Preprocess, workers: int = 1, timeout: float = TIMEOUT
+) -> Generator[Decoded, None, None]:
+    """Read inputs in order, by processes that are started for it.
+
+    At most ``CHUNK * AHEAD * workers`` inputs are read and not yet taken. A process that dies (out of memory, a crash in a
+    library) or hangs costs the file that it was reading an error of code ``worker`` or ``timeout``, and no other file.
+
+    Args:
+        items: the inputs; taken from as needed.
+        preprocess: what to read of them.
+        workers: number of processes.
+        timeout: seconds that `CHUNK` files may take.
+    """
+    items = iter(items)
+    first = list(itertools.islice(items, FEW))
+    if len(first) < FEW:
+        for item in first:
+            yield decode_one(item, preprocess)
+        return
+    pool = _Pool(preprocess, workers, timeout)
+    try:
+        yield from pool.run(itertools.chain(first, items))
+    finally:
+        pool.stop()
+
+
+class _Pool:
+    """Worker processes, and chunks of inputs on their way through them."""
+
+    def __init__(self, preprocess: Preprocess, workers: int, timeout: float) -> None:
+        self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
+        self.pending: collections.deque[tuple[list[Item], Future[list[Decoded]]]] = collections.deque()
+        self.executor = self._start(workers)
+
+    def _start(self, workers: int) -> ProcessPoolExecutor:
+        # Spawned: a fork would copy a torch that is running threads, and whatever is open.
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_the_parent)
+
+    def run(self, items: Iterator[Item]) -> Iterator[Decoded]:
+        while True:
+            while len(self.pending) < self.workers * AHEAD and (chunk := list(itertools.islice(items, CHUNK))):
+                self.pending.append((chunk, self._submit(chunk)))
+            if not self.pending:
+                return
+            chunk, future = self.pending.popleft()
+            try:
+                yield from future.result(self.timeout)
+            except (BrokenProcessPool, FutureTimeoutError):
+                yield from self._one_by_one(chunk)
+
+    def _submit(self, chunk: list[Item]) -> Future[list[Decoded]]:
+        try:
+            return self.executor.submit(_decode_chunk, chunk, self.preprocess)
+        except BrokenProcessPool as error:
+            broken: Future[list[Decoded]] = Future()
+            broken.set_exception(error)
+            return broken
+
+    def _one_by_one(self, chunk: Sequence[Item]) -> Iterator[Decoded]:
+        """Each file of a chunk in a process of its own, to find out which one kills it; then go on with the others."""
+        self.stop()
+        for item in chunk:
+            self.executor = self._start(1)
+            try:
+                yield from self._submit([item]).result(self.timeout)
+            except BrokenProcessPool:
+                error = VolumeError(item.path, "worker", "the process that was reading it died (out of memory, or a crash)")
+                yield Decoded(item, *file_state(item.path), error)
+            except FutureTimeoutError:
+                error = VolumeError(item.path, "timeout", f"could not be read within {self.timeout:.0f} s")
+                yield Decoded(item, -1, -1, error, seconds=self.timeout)
+            self.stop()
+        self.executor = self._start(self.workers)
+        self.pending = collections.deque((later, self._submit(later)) for later, _ in self.pending)
+
+    def stop(self) -> None:
+        processes = list((getattr(self.executor, "_processes", None) or {}).values())
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+
+
+def _decode_chunk(chunk: list[Item], preprocess: Preprocess) -> list[Decoded]:
+    return [decode_one(item, preprocess) for item in chunk]
+
+
+def _end_with_the_parent() -> None:
+    """A worker waits on a pipe whose other end it holds itself: it would outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,163 @@
+"""What a run over an archive is asked to answer: a stream of inputs, never a list of them. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+
+from fastflow.data.bids import is_bids, iterate_bids
+from fastflow.data.manifest import MANIFESTS, SUFFIXES, Record, iterate_manifest, subject_of, walk_files
+from fastflow.errors import ManifestError
+
+IDS = ("relpath", "hash")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A part of the inputs, for one job of many.
+
+    An input belongs to the part that its name's hash says: parts are disjoint, together they are everything, and files that come
+    or go move no other.
+
+    Attributes:
+        index: from 1 to `count`.
+        count: number of parts.
+
+    Raises:
+        ValueError: the index is out of range.
+    """
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.index <= self.count:
+            raise ValueError(f"shard must be i/N with 1 <= i <= N, got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder for its results."""
+        return f"shard-{self.index:05d}-of-{self.count:05d}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From ``"i/N"``.
+
+        Raises:
+            ValueError: the text has another form or the index is out of range.
+        """
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+        if match is None:
+            raise ValueError(f"shard must be i/N with 1 <= i <= N, got {text!r}")
+        return cls(int(match[1]), int(match[2]))
+
+    def holds(self, name: str) -> bool:
+        """Whether an input of this name is in the part."""
+        return int.from_bytes(_digest(name, 8), "big") % self.count == self.index - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One input.
+
+    Attributes:
+        path: the file, absolute or relative to the working directory.
+        name: its path relative to the folder or manifest that it came from; as it was given where there is more than one input.
+        label: class name where a manifest knows it.
+    """
+
+    path: str
+    name: str
+    label: str | None = None
+
+    def id(self, kind: str) -> str:
+        """What stands for the input in results: its name, or 32 hexadecimal digits of the name's BLAKE2b hash."""
+        return self.name if kind == "relpath" else _digest(self.name, 16).hex()
+
+
+def _digest(name: str, size: int) -> bytes:
+    return hashlib.blake2b(os.fsencode(name), digest_size=size).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Files, folders, BIDS datasets and manifests, and which part of them is meant. Iterating lists them anew.
+
+    Attributes:
+        sources: files, folders (searched for volumes and PNG files; of a BIDS dataset its anatomical and PET images) and
+            manifests (.csv, .jsonl). What does not exist is an input all the same: it gets an answer that says so.
+        split: take only this split of manifests.
+        shard: take only this part.
+
+    Raises:
+        ManifestError: there is no source.
+    """
+
+    sources: tuple[str, ...]
+    split: str | None = None
+    shard: Shard | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ManifestError("nothing to classify: give files, folders or a manifest")
+
+    def __iter__(self) -> Iterator[Item]:
+        """The inputs in the order of the sources.
+
+        Raises:
+            ManifestError: a folder holds no volume, a manifest cannot be read or has nothing in the split.
+        """
+        for source in self.sources:
+            found = False
+            for item in self._items(source):
+                found = True
+                if self.shard is None or self.shard.holds(item.name):
+                    yield item
+            if not found:
+                raise ManifestError(_nothing_in(source, self.split))
+
+    def _items(self, source: str) -> Iterator[Item]:
+        if source.endswith(MANIFESTS):
+            base = os.path.dirname(source)
+            for record in iterate_manifest(source):
+                if self.split is None or record.split == self.split:
+                    yield Item(record.path, self._name(record.path, base), record.label)
+        elif os.path.isdir(source):
+            for path in iterate_bids(source) if is_bids(source) else walk_files(source):
+                yield Item(path, self._name(path, source))
+        else:
+            yield Item(source, source)
+
+    def _name(self, path: str, base: str) -> str:
+        if len(self.sources) > 1 or os.path.isabs(path) != os.path.isabs(base or "."):
+            return path
+        return os.path.relpath(path, base or ".")
+
+
+def _nothing_in(source: str, split: str | None) -> str:
+    if not source.endswith(MANIFESTS):
+        what = "anatomical or PET image of this BIDS dataset" if is_bids(source) else f"{', '.join(SUFFIXES)} file"
+        return f"{source}: no {what} below this folder"
+    return f"{source}: the manifest has no entries" if split is None else f"{source}: no entry is in the split {split!r}"
+
+
+def gather(inputs: Iterable[str | PathLike[str]], split: str | None = None) -> list[Record]:
+    """The files that `inputs` mean, as a list, for commands that look at a few.
+
+    Args:
+        inputs: see `Inputs`.
+        split: take only this split of manifests.
+
+    Raises:
+        ManifestError: no input, a folder without files, a manifest that cannot be read or has nothing in the split.
+    """
+    items = Inputs(tuple(os.fspath(path) for path in inputs), split)
+    return [Record(item.path, item.label, subject_of(Path(item.path))) for item in items]

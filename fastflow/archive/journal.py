@@ -1,0 +1,217 @@
+"""The journal of a run: rows are appended and made durable batch by batch, and whatever stops the run they can be read again.
+
+A line is the CRC-32 of its content, the input's key and the row as JSON. Torch-free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import socket
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastflow._files import replacing, sync_folder
+from fastflow.errors import JournalError, OutputFolderError
+
+KEY_BYTES = 16
+Row = dict[str, Any]
+
+
+def key_of(path: str, size: int, mtime_ns: int, model_hash: str) -> bytes:
+    """16 bytes that stand for one state of a file under one model.
+
+    Args:
+        path: of the file; relative ones are relative to the working directory.
+        size: bytes, -1 where there is no file.
+        mtime_ns: time of the last change, -1 where there is no file.
+        model_hash: of the model folder.
+    """
+    fields = (os.fsencode(os.path.abspath(path)), str(size).encode(), str(mtime_ns).encode(), model_hash.encode())
+    return hashlib.blake2b(b"\0".join(fields), digest_size=KEY_BYTES).digest()
+
+
+@contextlib.contextmanager
+def locked(folder: str | PathLike[str]) -> Iterator[None]:
+    """Hold an output folder for this process. The lock ends with the process, however it ends.
+
+    Raises:
+        OutputFolderError: another process holds it.
+    """
+    path = Path(folder) / ".lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            # Record locks, not flock: network file systems pass them on to other machines.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
+            raise OutputFolderError(f"{folder}: another run is writing here ({holder or 'unknown process'})") from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+@dataclasses.dataclass
+class Journal:
+    """An append-only file of rows.
+
+    Attributes:
+        path: the file; created by the first `append`.
+        size: bytes that are whole and durable.
+    """
+
+    path: Path
+    size: int = 0
+
+    @classmethod
+    def open(cls, path: str | PathLike[str]) -> Journal:
+        """A journal that may be there already. A last line that was not written whole is cut off.
+
+        Raises:
+            JournalError: a line before the last one is damaged.
+            OSError: it cannot be read or cut.
+        """
+        journal = cls(Path(path))
+        if not journal.path.exists():
+            return journal
+        length = journal.path.stat().st_size
+        for _, _, end in journal._lines(0, length):
+            journal.size = end
+        if journal.size < length:
+            os.truncate(journal.path, journal.size)
+        return journal
+
+    def append(self, rows: Iterable[tuple[bytes, Row]]) -> list[int]:
+        """Write rows and wait until they are durable.
+
+        Returns:
+            The offset at which each row ends.
+
+        Raises:
+            OSError: they cannot be written; the journal is as before.
+        """
+        lines = [_line(key, row) for key, row in rows]
+        block = b"".join(lines)
+        ends = [self.size + n for n in itertools.accumulate(map(len, lines))]
+        fresh = not self.path.exists()
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            _write_all(handle, block, self.size)
+            os.fdatasync(handle)
+        except OSError as error:
+            # What was written of the block may be half a line. On a full disk cutting it off needs no space.
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, self.size)
+            raise OSError(error.errno, f"cannot write: {error.strerror}", str(self.path)) from error
+        finally:
+            os.close(handle)
+        if fresh:
+            sync_folder(self.path.parent)
+        self.size += len(block)
+        return ends
+
+    def ends(self) -> Iterator[int]:
+        """The offset at which each row ends."""
+        for *_, end in self._lines(0, self.size):
+            yield end
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[bytes, Row]]:
+        """The (key, row) of lines between two offsets that are starts of lines."""
+        for key, text, _ in self._lines(start, self.size if stop is None else stop):
+            yield key, json.loads(text)
+
+    def _lines(self, start: int, stop: int) -> Iterator[tuple[bytes, bytes, int]]:
+        """(key, text of the row, offset of the next line); ends early at a last line that is not whole."""
+        if start >= stop:
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(start)
+            end = start
+            for line in stream:
+                if end >= stop:
+                    return
+                parsed = _parse(line)
+                if parsed is None:
+                    if end + len(line) < stop:
+                        raise JournalError(f"{self.path}: the line at byte {end} is damaged; run anew into another folder")
+                    return
+                end += len(line)
+                yield *parsed, end
+
+    def keep(self, wanted: Callable[[bytes, Row], bool]) -> int:
+        """Rewrite the journal, atomically, without the rows that are not wanted. Returns how many went."""
+        gone = 0
+        with replacing(self.path) as stream:
+            for key, row in self.read():
+                if wanted(key, row):
+                    stream.write(_line(key, row))
+                else:
+                    gone += 1
+            size = stream.tell()
+        self.size = size
+        return gone
+
+
+def _line(key: bytes, row: Row) -> bytes:
+    # ASCII, so that names in any encoding survive and no line holds a line break of its own.
+    text = f"{key.hex()} {json.dumps(row, separators=(',', ':'))}".encode("ascii")
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parse(line: bytes) -> tuple[bytes, bytes] | None:
+    head, text = line[:8], line[9:-1]
+    try:
+        if line[-1:] != b"\n" or int(head, 16) != zlib.crc32(text):
+            return None
+        return bytes.fromhex(text[: 2 * KEY_BYTES].decode("ascii")), text[2 * KEY_BYTES + 1 :]
+    except ValueError:
+        return None
+
+
+def _write_all(handle: int, block: bytes, at: int) -> None:
+    view = memoryview(block)
+    while view:
+        written = os.pwrite(handle, view, at)
+        view, at = view[written:], at + written
+
+
+class Done:
+    """Which inputs a journal answers: 20 bytes for each of them, whatever their names.
+
+    Args:
+        keys: of the journal's rows; a key may occur more than once, where an input was given more than once.
+    """
+
+    def __init__(self, keys: Iterable[bytes]) -> None:
+        packed = bytearray()
+        for key in keys:
+            packed += key
+        found = np.frombuffer(bytes(packed), dtype=f"S{KEY_BYTES}") if packed else np.empty(0, dtype=f"S{KEY_BYTES}")
+        self._keys, self._left = np.unique(found, return_counts=True)
+
+    def take(self, key: bytes) -> bool:
+        """Whether a row of this key is left; it is then used up."""
+        # NumPy takes zeros at the end of a byte string for padding, on both sides of the comparison.
+        at = int(np.searchsorted(self._keys, np.bytes_(key)))
+        if at == len(self._keys) or self._keys[at] != np.bytes_(key) or self._left[at] == 0:
+            return False
+        self._left[at] -= 1
+        return True
+
+    def left(self) -> dict[bytes, int]:
+        """Keys that no input has taken, with their counts."""
+        rest = np.flatnonzero(self._left)
+        return {bytes(self._keys[i]).ljust(KEY_BYTES, b"\0"): int(self._left[i]) for i in rest}

@@ -1,0 +1,35 @@
+"""Gzip streams, inflated by ISA-L where the `isal` package is installed, or else by zlib. Both read what the other reads."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import zlib
+from typing import cast
+
+# What a corrupt stream raises; one that ends early raises EOFError.
+CORRUPT: tuple[type[Exception], ...] = (zlib.error, gzip.BadGzipFile)
+GzipFile: type[gzip.GzipFile] = gzip.GzipFile
+
+try:
+    from isal import igzip, isal_zlib
+except ImportError:
+    pass
+else:
+    GzipFile = igzip.IGzipFile
+    CORRUPT += (cast(type[Exception], isal_zlib.error),)
+
+# A deflate stream cannot hold more than 258 bytes per two bits.
+MAX_RATIO = 1032
+_CHUNK = 1 << 20
+
+
+def has_garbage(name: str) -> bool:
+    """Whether a stream that seems to end early has a corrupt part. ISA-L takes a few bytes of garbage for a stream cut short."""
+    with contextlib.suppress(EOFError), gzip.open(name) as stream:
+        try:
+            while stream.read(_CHUNK):
+                pass
+        except CORRUPT:
+            return True
+    return False
