@@ -466,7 +466,9 @@ def _runner(
     scorer = LabelScorer(model, precision, engine)
 
     def run(items: Iterator[Item], clock: Clock) -> Generator[list[Scored], None, None]:
-        decoded = decode(items, settings.preprocess, workers)
+        # Two batches ahead of the model, so that it does not wait for files that could be read in time.
+        ahead = 2 * batch_size // len(slice_indices(settings.preprocess.slices, MANY))
+        decoded = decode(items, settings.preprocess, workers, ahead)
         with contextlib.closing(decoded):
             yield from score_batches(scorer, timed(decoded, clock), settings.preprocess, batch_size, clock)
 
@@ -593,7 +595,7 @@ class _Run:
     ) -> None:
         self.folder, self.settings, self.sources, self.journal, self.shards = folder, settings, sources, journal, shards
         self.limit, self.progress, self.details = limit, progress, details
-        self.done = Done(key for key, _ in journal.read())
+        self.done = Done(journal.keys())
         self.total: int | None = None
         self.clock = Clock()
         self.new = self.old = self.failed = 0

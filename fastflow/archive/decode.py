@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -91,17 +92,19 @@ def _closer(path: str, error: VolumeError) -> VolumeError:
 
 
 def decode(
-    items: Iterable[Item], preprocess: Preprocess, workers: int = 1, timeout: float = TIMEOUT
+    items: Iterable[Item], preprocess: Preprocess, workers: int = 1, ahead: int = 0, timeout: float = TIMEOUT
 ) -> Generator[Decoded, None, None]:
     """Read inputs in order, by processes that are started for it.
 
-    At most ``CHUNK * AHEAD * workers`` inputs are read and not yet taken. A process that dies (out of memory, a crash in a
-    library) or hangs costs the file that it was reading an error of code ``worker`` or ``timeout``, and no other file.
+    At most ``CHUNK * AHEAD * workers`` inputs, or `ahead` where that is more, are read and not yet taken. A process that dies
+    (out of memory, a crash in a library) or hangs costs the file that it was reading an error of code ``worker`` or
+    ``timeout``, and no other file.
 
     Args:
         items: the inputs; taken from as needed.
         preprocess: what to read of them.
         workers: number of processes.
+        ahead: inputs to have read before they are asked for.
         timeout: seconds that `CHUNK` files may take.
     """
     items = iter(items)
@@ -110,7 +113,7 @@ def decode(
         for item in first:
             yield decode_one(item, preprocess)
         return
-    pool = _Pool(preprocess, workers, timeout)
+    pool = _Pool(preprocess, workers, ahead, timeout)
     try:
         yield from pool.run(itertools.chain(first, items))
     finally:
@@ -120,8 +123,9 @@ def decode(
 class _Pool:
     """Worker processes, and chunks of inputs on their way through them."""
 
-    def __init__(self, preprocess: Preprocess, workers: int, timeout: float) -> None:
+    def __init__(self, preprocess: Preprocess, workers: int, ahead: int, timeout: float) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
+        self.chunks = max(workers * AHEAD, ahead // CHUNK)
         self.pending: collections.deque[tuple[list[Item], Future[list[Decoded]]]] = collections.deque()
         self.executor = self._start(workers)
 
@@ -131,7 +135,7 @@ class _Pool:
 
     def run(self, items: Iterator[Item]) -> Iterator[Decoded]:
         while True:
-            while len(self.pending) < self.workers * AHEAD and (chunk := list(itertools.islice(items, CHUNK))):
+            while len(self.pending) < self.chunks and (chunk := list(itertools.islice(items, CHUNK))):
                 self.pending.append((chunk, self._submit(chunk)))
             if not self.pending:
                 return
@@ -178,7 +182,10 @@ def _decode_chunk(chunk: list[Item], preprocess: Preprocess) -> list[Decoded]:
 
 
 def _end_with_the_parent() -> None:
-    """A worker waits on a pipe whose other end it holds itself: it would outlive a parent that was killed."""
+    """A worker waits on a pipe whose other end it holds itself: it would outlive a parent that was killed. Ctrl-C reaches it too,
+    but ending it is the parent's affair.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
 

@@ -52,8 +52,8 @@ def locked(folder: str | PathLike[str]) -> Iterator[None]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            # Record locks, not flock: network file systems pass them on to other machines.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not a record lock, which would not keep out a second run of this very process.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
             raise OutputFolderError(f"{folder}: another run is writing here ({holder or 'unknown process'})") from error
@@ -127,6 +127,11 @@ class Journal:
         """The offset at which each row ends."""
         for *_, end in self._lines(0, self.size):
             yield end
+
+    def keys(self) -> Iterator[bytes]:
+        """The key of each row."""
+        for key, *_ in self._lines(0, self.size):
+            yield key
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[bytes, Row]]:
         """The (key, row) of lines between two offsets that are starts of lines."""
@@ -204,9 +209,10 @@ class Done:
 
     def take(self, key: bytes) -> bool:
         """Whether a row of this key is left; it is then used up."""
-        # NumPy takes zeros at the end of a byte string for padding, on both sides of the comparison.
-        at = int(np.searchsorted(self._keys, np.bytes_(key)))
-        if at == len(self._keys) or self._keys[at] != np.bytes_(key) or self._left[at] == 0:
+        # NumPy takes zeros at the end of a byte string for padding, and gives strings without them.
+        bare = key.rstrip(b"\0")
+        at = int(np.searchsorted(self._keys, np.bytes_(bare)))
+        if at == len(self._keys) or bytes(self._keys[at]) != bare or self._left[at] == 0:
             return False
         self._left[at] -= 1
         return True

@@ -47,6 +47,8 @@ class Commands(TyperGroup):
         """
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted" + ("; --resume goes on" if ctx.invoked_subcommand == "classify" else ""), INTERRUPTED)
         except (RunStoppedError, JournalError) as error:
             self._give_up(ctx, error, FAILED)
         except (FastflowError, ValueError) as error:

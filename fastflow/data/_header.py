@@ -22,6 +22,7 @@ from fastflow.errors import VolumeError
 MAX_VOXELS = 512**3
 # Streams are read in whole planes.
 MAX_PLANE = 2048**2
+MAX_FRAMES = 1000
 # Scan parameters and tags follow the voxels of MGH files.
 MAX_FOOTER = 16 << 20
 MAX_OBLIQUITY = 15.0
@@ -190,6 +191,8 @@ def _check_dims(name: str, dims: list[int], max_voxels: int) -> tuple[tuple[int,
     voxels = math.prod(dims)
     if voxels > max_voxels:
         raise VolumeError(name, "too_large", f"the header promises {voxels} voxels; the limit is {max_voxels}")
+    if frames > MAX_FRAMES:
+        raise VolumeError(name, "too_large", f"the header promises {frames} frames; the limit is {MAX_FRAMES}")
     if shape[0] * shape[1] > MAX_PLANE:
         raise VolumeError(name, "too_large", f"a plane has {shape[0]} x {shape[1]} voxels; the limit is {MAX_PLANE}")
     return shape, frames

@@ -77,7 +77,8 @@ class Volume:
 def read_volume(path: str | PathLike[str], max_voxels: int = MAX_VOXELS) -> Volume:
     """Read a ``.nii``, ``.nii.gz``, ``.mgh`` or ``.mgz`` volume in canonical orientation.
 
-    Frames of PET become their median. Memory: 4 bytes per voxel and some chunks; with frames, all frames as they are stored too.
+    Frames of PET become their median. Memory: 4 bytes per voxel and some chunks; with frames, also all frames as they are stored,
+    and those of one plane as float32, twice.
 
     Args:
         path: the file.
@@ -134,15 +135,15 @@ class Scan:
         for chunk in self.chunks:
             frames[plane // self.header.shape[2]].append(chunk)
             plane += len(chunk)
+        step = max(1, _CHUNK // (self.header.frames * self.header.shape[1] * self.header.shape[0]))
         for chunks in zip(*frames, strict=True):
-            for planes in zip(*chunks, strict=True):
-                # NaN and infinity pass through a median only by accident.
-                series = np.stack([self.header.scaling.apply(plane) for plane in planes])
-                bad = ~np.isfinite(series).all(axis=0)
+            for first in range(0, len(chunks[0]), step):
+                series = np.stack([self.header.scaling.apply(chunk[first : first + step]) for chunk in chunks])
                 with np.errstate(all="ignore"):
                     median = np.median(series, axis=0)
-                median[bad] = np.nan
-                yield median[None]
+                # They pass through a median only by accident.
+                median[~np.isfinite(series).all(axis=0)] = np.nan
+                yield median
 
 
 @contextlib.contextmanager
