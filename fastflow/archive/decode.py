@@ -75,7 +75,9 @@ def decode_one(item: Item, preprocess: Preprocess) -> Decoded:
         image = read_image(item.path, preprocess)
         result, flags = image.images, tuple((flag.code, flag.message) for flag in image.flags)
     except VolumeError as error:
-        result = _closer(item.path, error)
+        # Anew, without the traceback: it would hold the file's buffers for as long as the error is kept.
+        closer = _closer(item.path, error)
+        result = VolumeError(closer.path, closer.code, closer.message)
     except Exception as error:
         result = VolumeError(item.path, "unreadable", f"{type(error).__name__}: {error}")
     return Decoded(item, size, mtime, result, flags, time.perf_counter() - start)

@@ -209,7 +209,8 @@ def _load_or_error(path: str, preprocess: Preprocess) -> Result:
     try:
         return load_image(path, preprocess)
     except VolumeError as error:
-        return error
+        # Anew, without the traceback: it would hold the file's buffers for as long as the error is kept.
+        return VolumeError(error.path, error.code, error.message)
     except Exception as error:
         # One file must never stop the others, whatever is in it.
         return VolumeError(path, "unreadable", f"{type(error).__name__}: {error}")

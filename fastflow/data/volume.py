@@ -168,7 +168,7 @@ def open_scan(name: str, max_voxels: int = MAX_VOXELS) -> Iterator[Scan]:
             else:
                 header = read_header(name, raw, max_voxels)
                 _check_size(name, header, size)
-                chunks = _mapped(header, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ))
+                chunks = _mapped(header, _map(name, raw.fileno(), header.offset + header.bytes))
             yield Scan(name, header, chunks)
         except _gzip.CORRUPT as error:
             raise VolumeError(name, "crc", f"the gzip stream is corrupt: {error}") from error
@@ -216,6 +216,14 @@ def _planes(header: Header) -> Iterator[int]:
     for _ in range(header.frames):
         for first in range(0, header.shape[2], most):
             yield min(most, header.shape[2] - first)
+
+
+def _map(name: str, file: int, length: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(file, length, access=mmap.ACCESS_READ)
+    except ValueError as error:
+        # It was long enough a moment ago.
+        raise VolumeError(name, "truncated", f"became shorter while it was opened: {error}") from error
 
 
 def _mapped(header: Header, mapped: mmap.mmap) -> Iterator[NDArray[Any]]:

@@ -461,3 +461,5 @@ def test_images_come_one_by_one(tmp_path: Path) -> None:
     assert isinstance(first, np.ndarray) and first.shape == (3, 1, 8, 10)
     second = next(results)
     assert isinstance(second, VolumeError) and second.code == "missing"
+    # A traceback would keep the file's buffers.
+    assert second.__traceback__ is None and second.__context__ is None

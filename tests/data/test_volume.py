@@ -4,6 +4,8 @@ import gzip
 import itertools
 import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastflow.data.volume import ERROR_CODES, Volume, read_volume
+from fastflow.data.preprocess import Preprocess
+from fastflow.data.slices import read_image
+from fastflow.data.volume import ERROR_CODES, FLAG_CODES, Volume, read_volume
 from fastflow.errors import FastflowError, VolumeError
 
 AFFINE = np.array([[2.0, 0, 0, -5], [0, 2.5, 0, -6], [0, 0, 3.0, -7], [0, 0, 0, 1]])
@@ -41,7 +45,7 @@ def nifti(data: np.ndarray = DATA, *, version: int = 1, order: str = "<", tail: 
 
 def store(folder: Path, content: bytes, name: str = "scan.nii") -> Path:
     path = folder / name
-    path.write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if name.endswith("z") else content)
     return path
 
 
@@ -157,6 +161,144 @@ def test_limit_is_inclusive(tmp_path: Path) -> None:
     assert code_of(path, max_voxels=59) == "too_large"
 
 
+# -- MGH ------------------------------------------------------------------------------------------------------------------
+
+
+def mgh(
+    data: np.ndarray = DATA, affine: np.ndarray = AFFINE, tail: bytes = b"", changes: dict[int, bytes] | None = None
+) -> bytes:
+    content = bytearray(nib.MGHImage(data, affine).to_bytes() + tail)
+    for start, value in (changes or {}).items():
+        content[start : start + len(value)] = value
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", ["scan.mgh", "scan.mgz"])
+@pytest.mark.parametrize("dtype", ["u1", "i2", "i4", "f4"])
+def test_mgh_as_nibabel_does(tmp_path: Path, dtype: str, name: str) -> None:
+    affine = np.array([[0, 0, -2.0, 5], [-2.5, 0, 0, 6], [0, 3.0, 0, -7], [0, 0, 0, 1]])
+    path = store(tmp_path, mgh(np.abs(DATA).astype(dtype), affine, tail=b"a tag" * 50), name)
+    volume, expected = read_volume(path), nib.as_closest_canonical(nib.load(path))
+    np.testing.assert_array_equal(volume.data, expected.get_fdata())
+    np.testing.assert_allclose(volume.affine, expected.affine)
+    assert volume.spacing == pytest.approx(tuple(nib.affines.voxel_sizes(expected.affine)))
+    assert volume.flags == ()
+
+
+def test_mgh_without_an_orientation(tmp_path: Path) -> None:
+    path = store(tmp_path, mgh(changes={28: bytes(2)}), "scan.mgz")
+    volume, expected = read_volume(path), nib.as_closest_canonical(nib.load(path))
+    np.testing.assert_array_equal(volume.data, expected.get_fdata())
+    assert [flag.code for flag in volume.flags] == ["no_orientation"]
+
+
+@pytest.mark.parametrize(
+    ("code", "content"),
+    [
+        ("header", lambda: nifti()),
+        ("header", lambda: mgh(changes={0: b"\0\0\0\2"})),
+        ("truncated", lambda: mgh()[:60]),
+        ("truncated", lambda: mgh()[:300]),
+        ("dims", lambda: mgh(changes={8: bytes(4)})),
+        ("dims", lambda: mgh(changes={8: b"\xff" * 4})),
+        ("too_large", lambda: mgh(changes={4: b"\x7f\xff\xff\xff" * 3})),
+        ("four_dimensional", lambda: mgh(np.zeros((5, 4, 3, 2), dtype=np.int16))),
+        ("dtype", lambda: mgh(changes={20: b"\0\0\0\2"})),
+        ("affine", lambda: mgh(changes={30: bytes(4)})),
+        ("affine", lambda: mgh(changes={42: b"\x7f\xc0\0\0"})),
+        ("non_finite", lambda: mgh(_with(DATA, np.nan).astype(np.float32))),
+    ],
+)
+@pytest.mark.parametrize("name", ["scan.mgh", "scan.mgz"])
+def test_bad_mgh(tmp_path: Path, code: str, content: Callable[[], bytes], name: str) -> None:
+    assert code_of(store(tmp_path, content(), name)) == code
+
+
+def test_footer_of_mgh_is_bounded_and_drained(tmp_path: Path) -> None:
+    path = store(tmp_path, mgh(tail=bytes(MIB)), "scan.mgz")
+    np.testing.assert_array_equal(read_volume(path).data, DATA)
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+    assert code_of(path) == "crc"
+    assert code_of(store(tmp_path, mgh(tail=bytes(17 * MIB)), "scan.mgz")) == "too_long"
+
+
+# -- frames ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sub-1_pet.nii.gz", "sub-1_pet.nii", "pet/sub-1.nii", "sub-1_pet.mgz"])
+@pytest.mark.parametrize("frames", [2, 3, 4])
+def test_pet_becomes_its_median_frame(tmp_path: Path, name: str, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastflow.data.volume._CHUNK", 80)
+    (tmp_path / "pet").mkdir()
+    data = np.random.default_rng(0).integers(0, 500, (*SHAPE, frames)).astype(np.int16)
+    content = mgh(data) if name.endswith("mgz") else nifti(data, scl_slope=0.5, order=">")
+    expected = np.median(data.astype(np.float32) * (1 if name.endswith("mgz") else 0.5), axis=3)
+    path = store(tmp_path, content, name)
+    np.testing.assert_array_equal(read_volume(path).data, expected)
+    assert code_of(path, max_voxels=60 * frames - 1) == "too_large"
+    preprocess = Preprocess((8, 8), "center+-1")
+    loaded = read_image(str(path), preprocess)
+    np.testing.assert_array_equal(loaded.images, preprocess(read_volume(path)))
+
+
+def test_pet_with_a_bad_frame(tmp_path: Path) -> None:
+    data = np.ones((*SHAPE, 5), dtype=np.float32)
+    data[1, 1, 1, 2] = np.inf
+    assert code_of(store(tmp_path, nifti(data), "sub-1_pet.nii")) == "non_finite"
+    assert code_of(store(tmp_path, nifti(data[..., None, :]), "sub-1_pet.nii")) == "dims"
+    assert code_of(store(tmp_path, nifti(data)[:-1], "sub-1_pet.nii.gz")) == "truncated"
+    many = nifti(np.zeros((1, 1, 1, 1001), dtype=np.int8))
+    assert code_of(store(tmp_path, many, "sub-1_pet.nii"), max_voxels=2000) == "too_large"
+    assert code_of(store(tmp_path, nifti(dim=[4, 9, 9, 1, 10, 1, 1, 1]), "sub-1_pet.nii.gz")) == "truncated"
+
+
+@pytest.mark.parametrize("name", ["pet_T1w.nii", "sub-pet/scan.nii", "sub_pet_T1w.nii", "petted/scan.nii"])
+def test_what_is_not_pet(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    assert code_of(store(tmp_path, nifti(np.zeros((5, 4, 3, 2), dtype=np.int16)), name)) == "four_dimensional"
+
+
+# -- doubts ---------------------------------------------------------------------------------------------------------------
+
+
+def turned(degrees: float) -> dict[str, Any]:
+    """sform of axes turned about the vertical one."""
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return {"srow_x": [2 * cosine, -2.5 * sine, 0, 0], "srow_y": [2 * sine, 2.5 * cosine, 0, 0], "srow_z": [0, 0, 3, 0]}
+
+
+SPACED = {"qform_code": 1, "pixdim": [1, 2.0, 2.5, 3.0, 1, 1, 1, 1], "qoffset_x": -5, "qoffset_y": -6, "qoffset_z": -7}
+
+
+@pytest.mark.parametrize(
+    ("codes", "fields"),
+    [
+        ([], {}),
+        ([], turned(14)),
+        (["oblique"], turned(16)),
+        (["no_orientation"], {"sform_code": 0, **SPACED, "qform_code": 0}),
+        (["orientation_code"], {"sform_code": 6}),
+        (["orientation_code"], {"sform_code": -1}),
+        (["orientation_code"], {"qform_code": 9, "sform_code": 0, "pixdim": SPACED["pixdim"]}),
+        ([], SPACED),
+        ([], {**SPACED, "qoffset_x": -6.9}),
+        (["forms_disagree"], {**SPACED, "qoffset_x": -7.1}),
+        (["forms_disagree"], {**SPACED, "pixdim": [1, 2.0, 2.5, 5.0, 1, 1, 1, 1]}),
+        (["forms_disagree"], {**SPACED, "quatern_b": 5.0}),
+        (["forms_disagree"], {**SPACED, "pixdim": [1, 0, 2.5, 5.0, 1, 1, 1, 1]}),
+        (["oblique", "orientation_code", "forms_disagree"], {**SPACED, **turned(30), "qform_code": 7}),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_doubts_are_flags(tmp_path: Path, codes: list[str], fields: dict[str, Any], version: int) -> None:
+    volume = read_volume(store(tmp_path, nifti(version=version, **fields)))
+    assert [flag.code for flag in volume.flags] == codes
+    assert all(flag.code in FLAG_CODES and flag.message for flag in volume.flags)
+    assert pickle.loads(pickle.dumps(volume.flags)) == volume.flags
+
+
 # -- what is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +322,11 @@ BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
     "two dimensions": ("dims", lambda: nifti(dim=[2, 5, 4, 3, 1, 1, 1, 1])),
     "zero dimension": ("dims", lambda: nifti(dim=[3, 5, 0, 3, 1, 1, 1, 1])),
     "negative dimensions": ("dims", lambda: nifti(dim=[3, -5, -4, 3, 1, 1, 1, 1])),
-    "time series": ("dims", lambda: nifti(np.zeros((5, 4, 3, 2), dtype=np.int16))),
+    "time series": ("four_dimensional", lambda: nifti(np.zeros((5, 4, 3, 2), dtype=np.int16))),
+    "MGH named NIfTI": ("header", lambda: nib.MGHImage(DATA, AFFINE).to_bytes()),
+    "large plane": ("too_large", lambda: nifti(dim=[3, 4096, 2048, 1, 1, 1, 1, 1])),
+    "largest dimensions": ("too_large", lambda: nifti(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1])),
+    "other axes by the qform": ("orientation_conflict", lambda: nifti(qform_code=1, quatern_b=np.sqrt(0.5))),
     "vector field": ("dims", lambda: nifti(np.zeros((5, 4, 3, 1, 3), dtype=np.int16))),
     "RGB": ("dtype", lambda: nifti(datatype=128)),
     "complex": ("dtype", lambda: nifti(DATA.astype(np.complex64))),
@@ -240,10 +386,11 @@ def test_every_trailer_byte_counts(tmp_path: Path, back: int) -> None:
     assert code_of(path) == "crc"
 
 
-def test_garbage_after_the_gzip_stream(tmp_path: Path) -> None:
+@pytest.mark.parametrize("garbage", [b"g", b"garbage", b"garbage" * 3, b"\x1f\x8b\x08" + bytes(20)])
+def test_garbage_after_the_gzip_stream(tmp_path: Path, garbage: bytes) -> None:
     path = store(tmp_path, nifti(), "scan.nii.gz")
-    path.write_bytes(path.read_bytes() + b"garbage")
-    assert code_of(path) == "crc"
+    path.write_bytes(path.read_bytes() + garbage)
+    assert code_of(path) in ("crc", "truncated") if garbage[:1] == b"\x1f" else ("crc",)
 
 
 def test_bomb_is_not_inflated(tmp_path: Path) -> None:
@@ -255,6 +402,32 @@ def test_bomb_is_not_inflated(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert code == "too_long"
     assert peak < 4 * MIB
+
+
+def test_bomb_is_not_inflated_into_slices_either(tmp_path: Path) -> None:
+    """512 MiB of zeros in half a MiB: not even the resident memory of a process of its own may notice."""
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(gzip.compress(nifti()) + 16 * gzip.compress(bytes(32 * MIB)))
+    assert path.stat().st_size < MIB
+    script = (
+        "import resource, sys, time\n"
+        "from fastflow.data.preprocess import Preprocess\n"
+        "from fastflow.data.slices import read_image\n"
+        "from fastflow.errors import VolumeError\n"
+        "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()\n"
+        "try:\n    read_image(sys.argv[1], Preprocess((8, 8)))\n"
+        "except VolumeError as error:\n    code = error.code\n"
+        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.perf_counter() - start)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True).stdout.split()
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert told[0] == "too_long" and int(told[1]) * unit < 8 * MIB and float(told[2]) < 1
+
+
+def test_zeros_that_pad_a_gzip_file_are_no_voxels(tmp_path: Path) -> None:
+    path = store(tmp_path, nifti(), "scan.nii.gz")
+    path.write_bytes(path.read_bytes() + bytes(512))
+    np.testing.assert_array_equal(read_volume(path).data, DATA)
 
 
 def test_promise_that_the_stream_does_not_keep(tmp_path: Path) -> None:
