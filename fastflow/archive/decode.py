@@ -115,15 +115,22 @@ def decode(
         for item in first:
             yield decode_one(item, preprocess)
         return
-    pool = _Pool(preprocess, workers, ahead, timeout)
+    pool = Pool(preprocess, workers, ahead, timeout)
     try:
         yield from pool.run(itertools.chain(first, items))
     finally:
         pool.stop()
 
 
-class _Pool:
-    """Worker processes, and chunks of inputs on their way through them."""
+class Pool:
+    """Worker processes, and chunks of inputs on their way through them. See `decode`.
+
+    Args:
+        preprocess: what to read.
+        workers: number of processes.
+        ahead: inputs to have read before they are asked for.
+        timeout: seconds that `CHUNK` files may take.
+    """
 
     def __init__(self, preprocess: Preprocess, workers: int, ahead: int, timeout: float) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
@@ -136,6 +143,7 @@ class _Pool:
         return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_the_parent)
 
     def run(self, items: Iterator[Item]) -> Iterator[Decoded]:
+        """Read inputs, in order."""
         while True:
             while len(self.pending) < self.chunks and (chunk := list(itertools.islice(items, CHUNK))):
                 self.pending.append((chunk, self._submit(chunk)))
@@ -173,6 +181,7 @@ class _Pool:
         self.pending = collections.deque((later, self._submit(later)) for later, _ in self.pending)
 
     def stop(self) -> None:
+        """End the processes, whatever they are doing."""
         processes = list((getattr(self.executor, "_processes", None) or {}).values())
         self.executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
