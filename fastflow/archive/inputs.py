@@ -139,7 +139,10 @@ class Inputs:
     def _name(self, path: str, base: str) -> str:
         if len(self.sources) > 1 or os.path.isabs(path) != os.path.isabs(base or "."):
             return path
-        return os.path.relpath(path, base or ".")
+        start = f"{base}/" if base and not base.endswith("/") else base
+        # What `relpath` would give, without its time.
+        plain = path.startswith(start) and ".." not in path
+        return path[len(start) :] if plain else os.path.relpath(path, base or ".")
 
 
 def _nothing_in(source: str, split: str | None) -> str:

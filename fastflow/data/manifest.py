@@ -130,7 +130,15 @@ def _record(path: Path, line: int, row: Mapping[str, Any]) -> Record:
     if not values["path"]:
         raise ManifestError(f"{path}, line {line}: path is empty")
     subject = values["subject"] or subject_of(values["path"])
-    return Record(str(path.parent / values["path"]), values["label"] or None, subject, values["split"] or None)
+    return Record(_below(path.parent, values["path"]), values["label"] or None, subject, values["split"] or None)
+
+
+def _below(folder: Path, name: str) -> str:
+    """``str(folder / name)``, which is what most of the time would go into where there are millions."""
+    if name.startswith("./") or name.endswith(("/", ".")) or "//" in name or "/./" in name:
+        return str(folder / name)
+    base = str(folder)
+    return name if base == "." else os.path.join(base, name)
 
 
 def write_manifest(records: Iterable[Record], path: str | PathLike[str]) -> None:
@@ -223,12 +231,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def subject_of(path: str | PathLike[str]) -> str:
     """The BIDS ``sub-`` entity of a file's name or folders, or else the file's name without its endings."""
-    for part in reversed(Path(path).parts):
+    parts = os.fspath(path).split("/")
+    for part in reversed(parts):
         match = _SUBJECT.search(part)
         if match:
             return match[1]
     # Only these endings: names that are DICOM identifiers are full of dots.
-    return _ENDING.sub("", Path(path).name)
+    return _ENDING.sub("", parts[-1])
 
 
 def index_folder(root: str | PathLike[str]) -> list[Record]:

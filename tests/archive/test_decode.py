@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastflow.archive.decode import AHEAD, CHUNK, Decoded, Pool, decode, decode_one
+from fastflow.archive.inputs import Item
+from fastflow.data.preprocess import Preprocess
+from fastflow.errors import VolumeError
+
+PREPROCESS = Preprocess((16, 16), "center+-1", (2.0, 2.0, 2.0), (14, 9, 15))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trap(Preprocess):
+    """Unpickled in a worker, it kills or holds up whoever reads the file of a certain size."""
+
+    fatal: int = -1
+    slow: int = -1
+
+    def locate(self, path, shape, spacing):  # type: ignore[no-untyped-def]
+        if os.path.getsize(path) == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.path.getsize(path) == self.slow:
+            time.sleep(60)
+        return super().locate(path, shape, spacing)
+
+
+@pytest.fixture(scope="module")
+def items(scans: Path) -> list[Item]:
+    return [Item(str(path), path.name) for path in sorted(scans.rglob("*.nii.gz"))]
+
+
+def same(one: Decoded, other: Decoded) -> bool:
+    assert not isinstance(one.result, VolumeError)
+    assert not isinstance(other.result, VolumeError)
+    return one.item == other.item and one.size == other.size and np.array_equal(one.result, other.result)
+
+
+def test_one_file(items: list[Item], tmp_path: Path) -> None:
+    one = decode_one(items[0], PREPROCESS)
+    assert isinstance(one.result, np.ndarray)
+    assert one.result.shape == (3, 1, 16, 16)
+    assert (one.size, one.mtime_ns) == (os.stat(items[0].path).st_size, os.stat(items[0].path).st_mtime_ns)
+    assert one.seconds > 0
+    gone = decode_one(Item("nowhere.nii", "nowhere.nii"), PREPROCESS)
+    assert isinstance(gone.result, VolumeError)
+    assert (gone.result.code, gone.size, gone.mtime_ns) == ("missing", -1, -1)
+    # An error that is kept keeps nothing else.
+    assert gone.result.__traceback__ is None
+
+
+def test_folders_among_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.nii").mkdir()
+    one = decode_one(Item(str(tmp_path / "x.nii"), "x.nii"), PREPROCESS)
+    assert isinstance(one.result, VolumeError)
+    assert one.result.code == "not_a_file"
+
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fastflow.archive.decode.os.scandir", refuse)
+    one = decode_one(Item(str(tmp_path / "x.nii"), "x.nii"), PREPROCESS)
+    assert isinstance(one.result, VolumeError)
+    assert (one.result.code, one.result.message) == ("unreadable", "the folder cannot be listed: Permission denied")
+
+
+def test_anything_else_becomes_an_error(items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str, preprocess: Preprocess) -> None:
+        raise ZeroDivisionError("unforeseen")
+
+    monkeypatch.setattr("fastflow.archive.decode.read_image", broken)
+    one = decode_one(items[0], PREPROCESS)
+    assert isinstance(one.result, VolumeError)
+    assert (one.result.code, one.result.message) == ("unreadable", "ZeroDivisionError: unforeseen")
+
+
+@pytest.mark.parametrize("ahead", [0, 18])
+def test_order_and_look_ahead(items: list[Item], ahead: int) -> None:
+    taken = 0
+
+    def stream() -> Iterator[Item]:
+        nonlocal taken
+        for item in items * 3:
+            taken += 1
+            yield item
+
+    results = decode(stream(), PREPROCESS, 1, ahead)
+    bound = max(CHUNK * AHEAD, ahead) + CHUNK
+    for given, expected in enumerate(items * 3, start=1):
+        assert same(next(results), decode_one(expected, PREPROCESS))
+        assert taken <= given + bound
+    assert next(results, None) is None
+
+
+def test_a_file_that_kills_its_reader_costs_itself_only(items: list[Item]) -> None:
+    fatal = os.path.getsize(items[9].path)
+    alike = {i for i, item in enumerate(items) if os.path.getsize(item.path) == fatal}
+    trap = Trap(**dataclasses.asdict(PREPROCESS), fatal=fatal)
+    for i, one in enumerate(decode(items, trap, 2)):
+        if i in alike:
+            assert isinstance(one.result, VolumeError)
+            assert (one.result.code, one.size, one.item) == ("worker", fatal, items[i])
+        else:
+            assert same(one, decode_one(items[i], PREPROCESS))
+    assert i == len(items) - 1
+
+
+def test_a_file_that_hangs_costs_itself_only(items: list[Item]) -> None:
+    slow = os.path.getsize(items[9].path)
+    alike = {i for i, item in enumerate(items) if os.path.getsize(item.path) == slow}
+    trap = Trap(**dataclasses.asdict(PREPROCESS), slow=slow)
+    # Long enough for processes to start.
+    results = list(decode(items[8:], trap, 1, timeout=6.0))
+    assert [one.item for one in results] == items[8:]
+    for i, one in enumerate(results, start=8):
+        if i in alike:
+            assert isinstance(one.result, VolumeError)
+            assert (one.result.code, one.result.message) == ("timeout", "could not be read within 6 s")
+        else:
+            assert same(one, decode_one(items[i], PREPROCESS))
+
+
+def test_processes_end_with_the_run(items: list[Item]) -> None:
+    results = decode(items * 3, PREPROCESS, 2)
+    next(results)
+    results.close()
+    pool = Pool(PREPROCESS, 1, 0, 60.0)
+    next(pool.run(iter(items)))
+    (process,) = pool.executor._processes.values()
+    pool.stop()
+    process.join(10)
+    assert process.exitcode is not None

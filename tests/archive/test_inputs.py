@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastflow.archive.inputs import Inputs, Item, Shard, gather
+from fastflow.data import manifest
+from fastflow.errors import ManifestError
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def names(*sources: Path | str, **options: object) -> list[str]:
+    return [item.name for item in Inputs(tuple(map(str, sources)), **options)]  # type: ignore[arg-type]
+
+
+@given(st.lists(st.text(min_size=1), unique=True, max_size=50), st.integers(1, 9))
+def test_shards_are_disjoint_and_everything(files: list[str], count: int) -> None:
+    held = [[name for name in files if Shard(i, count).holds(name)] for i in range(1, count + 1)]
+    assert sorted(itertools.chain(*held)) == sorted(files)
+    # Which one a file is in depends on its name alone.
+    assert all(Shard(i, count).holds(name) for i, part in enumerate(held, start=1) for name in part)
+
+
+def test_shards_are_about_equal_and_stay_so() -> None:
+    files = [f"sub-{i:05d}/anat/sub-{i:05d}_T1w.nii.gz" for i in range(8000)]
+    sizes = [sum(map(Shard(i, 8).holds, files)) for i in range(1, 9)]
+    assert sum(sizes) == 8000
+    assert all(abs(size - 1000) < 5 * 1000**0.5 for size in sizes)
+    # The next release must send every file to the same job.
+    assert [next(i for i in range(1, 6) if Shard(i, 5).holds(name)) for name in ("a.nii", "b.nii", "c.nii", "d.nii")] == EXPECTED
+
+
+EXPECTED = [4, 5, 1, 4]
+
+
+@pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "a/b", "1/0", "-1/4", "1/4/2", "1 / 4"])
+def test_shards_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="shard must be i/N with 1 <= i <= N, got "):
+        Shard.parse(text)
+
+
+def test_shards_have_folders_of_their_own() -> None:
+    assert (Shard.parse("3/12").folder, str(Shard.parse("3/12"))) == ("shard-00003-of-00012", "3/12")
+
+
+def test_folders_in_order(tmp_path: Path) -> None:
+    touch(tmp_path, "b/x.nii", "b.nii", "a/z.nii.gz", "a/y.mgz", "c.png", "notes.txt", ".hidden.nii", ".cache/x.nii", "a.d/q.nii")
+    expected = ["a/y.mgz", "a/z.nii.gz", "a.d/q.nii", "b/x.nii", "b.nii", "c.png"]
+    assert names(tmp_path) == expected
+    assert [str(path.relative_to(tmp_path)) for path in manifest.find_files(tmp_path)] == expected
+
+
+def test_folders_too_large_to_be_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, *(f"{i}.nii" for i in range(9)), "sub/a.nii", "sub/b.nii")
+    monkeypatch.setattr(manifest, "SORTED", 4)
+    found = names(tmp_path)
+    assert sorted(found) == sorted([*(f"{i}.nii" for i in range(9)), "sub/a.nii", "sub/b.nii"])
+    assert [name for name in found if "/" in name] == ["sub/a.nii", "sub/b.nii"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    touch(tmp_path, "archive/s1/a.nii", "elsewhere/s2/b.nii")
+    (tmp_path / "archive/s2").symlink_to(tmp_path / "elsewhere/s2")
+    (tmp_path / "archive/s1/up").symlink_to(tmp_path / "archive")
+    (tmp_path / "archive/broken.nii").symlink_to("nowhere")
+    assert names(tmp_path / "archive") == ["broken.nii", "s1/a.nii", "s2/b.nii"]
+
+
+def test_folders_that_cannot_be_listed_are_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a/x.nii", "b/y.nii")
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if path.endswith("/a"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(manifest.os, "scandir", refusing)
+    assert names(tmp_path) == ["a", "b/y.nii"]
+
+
+def test_names_are_relative_to_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "scans/a.nii", "more/a.nii")
+    (tmp_path / "scans/m.csv").write_text("path,label,split\na.nii,old,test\n/abs/b.nii,,train\n../more/a.nii,,test\n")
+    assert names(tmp_path / "scans") == ["a.nii"]
+    assert names(tmp_path / "scans", tmp_path / "more") == [str(tmp_path / "scans/a.nii"), str(tmp_path / "more/a.nii")]
+    assert names(tmp_path / "scans/m.csv") == ["a.nii", os.path.relpath("/abs/b.nii", tmp_path / "scans"), "../more/a.nii"]
+    assert names(tmp_path / "scans/m.csv", split="test") == ["a.nii", "../more/a.nii"]
+    monkeypatch.chdir(tmp_path)
+    assert names("scans/m.csv") == ["a.nii", "/abs/b.nii", "../more/a.nii"]
+    assert names("scans/a.nii") == ["scans/a.nii"]
+    items = list(Inputs(("scans/m.csv",)))
+    assert (items[0].path, items[0].label, items[1].label) == ("scans/a.nii", "old", None)
+
+
+def test_hashes_stand_for_names() -> None:
+    a, b = Item("/x/a.nii", "a.nii"), Item("/y/a.nii", "a.nii")
+    assert (a.id("relpath"), len(a.id("hash"))) == ("a.nii", 32)
+    assert a.id("hash") == b.id("hash") != Item("b", "b.nii").id("hash")
+    assert len(Item("bad\udcff", "bad\udcff").id("hash")) == 32
+
+
+def test_inputs_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "m.csv").write_text("path,split\na.nii,train\n")
+    (tmp_path / "e.jsonl").write_text("")
+    for source, options, message in [
+        (tmp_path / "empty", {}, r"no \.nii, .* file below this folder"),
+        (tmp_path / "m.csv", {"split": "test"}, "no entry is in the split 'test'"),
+        (tmp_path / "e.jsonl", {}, "the manifest has no entries"),
+        (tmp_path / "none.csv", {}, "there is no such manifest"),
+    ]:
+        with pytest.raises(ManifestError, match=message):
+            names(source, **options)
+    with pytest.raises(ManifestError, match="nothing to classify"):
+        Inputs(())
+    # A part may be empty.
+    assert names(tmp_path / "m.csv", shard=Shard(1, 10**9 - 1)) == []
+
+
+def test_long_manifests_are_not_held_in_memory(tmp_path: Path) -> None:
+    with (tmp_path / "m.jsonl").open("w") as stream:
+        stream.writelines(json.dumps({"path": f"sub-{i:07d}/anat/sub-{i:07d}_T1w.nii.gz"}) + "\n" for i in range(60_000))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in Inputs((str(tmp_path / "m.jsonl"),))) == 60_000
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_few_as_a_list(tmp_path: Path) -> None:
+    touch(tmp_path, "sub-01/a.nii")
+    (record,) = gather([tmp_path])
+    assert (record.path, record.label, record.subject) == (str(tmp_path / "sub-01/a.nii"), None, "sub-01")

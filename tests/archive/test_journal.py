@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastflow.archive.journal import KEY_BYTES, Done, Journal, key_of, locked
+from fastflow.errors import OutputFolderError
+
+KEYS = st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES) | st.integers(0, 255).map(lambda n: bytes([n]) + bytes(KEY_BYTES - 1))
+# Names of files may hold what is no Unicode; scores may be infinite.
+VALUES = st.none() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec=None)) | st.lists(st.floats(-9, 9))
+ROWS = st.lists(st.tuples(KEYS, st.dictionaries(st.text(), VALUES)), max_size=6)
+
+
+@given(ROWS, ROWS, st.binary(max_size=40))
+def test_what_was_appended_is_read(first: list[Any], second: list[Any], garbage: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "j"
+        journal = Journal.open(path)
+        ends = [*journal.append(first), *journal.append(second)]
+        assert list(journal.read()) == first + second
+        assert list(journal.ends()) == ends
+        assert list(journal.keys()) == [key for key, _ in first + second]
+        with path.open("ab") as stream:
+            stream.write(garbage.replace(b"\n", b""))
+        again = Journal.open(path)
+        assert again.size == path.stat().st_size == journal.size
+        assert list(again.read()) == first + second
+        for start, stop in zip([0, *ends], ends, strict=False):
+            assert len(list(again.read(start, stop))) == 1
+
+
+@given(ROWS)
+def test_rows_that_are_not_wanted_go(rows: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal.open(Path(folder) / "j")
+        journal.append(rows)
+        assert journal.keep(lambda key, row: len(row) % 2 == 0) == sum(len(row) % 2 for _, row in rows)
+        left = [(key, row) for key, row in rows if len(row) % 2 == 0]
+        assert list(journal.read()) == list(Journal.open(journal.path).read()) == left
+
+
+@given(st.lists(KEYS, max_size=30), st.lists(KEYS, max_size=30))
+def test_each_row_answers_one_input(rows: list[bytes], inputs: list[bytes]) -> None:
+    done, left = Done(rows), list(rows)
+    for key in inputs:
+        assert done.take(key) == (key in left)
+        if key in left:
+            left.remove(key)
+    assert done.left() == {key: left.count(key) for key in left}
+
+
+def test_keys_tell_files_their_states_and_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = [("a", 1, 2, "m"), ("b", 1, 2, "m"), ("a", 11, 2, "m"), ("a", 1, 1, "m"), ("a", 1, 2, "n"), ("a\udcff", 1, 2, "m")]
+    assert len({key_of(*field) for field in fields}) == len(fields)
+    monkeypatch.chdir(tmp_path)
+    assert key_of("a.nii", 1, 2, "m") == key_of(str(tmp_path / "a.nii"), 1, 2, "m")
+
+
+def test_a_folder_is_held_once(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(OutputFolderError, match="another run is writing here"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastflow.archive.inputs import Inputs
+from fastflow.data.bids import is_bids, iterate_bids
+from fastflow.errors import ManifestError
+
+IMAGES = [
+    "sub-01/anat/sub-01_T1w.nii.gz",
+    "sub-01/anat/sub-01_run-2_T2w.nii",
+    "sub-02/ses-a/anat/sub-02_ses-a_FLAIR.nii.gz",
+    "sub-02/ses-a/pet/sub-02_ses-a_pet.nii.gz",
+]
+OTHERS = [
+    "sub-01/func/sub-01_task-rest_bold.nii.gz",
+    "sub-01/dwi/sub-01_dwi.nii.gz",
+    "sub-01/anat/sub-01_T1w_mask.nii.gz",
+    "sub-01/anat/sub-01_dseg.nii.gz",
+    "sub-01/anat/sub-01_T1w.json",
+    "derivatives/x/sub-01/anat/sub-01_T1w.nii.gz",
+    "sourcedata/sub-01/anat/sub-01_T1w.nii.gz",
+    "template/anat/T1w.nii.gz",
+    "logo.png",
+]
+
+
+def dataset(root: Path, files: list[str], **description: str) -> Path:
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (root / "dataset_description.json").write_text(json.dumps({"Name": "n", "BIDSVersion": "1.10.0"} | description))
+    return root
+
+
+def test_anatomy_and_pet_of_the_subjects(tmp_path: Path) -> None:
+    root = dataset(tmp_path, IMAGES + OTHERS)
+    assert is_bids(root)
+    assert [str(Path(path).relative_to(root)) for path in iterate_bids(root)] == sorted(IMAGES)
+    assert [item.name for item in Inputs((str(root),))] == sorted(IMAGES)
+    # A part of it is a folder like any other.
+    assert len(list(Inputs((str(root / "sub-01"),)))) == 6
+
+
+def test_what_is_no_raw_dataset(tmp_path: Path) -> None:
+    assert not is_bids(tmp_path)
+    assert not is_bids(dataset(tmp_path / "a", IMAGES, DatasetType="derivative"))
+    for content in ("[]", "{}", "not json", "\xff"):
+        (tmp_path / "dataset_description.json").write_bytes(content.encode("latin-1"))
+        assert not is_bids(tmp_path)
+
+
+def test_a_dataset_without_images_says_so(tmp_path: Path) -> None:
+    root = dataset(tmp_path, OTHERS)
+    with pytest.raises(ManifestError, match="no anatomical or PET image of this BIDS dataset"):
+        list(Inputs((str(root),)))
