@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from fastflow import __version__
 from fastflow._files import write_text
-from fastflow.archive.decode import Decoded, decode, file_state
+from fastflow.archive.decode import Decoded, count_elsewhere, decode, file_state
 from fastflow.archive.inputs import IDS, Inputs, Item, Shard
 from fastflow.archive.journal import Done, Journal, Row, key_of, locked
 from fastflow.archive.shards import SHARD_ROWS, Shards, check_format, found
@@ -52,6 +53,9 @@ CODES = {
     "timeout": "the file could not be read in time",
     "atypical": f"the typicality p-value is below {ATYPICAL}: the image is unlike the model's validation data",
 }
+
+# Inputs that are counted by a thread. More would keep Python's lock from the one that scores.
+FEW = 2000
 
 # Longer than any axis: how many slices a specification asks for does not depend on the volume.
 MANY = 1 << 20
@@ -620,7 +624,10 @@ class _Run:
         """Beside the run, so that a listing that takes minutes does not delay it."""
         # What is wrong with the inputs is for the run itself to tell.
         with contextlib.suppress(Exception):
-            self.total = sum(1 for _ in self.sources)
+            if (few := sum(1 for _ in itertools.islice(self.sources, FEW))) < FEW:
+                self.total = few
+            else:
+                self.total = count_elsewhere(self.sources)
 
     def _left(self) -> Iterator[Item]:
         """The inputs that have no row yet."""

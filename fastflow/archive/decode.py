@@ -14,12 +14,12 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastflow.archive.inputs import Item
+from fastflow.archive.inputs import Inputs, Item
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import read_image
 from fastflow.errors import VolumeError
@@ -186,6 +186,29 @@ class Pool:
         self.executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
+
+
+def count_elsewhere(items: Inputs) -> int:
+    """The number of inputs, counted by a process that is started for it.
+
+    Raises:
+        EOFError: the process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    # A daemon: a run that is over does not wait for it.
+    process = context.Process(target=_count, args=(items, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return int(ours.recv())
+    finally:
+        process.join()
+
+
+def _count(items: Inputs, result: Connection) -> None:
+    _end_with_the_parent()
+    result.send(sum(1 for _ in items))
 
 
 def _decode_chunk(chunk: list[Item], preprocess: Preprocess) -> list[Decoded]:

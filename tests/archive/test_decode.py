@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastflow.archive.decode import AHEAD, CHUNK, Decoded, Pool, decode, decode_one
-from fastflow.archive.inputs import Item
+from fastflow.archive.decode import AHEAD, CHUNK, Decoded, Pool, count_elsewhere, decode, decode_one
+from fastflow.archive.inputs import Inputs, Item
 from fastflow.data.preprocess import Preprocess
 from fastflow.errors import VolumeError
 
@@ -138,3 +138,9 @@ def test_processes_end_with_the_run(items: list[Item]) -> None:
     pool.stop()
     process.join(10)
     assert process.exitcode is not None
+
+
+def test_counting_in_another_process(scans: Path) -> None:
+    assert count_elsewhere(Inputs((str(scans),))) == 20
+    with pytest.raises(EOFError):
+        count_elsewhere(Inputs(("nowhere.csv",)))
