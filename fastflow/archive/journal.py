@@ -194,7 +194,7 @@ def _write_all(handle: int, block: bytes, at: int) -> None:
 
 
 class Done:
-    """Which inputs a journal answers: 20 bytes for each of them, whatever their names.
+    """Which inputs a journal answers: 24 bytes for each of them, whatever their names.
 
     Args:
         keys: of the journal's rows; a key may occur more than once, where an input was given more than once.
