@@ -30,8 +30,9 @@ from fastflow.archive.decode import Decoded, count_elsewhere, decode, file_state
 from fastflow.archive.inputs import IDS, Inputs, Item, Shard
 from fastflow.archive.journal import Done, Journal, Row, key_of, locked
 from fastflow.archive.shards import SHARD_ROWS, Shards, check_format, found
+from fastflow.data.manifest import MANIFESTS
 from fastflow.data.preprocess import Preprocess, slice_indices
-from fastflow.errors import FastflowError, OutputFolderError, RunStoppedError, VolumeError
+from fastflow.errors import FastflowError, ManifestError, OutputFolderError, RunStoppedError, VolumeError
 from fastflow.evaluation.classification import classification_metrics
 from fastflow.models.checkpoint import CONFIG
 from fastflow.models.magic_flow import MagicFlow
@@ -280,6 +281,8 @@ def _inputs(
 ) -> Inputs:
     sources = [os.fspath(path) for path in inputs]
     if manifest is not None:
+        if not os.fspath(manifest).endswith(MANIFESTS):
+            raise ManifestError(f"{manifest}: a manifest ends in .csv or .jsonl")
         sources.append(os.fspath(manifest))
     return Inputs(tuple(sources), split, Shard.parse(shard) if isinstance(shard, str) else shard)
 
