@@ -28,7 +28,7 @@ from fastflow import __version__
 from fastflow._files import write_text
 from fastflow.archive.decode import Decoded, count_elsewhere, decode, file_state
 from fastflow.archive.inputs import IDS, Inputs, Item, Shard
-from fastflow.archive.journal import Done, Journal, Row, key_of, locked
+from fastflow.archive.journal import Done, Journal, Row, is_temporary, key_of, locked
 from fastflow.archive.shards import SHARD_ROWS, Shards, check_format, found
 from fastflow.data.manifest import MANIFESTS
 from fastflow.data.preprocess import Preprocess, slice_indices
@@ -239,7 +239,7 @@ def classify(
     settings = _settings(model, model_folder, prior, slices, combine, id_from)
     run = _runner(model, model_folder, settings, batch_size, workers, precision, engine, device)
     # Inputs that name nothing are told before a folder is made.
-    next(iter(sources), None)
+    sources.check()
     folder = Path(out) / sources.shard.folder if sources.shard else Path(out)
     identity = _identity(sources, settings, precision, format, shard_rows)
     resume = resume or retry_failed
@@ -389,7 +389,7 @@ def _prepare(folder: Path, identity: dict[str, Any], resume: bool, overwrite: bo
         return True
     if not folder.is_dir():
         raise OutputFolderError(f"{folder}: must be a folder, it is a file")
-    here = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    here = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not is_temporary(path.name))
     if here and not (folder / RUN).exists():
         raise OutputFolderError(f"{folder}: holds other files, such as {here[0]!r}; results need a folder of their own")
     if here and resume:
@@ -401,8 +401,8 @@ def _prepare(folder: Path, identity: dict[str, Any], resume: bool, overwrite: bo
 
 def _compare(folder: Path, identity: dict[str, Any]) -> None:
     try:
-        before = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = dict(json.loads((folder / RUN).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise OutputFolderError(f"{folder / RUN} cannot be read: {error}") from error
     for name, value in identity.items():
         if before.get(name) != value:
@@ -413,8 +413,8 @@ def _compare(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of an earlier run. First the one that would let somebody resume it."""
-    for path in [folder / RUN, folder / JOURNAL, folder / SUMMARY, *found(folder)]:
+    """Remove the files of an earlier run. Last the one that says whose folder it is, before it the journal that results are of."""
+    for path in [*found(folder), folder / SUMMARY, folder / JOURNAL, folder / RUN]:
         path.unlink(missing_ok=True)
 
 

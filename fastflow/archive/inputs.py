@@ -83,8 +83,16 @@ class Item:
         return self.name if kind == "relpath" else _digest(self.name, 16).hex()
 
 
+def name_bytes(name: str) -> bytes:
+    """A file's name as bytes, also one that a manifest can hold and no file system."""
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogatepass")
+
+
 def _digest(name: str, size: int) -> bytes:
-    return hashlib.blake2b(os.fsencode(name), digest_size=size).digest()
+    return hashlib.blake2b(name_bytes(name), digest_size=size).digest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +130,16 @@ class Inputs:
                 if self.shard is None or self.shard.holds(item.name):
                     yield item
             if not found:
+                raise ManifestError(_nothing_in(source, self.split))
+
+    def check(self) -> None:
+        """Look for the first input of each source, so that one that names nothing is told before the others are worked through.
+
+        Raises:
+            ManifestError: as iterating does.
+        """
+        for source in self.sources:
+            if next(self._items(source), None) is None:
                 raise ManifestError(_nothing_in(source, self.split))
 
     def _items(self, source: str) -> Iterator[Item]:

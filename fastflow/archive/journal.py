@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import socket
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,9 +23,12 @@ from typing import Any
 import numpy as np
 
 from fastflow._files import replacing, sync_folder
+from fastflow.archive.inputs import name_bytes
 from fastflow.errors import JournalError, OutputFolderError
 
 KEY_BYTES = 16
+# Files under construction, which stay where a run was killed.
+_TEMPORARY = re.compile(r"\.(run\.json|summary\.json|journal\.jsonl|results-\d+\.\w+)\.[a-z0-9_]{8}")
 Row = dict[str, Any]
 
 
@@ -37,13 +41,14 @@ def key_of(path: str, size: int, mtime_ns: int, model_hash: str) -> bytes:
         mtime_ns: time of the last change, -1 where there is no file.
         model_hash: of the model folder.
     """
-    fields = (os.fsencode(os.path.abspath(path)), str(size).encode(), str(mtime_ns).encode(), model_hash.encode())
+    fields = (name_bytes(os.path.abspath(path)), str(size).encode(), str(mtime_ns).encode(), model_hash.encode())
     return hashlib.blake2b(b"\0".join(fields), digest_size=KEY_BYTES).digest()
 
 
 @contextlib.contextmanager
 def locked(folder: str | PathLike[str]) -> Iterator[None]:
-    """Hold an output folder for this process. The lock ends with the process, however it ends.
+    """Hold an output folder for this process. The lock ends with the process, however it ends. What a run that was killed had
+    begun to write goes.
 
     Raises:
         OutputFolderError: another process holds it.
@@ -59,9 +64,16 @@ def locked(folder: str | PathLike[str]) -> Iterator[None]:
             raise OutputFolderError(f"{folder}: another run is writing here ({holder or 'unknown process'})") from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        for name in filter(is_temporary, os.listdir(folder)):
+            os.unlink(Path(folder) / name)
         yield
     finally:
         os.close(handle)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of an output folder is one that a run was writing when it was killed."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 @dataclasses.dataclass
@@ -78,10 +90,10 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | PathLike[str]) -> Journal:
-        """A journal that may be there already. A last line that was not written whole is cut off.
+        """A journal that may be there already. What is not a whole line is cut off at its end.
 
         Raises:
-            JournalError: a line before the last one is damaged.
+            JournalError: a line is damaged and a whole one follows.
             OSError: it cannot be read or cut.
         """
         journal = cls(Path(path))
@@ -139,7 +151,7 @@ class Journal:
             yield key, json.loads(text)
 
     def _lines(self, start: int, stop: int) -> Iterator[tuple[bytes, bytes, int]]:
-        """(key, text of the row, offset of the next line); ends early at a last line that is not whole."""
+        """(key, text of the row, offset of the next line); ends early where no whole line follows."""
         if start >= stop:
             return
         with self.path.open("rb") as stream:
@@ -150,7 +162,7 @@ class Journal:
                     return
                 parsed = _parse(line)
                 if parsed is None:
-                    if end + len(line) < stop:
+                    if any(map(_parse, stream)):
                         raise JournalError(f"{self.path}: the line at byte {end} is damaged; run anew into another folder")
                     return
                 end += len(line)

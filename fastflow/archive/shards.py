@@ -9,6 +9,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from os import PathLike
@@ -23,6 +24,7 @@ FORMATS = ("csv", "parquet")
 SHARD_ROWS = 100_000
 FORMULA = ("=", "+", "-", "@", "\t")
 TEXT = ("path", "mtime", "status", "error_code", "error_message", "label", "predicted", "prior", "model_hash")
+_NAME = re.compile(rf"results-(\d{{5,}})\.({'|'.join(FORMATS)})")
 # Rows of a Parquet row group, which are in memory together.
 _GROUP = 10_000
 
@@ -136,11 +138,21 @@ def check_format(format: str) -> None:
 
 @contextlib.contextmanager
 def open_table(path: Path, format: str, names: Sequence[str]) -> Iterator[_Table]:
-    """A result file under construction, which takes its name when it is whole."""
-    with replacing(path) as stream:
-        table: _Table = _Csv(stream, names) if format == "csv" else _Parquet(stream, names)
-        yield table
-        table.close()
+    """A result file under construction, which takes its name when it is whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with replacing(path) as stream:
+            table: _Table = _Csv(stream, names) if format == "csv" else _Parquet(stream, names)
+            yield table
+            table.close()
+    except OSError as error:
+        # That of a full disk names no file.
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from error
 
 
 @dataclasses.dataclass
@@ -199,8 +211,9 @@ class Shards:
 
 
 def found(folder: Path) -> list[Path]:
-    """Result files in a folder, in order."""
-    return sorted(path for path in folder.glob("results-*") if path.suffix[1:] in FORMATS)
+    """Result files in a folder, in order. Files that somebody else named alike are not among them."""
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.glob("results-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def read_results(folder: str | PathLike[str]) -> Iterator[dict[str, Any]]:

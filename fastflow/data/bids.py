@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
-from fastflow.data.manifest import walk_files
+from fastflow.data.manifest import SUFFIXES, walk_files
 
 # Single images. Series (func, dwi, perf, fmap) hold hundreds of volumes that no model here is trained on.
 DATATYPES = ("anat", "pet")
 # Not images of anatomy, though they lie among them.
 NOT_IMAGES = ("mask", "defacemask", "dseg", "probseg")
-# Folders of a dataset that hold no raw data of its own.
-ASIDE = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
 
 
 def is_bids(root: str | PathLike[str]) -> bool:
@@ -33,14 +31,17 @@ def is_bids(root: str | PathLike[str]) -> bool:
 def iterate_bids(root: str | PathLike[str]) -> Iterator[str]:
     """Anatomical and PET images below the subjects of a BIDS dataset, sorted: ``sub-*/[ses-*/]{anat,pet}/*_<suffix>.nii[.gz]``.
 
-    Files of other data types, masks, and the folders `ASIDE` are passed over.
+    Files of other data types, masks, and other folders are passed over; a folder on the way that cannot be listed is given.
     """
     for path in walk_files(root, _enters):
         parts = Path(path).relative_to(root).parts
-        suffix = parts[-1].split(".")[0].rsplit("_", 1)[-1]
-        if parts[0].startswith("sub-") and len(parts) > 1 and parts[-2] in DATATYPES and suffix not in NOT_IMAGES:
+        if not path.endswith(SUFFIXES) or (len(parts) > 2 and parts[-2] in DATATYPES and _suffix(parts[-1]) not in NOT_IMAGES):
             yield path
 
 
 def _enters(parts: tuple[str, ...]) -> bool:
-    return parts[0] not in ASIDE
+    return parts[0].startswith("sub-") and all(part.startswith("ses-") or part in DATATYPES for part in parts[1:])
+
+
+def _suffix(name: str) -> str:
+    return name.split(".")[0].rsplit("_", 1)[-1]

@@ -191,35 +191,54 @@ def walk_files(root: str | PathLike[str], enters: Callable[[tuple[str, ...]], bo
         root: the folder.
         enters: called with the parts of a folder's path relative to `root`; False leaves the folder out.
     """
-    yield from _walk(os.fspath(root), (), enters, frozenset())
+    # A stack of its own: a tree may be deeper than Python's.
+    stack: list[Iterator[str | _Folder]] = [iter([_Folder(os.fspath(root), (), frozenset())])]
+    while stack:
+        found = next(stack[-1], None)
+        if found is None:
+            stack.pop()
+        elif isinstance(found, str):
+            yield found
+        else:
+            stack.append(_list(found, enters))
 
 
-def _walk(
-    folder: str, parts: tuple[str, ...], enters: Callable[[tuple[str, ...]], bool] | None, above: frozenset[tuple[int, int]]
-) -> Iterator[str]:
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+    """A folder to be listed; `above` are the folders on the way to it, `parts` those of its path below the root."""
+
+    path: str
+    parts: tuple[str, ...]
+    above: frozenset[tuple[int, int]]
+
+
+def _list(folder: _Folder, enters: Callable[[tuple[str, ...]], bool] | None) -> Iterator[str | _Folder]:
     try:
-        status = os.stat(folder)
-        listing = os.scandir(folder)
-    except OSError:
-        yield folder
-        return
-    if (status.st_dev, status.st_ino) in above:
-        return
-    above |= {(status.st_dev, status.st_ino)}
-    with listing:
-        entries = list(itertools.islice(listing, SORTED + 1))
-        rest: Iterable[os.DirEntry[str]] = listing
-        if len(entries) <= SORTED:
-            entries.sort(key=lambda entry: entry.name)
-            rest = ()
-        for entry in itertools.chain(entries, rest):
+        status = os.stat(folder.path)
+        above = folder.above | {(status.st_dev, status.st_ino)}
+        if above == folder.above:
+            return
+        for entry in _entries(folder.path):
             if entry.name.startswith("."):
                 continue
             if entry.name.endswith(SUFFIXES):
                 yield entry.path
-            inner = (*parts, entry.name)
+            inner = (*folder.parts, entry.name)
             if _is_folder(entry) and (enters is None or enters(inner)):
-                yield from _walk(entry.path, inner, enters, above)
+                yield _Folder(entry.path, inner, above)
+    except OSError:
+        # With a volume's name it was given already.
+        if not (folder.parts and folder.parts[-1].endswith(SUFFIXES)):
+            yield folder.path
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as listing:
+        entries = list(itertools.islice(listing, SORTED + 1))
+        if len(entries) <= SORTED:
+            entries.sort(key=lambda entry: entry.name)
+        yield from entries
+        yield from listing
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -58,6 +58,7 @@ def journal(folder: Path) -> list[tuple[bytes, dict[str, object]]]:
     return [(key, {name: value for name, value in row.items() if name != "seconds"}) for key, row in rows]
 
 
+@pytest.mark.slow
 def test_rows_of_a_run_that_was_stopped_and_resumed_are_those_of_the_local_engine(
     cluster: Path, scans: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,7 +187,8 @@ def test_the_environment_sets_the_backend():
 # -- compile and export ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["classification", pytest.param("generation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "generation"])
 def test_compiled_model_scores_the_same(task):
     model = build(FlowConfig.tiny(3, task=task), dtype=torch.float32)
     x, y = images(model.config, 4, dtype=torch.float32), labels(model.config, 4)
@@ -244,7 +245,8 @@ def test_gelu_of_a_sample_does_not_know_its_batch(size, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("task", ["classification", pytest.param("generation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "generation"])
 def test_exported_graphs_hold_no_op_of_ours(task):
     class LogProb(torch.nn.Module):
         def __init__(self, model):

@@ -39,6 +39,7 @@ def test_a_model_on_kernels_is_the_model(model, device):
     assert torch.allclose(got[3].cpu(), x, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_one_channel_mixes_are_folded_and_conditioner_inputs_written_beside(model, device):
     from fastflow.kernels import _launch
 
