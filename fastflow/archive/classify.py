@@ -413,7 +413,7 @@ def _compare(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of an earlier run. Last the one that says whose folder it is, before it the journal that results are of."""
+    """Remove the files of an earlier run: results before the journal that they are of, last what says whose folder it is."""
     for path in [*found(folder), folder / SUMMARY, folder / JOURNAL, folder / RUN]:
         path.unlink(missing_ok=True)
 

@@ -85,7 +85,7 @@ def decode_one(item: Item, preprocess: Preprocess) -> Decoded:
 
 def _closer(path: str, error: VolumeError) -> VolumeError:
     """A folder stands among the inputs because of its name, or because what is in it cannot be listed."""
-    if error.code == "not_a_file" and os.path.isdir(path):
+    if error.code in ("not_a_file", "unsupported_format") and os.path.isdir(path):
         try:
             os.scandir(path).close()
         except OSError as reason:

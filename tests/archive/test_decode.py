@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,3 +145,23 @@ def test_counting_in_another_process(scans: Path) -> None:
     assert count_elsewhere(Inputs((str(scans),))) == 20
     with pytest.raises(EOFError):
         count_elsewhere(Inputs(("nowhere.csv",)))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else; for others test_faults has such a file")
+def test_a_file_that_others_may_not_read(items: list[Item]) -> None:
+    # Not below pytest's folder, which nobody else may enter.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        secret = Path(folder) / "secret.nii.gz"
+        secret.write_bytes(Path(items[0].path).read_bytes())
+        secret.chmod(0)
+        (Path(folder) / "closed").mkdir(0o700)
+        os.seteuid(65534)
+        try:
+            found = [decode_one(Item(str(path), "x"), PREPROCESS) for path in (secret, Path(folder) / "closed")]
+        finally:
+            os.seteuid(0)
+    for one, message in zip(found, ("cannot be read: Permission", "the folder cannot be listed: Permission"), strict=True):
+        assert isinstance(one.result, VolumeError)
+        assert one.result.code == "unreadable"
+        assert message in one.result.message

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
+import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,50 @@ def test_a_few_as_a_list(tmp_path: Path) -> None:
     touch(tmp_path, "sub-01/a.nii")
     (record,) = gather([tmp_path])
     assert (record.path, record.label, record.subject) == (str(tmp_path / "sub-01/a.nii"), None, "sub-01")
+
+
+def test_trees_deeper_than_the_stack(tmp_path: Path) -> None:
+    touch(tmp_path, "d/" * 100 + "a.nii")
+    before = sys.getrecursionlimit()
+    # Less than the tree's depth above where this is.
+    sys.setrecursionlimit(len(inspect.stack(0)) + 60)
+    try:
+        found = names(tmp_path)
+    finally:
+        sys.setrecursionlimit(before)
+    assert found == ["d/" * 100 + "a.nii"]
+
+
+def test_folders_that_cannot_be_listed_are_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was given for its name already, and one whose listing breaks off."""
+    touch(tmp_path, "a.nii/x.nii", "b/y.nii", "c.nii")
+
+    class Broken:
+        """A listing that a network file system gives up."""
+
+        def __enter__(self) -> Iterator[object]:
+            raise OSError(5, "Input/output error")
+
+        def __exit__(self, *error: object) -> None: ...
+
+    scandir = os.scandir
+    monkeypatch.setattr(manifest.os, "scandir", lambda path: Broken() if path != str(tmp_path) else scandir(path))
+    assert names(tmp_path) == ["a.nii", "b", "c.nii"]
+
+
+def test_names_that_no_file_system_has(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"path": "\\ud800.nii"}\n{"path": "\\ud801.nii"}\n{"path": "nul\\u0000.nii"}\n')
+    items = list(Inputs((str(tmp_path / "m.jsonl"),)))
+    assert [item.name for item in items] == ["\ud800.nii", "\ud801.nii", "nul\0.nii"]
+    assert len({item.id("hash") for item in items}) == 3
+    assert sum(len(names(tmp_path / "m.jsonl", shard=Shard(i, 2))) for i in (1, 2)) == 3
+
+
+def test_every_source_is_looked_at_before_the_first_is_worked_through(tmp_path: Path) -> None:
+    touch(tmp_path, "full/a.nii", "m.csv")
+    (tmp_path / "empty").mkdir()
+    full, part = str(tmp_path / "full"), Shard(1, 10**9 - 1)
+    Inputs((full, "nowhere.nii"), shard=part).check()
+    for bad in ("empty", "m.csv"):
+        with pytest.raises(ManifestError, match=bad):
+            Inputs((full, str(tmp_path / bad))).check()

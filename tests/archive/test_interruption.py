@@ -410,3 +410,132 @@ def test_a_summary_is_there_whenever_a_run_was_finished(archive: Path, model_fol
     run(source, model_folder, out, resume=True)
     document = json.loads((out / "summary.json").read_text())
     assert (document["rows"], document["rows_of_this_run"]) == (2, 0)
+
+
+def test_damage_ends_the_command_with_one_line(archive: Path, model_folder: Path, tmp_path: Path) -> None:
+    source, out = few(archive, tmp_path, 4), tmp_path / "r"
+    arguments = ["classify", str(source), "--model", str(model_folder), "--out", str(out), "--resume"]
+    assert CliRunner().invoke(app, arguments).exit_code in (0, 3)
+    content = bytearray((out / "journal.jsonl").read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / "journal.jsonl").write_bytes(content)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "is damaged" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_an_empty_source_is_told_before_any_work(archive: Path, model_folder: Path, tmp_path: Path) -> None:
+    """Behind the work, it would be told at every resumption, and the inputs of a run cannot be changed."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ManifestError, match="empty: no "):
+        classify([archive, tmp_path / "empty"], model_folder, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "[1]", "5", "null", "{", "[" * 100_000, ""])
+def test_a_run_json_that_says_nothing(archive: Path, model_folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/run.json").write_text(content)
+    with pytest.raises(OutputFolderError, match=r"cannot be (read|resumed)"):
+        run(archive, model_folder, tmp_path / "r", resume=True)
+
+
+def test_a_name_that_no_file_system_has_costs_a_row(scans: Path, model_folder: Path, tmp_path: Path) -> None:
+    paths = [str(next(scans.rglob("*.nii.gz"))), "x\ud800.nii", "nul\0.nii"]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"path": path}) + "\n" for path in paths))
+    for resume in (False, True):
+        classify([tmp_path / "m.jsonl"], model_folder, tmp_path / "r", resume=resume)
+        assert [row["error_code"] for row in rows_of(tmp_path / "r")] == ["", "unreadable", "unreadable"]
+
+
+# A process that has loaded torch, and from it for each order a process that ends without any of Python's cleaning up.
+MORTAL = """
+import json, os, sys, traceback
+from fastflow.archive.classify import classify
+
+def die(name, at):
+    original, calls = getattr(os, name), iter(range(10**9))
+    def call(*arguments, **options):
+        if next(calls) == at:
+            if name == "pwrite":
+                original(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2], arguments[2])
+            os._exit(9)
+        return original(*arguments, **options)
+    setattr(os, name, call)
+
+for line in sys.stdin:
+    name, at, arguments = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            die(name, at)
+            classify(**arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[Callable[[str, int, dict[str, Any]], int]]:
+    """Runs `classify` until a call of a function of `os`, where the process ends; gives its exit code."""
+    with subprocess.Popen([sys.executable, "-c", MORTAL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def call(name: str, at: int, arguments: dict[str, Any]) -> int:
+            print(json.dumps([name, at, arguments]), file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield call
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fdatasync", "replace", "unlink"])
+@pytest.mark.parametrize("scene", ["new", "overwrite", "changed", "retry"])
+def test_killed_at_every_step(
+    archive: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    mortal: Callable[[str, int, dict[str, Any]], int],
+    scene: str,
+    name: str,
+) -> None:
+    """Other than an exception, a kill leaves behind what was being written."""
+    source = few(archive, tmp_path, 5)
+    files = sorted(source.iterdir())
+    files[1].write_bytes(b"not a scan")
+    options = {"batch_size": BATCH, "shard_rows": 2}
+    if scene != "new":
+        # Of another setting, where nothing of it may be left.
+        classify([source], model_folder, tmp_path / "start", **options, prior=[0.9, 0.1] if scene == "overwrite" else None)
+    if scene == "changed":
+        files[0].unlink()
+        shutil.copy(files[3], files[2])
+    how = {"new": {}, "overwrite": {"overwrite": True}, "changed": {"resume": True}, "retry": {"retry_failed": True}}[scene]
+
+    def begin(out: Path) -> dict[str, Any]:
+        if scene != "new":
+            shutil.copytree(tmp_path / "start", out)
+        return {"inputs": [str(source)], "model_folder": str(model_folder), "out": str(out)} | options | how
+
+    classify(**begin(tmp_path / "whole"))
+    whole = sorted(rows_of(tmp_path / "whole"), key=lambda row: row["path"])
+    for at in range(30):
+        arguments = begin(tmp_path / str(at))
+        code = mortal(name, at, arguments)
+        assert code in (0, 9)
+        if code == 0:
+            break
+        try:
+            classify(**arguments | {"overwrite": False, "resume": True})
+        except OutputFolderError:
+            # The earlier run is still there, and may still be replaced.
+            assert scene == "overwrite"
+            classify(**arguments)
+        assert sorted(rows_of(tmp_path / str(at)), key=lambda row: row["path"]) == whole, at
+        names = {path.name for path in (tmp_path / str(at)).iterdir()}
+        assert names == {path.name for path in (tmp_path / "whole").iterdir()}
+    else:
+        raise AssertionError("never came to an end")

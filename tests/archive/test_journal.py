@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastflow.archive.journal import KEY_BYTES, Done, Journal, key_of, locked
-from fastflow.errors import OutputFolderError
+from fastflow.errors import JournalError, OutputFolderError
 
 KEYS = st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES) | st.integers(0, 255).map(lambda n: bytes([n]) + bytes(KEY_BYTES - 1))
 # Names of files may hold what is no Unicode; scores may be infinite.
@@ -67,3 +67,46 @@ def test_a_folder_is_held_once(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         pass
+
+
+@given(ROWS.filter(bool), st.binary(max_size=40))
+def test_no_line_of_garbage_is_taken_for_a_row(rows: list[Any], garbage: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal.open(Path(folder) / "j")
+        journal.append(rows)
+        for tail in (garbage, garbage + b"\n", b"\n" + garbage, garbage + b"\n" + garbage):
+            with journal.path.open("ab") as stream:
+                stream.write(tail)
+            assert list(Journal.open(journal.path).read()) == rows
+            assert journal.path.stat().st_size == journal.size
+
+
+@given(ROWS.filter(lambda rows: len(rows) > 1), st.data())
+def test_a_changed_byte_costs_the_last_row_or_is_told(rows: list[Any], data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal.open(Path(folder) / "j")
+        *_, last, end = journal.append(rows)
+        content = bytearray(journal.path.read_bytes())
+        at = data.draw(st.integers(0, end - 1))
+        # Another line break before the last one cuts its line in two, and both halves are none.
+        content[at] ^= data.draw(st.integers(1, 255))
+        journal.path.write_bytes(content)
+        if at < last:
+            with pytest.raises(JournalError, match=r"the line at byte \d+ is damaged"):
+                Journal.open(journal.path)
+        else:
+            # The case of a hexadecimal digit says nothing.
+            assert list(Journal.open(journal.path).read()) in (rows[:-1], rows)
+
+
+def test_names_that_no_file_system_has_have_keys() -> None:
+    assert key_of("a\ud800", -1, -1, "m") != key_of("a\ud801", -1, -1, "m")
+
+
+def test_what_a_killed_run_was_writing_goes_with_the_next(tmp_path: Path) -> None:
+    own = [".run.json.ab_cd012", ".results-00012.parquet.abcdefgh", ".journal.jsonl.abcdefgh", ".summary.json.abcdefgh"]
+    others = [".run.json", ".results-mine.csv.abcdefgh", "run.json.abcdefgh", ".notes.txt.abcdefgh", ".run.json.abcdefgh~"]
+    for name in own + others:
+        (tmp_path / name).touch()
+    with locked(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".lock", *others])

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastflow.archive.journal import Journal
-from fastflow.archive.shards import Shards, cells, check_format, columns, format_cell, read_results, safe
+from fastflow.archive.shards import Shards, cells, check_format, columns, format_cell, found, read_results, safe
 from fastflow.errors import OutputFolderError
 
 NAMES = ("old", "=young")
@@ -122,3 +125,29 @@ def test_formats_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None
 def test_no_results(tmp_path: Path) -> None:
     with pytest.raises(OutputFolderError, match="there are no results"):
         next(read_results(tmp_path))
+
+
+def test_only_its_own_names_are_result_files(tmp_path: Path) -> None:
+    mine = ["results-mine.csv", "results-00001.csv.bak", "results-1.csv", "results-00001.txt", "results-.csv"]
+    for name in [*mine, "results-99999.csv", "results-100000.csv", "results-00002.parquet"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in found(tmp_path)] == ["results-00002.parquet", "results-99999.csv", "results-100000.csv"]
+    write(tmp_path, 1).finish()
+    assert sorted(path.name for path in tmp_path.glob("results-*")) == sorted([*mine, "results-00000.csv"])
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_a_disk_that_is_full_is_named_with_the_file(tmp_path: Path, format: str) -> None:
+    shards = write(tmp_path, 3, format)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write: File too large: .*results-00000") as caught:
+            shards.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["j"]
+    shards.finish()
+    assert len(list(read_results(tmp_path))) == 3

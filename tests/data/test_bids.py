@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from fastflow.archive.inputs import Inputs
+from fastflow.data import manifest
 from fastflow.data.bids import is_bids, iterate_bids
 from fastflow.errors import ManifestError
 
@@ -57,3 +59,19 @@ def test_a_dataset_without_images_says_so(tmp_path: Path) -> None:
     root = dataset(tmp_path, OTHERS)
     with pytest.raises(ManifestError, match="no anatomical or PET image of this BIDS dataset"):
         list(Inputs((str(root),)))
+
+
+def test_folders_that_cannot_be_listed_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = dataset(tmp_path, IMAGES + OTHERS)
+    listed, scandir = [], os.scandir
+
+    def refusing(path: str) -> object:
+        listed.append(os.path.relpath(path, root))
+        if path.endswith(("sub-02", "sub-01/anat", "derivatives", "func")):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(manifest.os, "scandir", refusing)
+    assert [os.path.relpath(path, root) for path in iterate_bids(root)] == ["sub-01/anat", "sub-02"]
+    # Nor is what cannot hold an image looked into.
+    assert listed == [".", "sub-01", "sub-01/anat", "sub-02"]
