@@ -30,7 +30,7 @@ class Trap(Preprocess):
         if os.path.getsize(path) == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         if os.path.getsize(path) == self.slow:
-            time.sleep(60)
+            time.sleep(600)
         return super().locate(path, shape, spacing)
 
 
@@ -114,17 +114,18 @@ def test_a_file_that_kills_its_reader_costs_itself_only(items: list[Item]) -> No
     assert i == len(items) - 1
 
 
+@pytest.mark.slow
 def test_a_file_that_hangs_costs_itself_only(items: list[Item]) -> None:
     slow = os.path.getsize(items[9].path)
     alike = {i for i, item in enumerate(items) if os.path.getsize(item.path) == slow}
     trap = Trap(**dataclasses.asdict(PREPROCESS), slow=slow)
-    # Long enough for processes to start.
-    results = list(decode(items[8:], trap, 1, timeout=6.0))
+    # Long enough for processes to start on a busy machine.
+    results = list(decode(items[8:], trap, 1, timeout=40.0))
     assert [one.item for one in results] == items[8:]
     for i, one in enumerate(results, start=8):
         if i in alike:
             assert isinstance(one.result, VolumeError)
-            assert (one.result.code, one.result.message) == ("timeout", "could not be read within 6 s")
+            assert (one.result.code, one.result.message) == ("timeout", "could not be read within 40 s")
         else:
             assert same(one, decode_one(items[i], PREPROCESS))
 

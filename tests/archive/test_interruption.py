@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -492,8 +493,14 @@ def mortal() -> Iterator[Callable[[str, int, dict[str, Any]], int]]:
         process.stdin.close()
 
 
-@pytest.mark.parametrize("name", ["pwrite", "fdatasync", "replace", "unlink"])
-@pytest.mark.parametrize("scene", ["new", "overwrite", "changed", "retry"])
+# A minute in all.
+QUICK = (("new", "replace"), ("overwrite", "unlink"))
+STEPS = itertools.product(("new", "overwrite", "changed", "retry"), ("pwrite", "fdatasync", "replace", "unlink"))
+
+
+@pytest.mark.parametrize(
+    ("scene", "name"), [pytest.param(*step, marks=() if step in QUICK else pytest.mark.slow) for step in STEPS]
+)
 def test_killed_at_every_step(
     archive: Path,
     model_folder: Path,
