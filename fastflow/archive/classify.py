@@ -246,6 +246,8 @@ def classify(
     new = _prepare(folder, identity, resume, overwrite)
     try:
         with locked(folder):
+            # Once more: another run may have come and gone before the lock was taken.
+            _prepare(folder, identity, resume, overwrite)
             if not resume:
                 _clear(folder)
             write_text(folder / RUN, json.dumps(identity, indent=1) + "\n")
@@ -425,13 +427,11 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def _forget(folder: Path, journal: Journal, wanted: Callable[[bytes, Row], bool]) -> int:
+def _forget(folder: Path, journal: Journal, wanted: Callable[[bytes, Row], bool]) -> None:
     """Take rows back. The result files go first: they are made again from whatever the journal then holds."""
-    if all(wanted(key, row) for key, row in journal.read()):
-        return 0
     for path in found(folder):
         path.unlink()
-    return journal.keep(wanted)
+    journal.keep(wanted)
 
 
 # -- the run --------------------------------------------------------------------------------------------------------------
@@ -681,9 +681,7 @@ class _Run:
             left[key] -= 1
             return False
 
-        for path in found(self.folder):
-            path.unlink()
-        self.journal.keep(wanted)
+        _forget(self.folder, self.journal, wanted)
         self.shards = dataclasses.replace(self.shards, done=0, start=0, waiting=0)
         self.shards.add(self.journal.ends())
 

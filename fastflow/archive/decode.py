@@ -178,7 +178,7 @@ class Pool:
                 yield Decoded(item, -1, -1, error, seconds=self.timeout)
             self.stop()
         self.executor = self._start(self.workers)
-        self.pending = collections.deque((later, self._submit(later)) for later, _ in self.pending)
+        self.pending = collections.deque((c, f if _is_read(f) else self._submit(c)) for c, f in self.pending)
 
     def stop(self) -> None:
         """End the processes, whatever they are doing."""
@@ -186,6 +186,10 @@ class Pool:
         self.executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
+
+
+def _is_read(future: Future[list[Decoded]]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def count_elsewhere(items: Inputs) -> int:

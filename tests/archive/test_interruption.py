@@ -546,3 +546,20 @@ def test_killed_at_every_step(
         assert names == {path.name for path in (tmp_path / "whole").iterdir()}
     else:
         raise AssertionError("never came to an end")
+
+
+def test_a_run_that_ended_before_the_lock_was_taken_is_not_cleared(
+    archive: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = few(archive, tmp_path, 2), tmp_path / "r"
+    out.mkdir()
+
+    def late(folder: Path) -> Any:
+        monkeypatch.undo()
+        run(source, model_folder, out)
+        return journal_module.locked(folder)
+
+    monkeypatch.setattr("fastflow.archive.classify.locked", late)
+    with pytest.raises(OutputFolderError, match="holds an earlier run"):
+        run(source, model_folder, out)
+    assert len(rows_of(out)) == 2
