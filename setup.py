@@ -20,7 +20,8 @@ def version() -> str:
 
 PARQUET = ["pyarrow>=15"]
 RAY = ["ray[data]>=2.40"]
-ONNX = ["onnx>=1.19", "onnxscript>=0.5"]
+ONNX = ["onnx>=1.19", "onnx-ir>=0.1.12", "onnxscript>=0.5"]
+EXPORT_CPU = [*ONNX, "onnxruntime>=1.20"]
 
 setup(
     name="fastflow",
@@ -55,12 +56,14 @@ setup(
     extras_require={
         "dev": [
             *("build", "setuptools>=77", "hypothesis", "mypy", "pytest>=8", "pytest-benchmark", "pytest-xdist", "ruff"),
-            *(*PARQUET, *RAY),
+            # The schema of what a model repository holds; its gRPC extra would pin an old protobuf.
+            "tritonclient>=2.69",
+            *(*PARQUET, *RAY, *EXPORT_CPU),
         ],
         "parquet": PARQUET,
         "ray": RAY,
         "export": [*ONNX, "onnxruntime-gpu>=1.20"],
-        "export-cpu": [*ONNX, "onnxruntime>=1.20"],
+        "export-cpu": EXPORT_CPU,
     },
     entry_points={"console_scripts": ["fastflow = fastflow.cli.main:run"]},
     classifiers=[

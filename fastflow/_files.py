@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
+
+from fastflow.errors import OutputFolderError
 
 
 @contextlib.contextmanager
@@ -54,3 +57,46 @@ def write_bytes(path: str | PathLike[str], content: bytes) -> None:
 def write_text(path: str | PathLike[str], text: str) -> None:
     """`write_bytes` of UTF-8 text. What is not valid Unicode (a file name of another encoding) is written as an escape."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | PathLike[str]) -> Iterator[Path]:
+    """A new folder beside `path`, which takes its place at the end; what was there is gone then.
+
+    Where the body raises, the new folder goes and the old one stays.
+
+    Raises:
+        OutputFolderError: the new folder cannot be put there.
+    """
+    # Renamed is the folder that is meant, not a link to it.
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        # Of mkdtemp's own folder, another user could read nothing.
+        new = work / "new"
+        new.mkdir()
+        yield new
+        _put(new, path, work.with_name(f"{work.name}.old"))
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _put(new: Path, path: Path, old: Path) -> None:
+    """Rename a finished folder to its place; what was there is gone at the end, or back where that fails."""
+    occupied = path.exists()
+    try:
+        if occupied:
+            os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            if occupied:
+                os.rename(old, path)
+            raise
+    except OSError as error:
+        hint = "a folder that something is mounted on cannot be replaced, name one inside it"
+        raise OutputFolderError(f"{path}: the folder cannot be put there: {error} ({hint})") from error
+    if occupied:
+        shutil.rmtree(old, ignore_errors=True)

@@ -22,6 +22,10 @@ class CheckpointError(FastflowError, ValueError):
     """A model folder is missing, incomplete, corrupt or does not match its recorded hash."""
 
 
+class ExportError(FastflowError, ValueError):
+    """A folder of exported graphs is missing, incomplete, tampered with or does not fit together."""
+
+
 class ManifestError(FastflowError, ValueError):
     """A manifest or an image folder cannot be read as one."""
 

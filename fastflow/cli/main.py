@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastflow import __version__
-from fastflow.cli import classify, demo, demo_data, doctor, explain, index, sample, train
+from fastflow.cli import classify, demo, demo_data, doctor, explain, export, index, sample, train
 from fastflow.cli._console import Commands
 
 app = typer.Typer(
@@ -38,9 +38,10 @@ def main(
         fastflow demo-data archive
         fastflow train archive/manifest.csv --out model
         fastflow classify archive/manifest.csv --split test --model model --out results
+        fastflow export model --out deploy
 
     Results go to stdout, progress to stderr. Exit codes: 0 success; 1 the run failed, or inputs of `train` or
-    `explain` did; 2 wrong usage or bad input; 3 `classify` finished, with error rows.
+    `explain` did, or an export is not what `verify` expects; 2 wrong usage or bad input; 3 `classify` finished, with error rows.
     """
 
 
@@ -51,6 +52,8 @@ app.command("train")(train.train)
 app.command("classify")(classify.classify)
 app.command("sample")(sample.sample)
 app.command("explain")(explain.explain)
+app.command("export")(export.export)
+app.command("verify")(export.verify)
 app.command("doctor")(doctor.doctor)
 
 

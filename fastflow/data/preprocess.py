@@ -21,6 +21,8 @@ from fastflow.data.volume import Volume
 from fastflow.errors import VolumeError
 
 SCALINGS = ("percentile", "fixed")
+# Of [-1, 1]: what `to_unit_range` makes of a step of 1.
+GREY_LEVEL = 2.0 / 255.0
 _SPEC = re.compile(r"center(?:\+-(\d+)(?::([1-9]\d*))?)?|\d+(?:,\d+)*")
 
 
@@ -193,7 +195,7 @@ def _missing(shape: Sequence[int], size: tuple[int, int]) -> list[int]:
 
 def to_unit_range(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """8-bit images to [-1, 1]: ``2 * v / 255 - 1``."""
-    return images.astype(np.float32) * np.float32(2.0 / 255.0) - np.float32(1.0)
+    return images.astype(np.float32) * np.float32(GREY_LEVEL) - np.float32(1.0)
 
 
 def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:

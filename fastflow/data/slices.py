@@ -7,17 +7,18 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fastflow.data._header import Flag, Header
-from fastflow.data.manifest import Record
 from fastflow.data.preprocess import Preprocess, pad_evenly
 from fastflow.data.volume import check_file, open_scan
 from fastflow.errors import VolumeError
+
+if TYPE_CHECKING:
+    from fastflow.data.manifest import Record
 
 Result = NDArray[np.uint8] | VolumeError
 
@@ -181,6 +182,11 @@ def load_image(path: str, preprocess: Preprocess) -> NDArray[np.uint8]:
 
 def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
     check_file(path)
+    try:
+        # Volumes are read without it.
+        from PIL import Image
+    except ImportError as error:
+        raise VolumeError(path, "unsupported_format", "is a PNG image, which Pillow reads: pip install pillow") from error
     try:
         with Image.open(path, formats=["PNG"]) as image:
             # Only this reads the checksums; afterwards the image must be opened anew.

@@ -18,7 +18,7 @@ steps of one shape. Convolutions of few channels are fastest on CPUs with channe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -542,6 +542,11 @@ def _conv2d(v: Tensor, conv: Conv, stride: int = 1, dilation: int = 1) -> Tensor
     return conv2d(v, conv.weight, conv.bias, stride, dilation)
 
 
+def _pixels(v: Tensor) -> Tensor:
+    """(R, C) -> (R, C, 1, 1)."""
+    return v.reshape(-1, v.shape[1], 1, 1)
+
+
 def norm_gelu(v: Tensor, norm: Norm, film: Tensor, residual: Tensor | None = None, image: Tensor | None = None) -> Tensor:
     """GELU(FiLM(norm(v)) [+ residual]) in the dtype of v (R, C, H, W); with `image` (R,), of the samples that it names.
 
@@ -550,23 +555,35 @@ def norm_gelu(v: Tensor, norm: Norm, film: Tensor, residual: Tensor | None = Non
     dtype, v = v.dtype, v.to(accumulator(v.dtype))
     scale, shift = film.chunk(2, dim=1)
     if norm.average is None:
-        v = v if image is None else v[image]
+        v = v if image is None else v.index_select(0, image)
+    elif torch.compiler.is_exporting():
+        # Runtimes take a GroupNorm apart, but have code for an InstanceNorm of groups. What a label changes comes after.
+        _, channels, height, width = v.shape
+        groups = num_groups(channels)
+        v = v.reshape(-1, groups, channels // groups * height * width)
+        # Not that of `functional`, which refuses groups of one element.
+        v = torch.instance_norm(v, None, None, None, None, True, 0.0, EPS, False)
+        v = v.reshape(-1, channels, height, width)
+        v = v if image is None else v.index_select(0, image)
     else:
         mean = v.sum(dim=(2, 3)) @ norm.average
-        centred = v - mean[:, :, None, None]
+        centred = v - _pixels(mean)
         inverse = torch.rsqrt((centred * centred).sum(dim=(2, 3)) @ norm.average + EPS)
         if image is not None:
-            mean, inverse, v = mean[image], inverse[image], v[image]
+            mean, inverse, v = (part.index_select(0, image) for part in (mean, inverse, v))
         scale = (inverse * scale) @ norm.identity
         shift = torch.addmm(shift, -mean * scale, norm.identity)
-    v = v * scale[:, :, None, None] + shift[:, :, None, None]
+    v = v * _pixels(scale) + _pixels(shift)
     return gelu(v if residual is None else v + residual).to(dtype)
 
 
 def _spatial_logits(pooled: Tensor, weight: Tensor) -> Tensor:
     """The 7x7 convolution of `spatial_tile`'s weight: (R, I, H, W) -> (R, 1, H, W)."""
-    _, _, height, width = pooled.shape
-    tiles = F.pixel_unshuffle(F.pad(pooled, (0, -width % GATE_TILE, 0, -height % GATE_TILE)), GATE_TILE)
+    _, inputs, height, width = pooled.shape
+    padded = F.pad(pooled, (0, -width % GATE_TILE, 0, -height % GATE_TILE))
+    rows, columns = padded.shape[2] // GATE_TILE, padded.shape[3] // GATE_TILE
+    tiles = padded.view(-1, inputs, rows, GATE_TILE, columns, GATE_TILE).permute(0, 1, 3, 5, 2, 4)
+    tiles = tiles.reshape(-1, inputs * GATE_TILE**2, rows, columns)
     out = F.pixel_shuffle(conv2d(tiles.contiguous(memory_format=torch.channels_last), weight), GATE_TILE)
     return out[:, :, :height, :width]
 
@@ -577,7 +594,7 @@ def gate(v: Tensor, gates: Gates) -> Tensor:
     mean, peak = v.mean(dim=(2, 3)), v.amax(dim=(2, 3))
     # The shared MLP's last layer is linear, so the sum over both poolings comes before it.
     hidden = F.relu(mean @ gates.down.t()) + F.relu(peak @ gates.down.t())
-    v = v * (torch.sigmoid(hidden @ gates.up.t()) @ gates.identity)[:, :, None, None]
+    v = v * _pixels(torch.sigmoid(hidden @ gates.up.t()) @ gates.identity)
     pooled = torch.cat((v.mean(dim=1, keepdim=True), v.amax(dim=1, keepdim=True)), dim=1)
     return (v * torch.sigmoid(_spatial_logits(pooled, gates.spatial))).to(dtype)
 
@@ -603,7 +620,7 @@ def _classify(
     # Heads are never narrow: their rounding would be most of the error of a log-odds.
     features = gelu(F.linear(v.to(wide).permute(0, 2, 3, 1).flatten(1), heads.weight, heads.bias))
     first, second = features.chunk(2, dim=1)
-    scale, shift = heads.table[rows].chunk(2, dim=1)
+    scale, shift = heads.table.index_select(0, rows).chunk(2, dim=1)
     return first @ heads.scale + scale, second @ heads.shift + shift
 
 
@@ -635,14 +652,53 @@ def _generate(a: Tensor, net: GenerationNet, films: Iterator[Tensor], image: Ten
         dtype, v = v.dtype, v.to(accumulator(v.dtype))
         mean = v.mean(dim=(2, 3))
         if stage.residual is None:
-            v = v + _mlp(mean, stage.context, "gelu")[:, :, None, None]
+            v = v + _pixels(_mlp(mean, stage.context, "gelu"))
         else:
-            v = v * (1.0 + torch.sigmoid(_mlp(mean, stage.context, "relu")))[:, :, None, None]
+            v = v * _pixels(1.0 + torch.sigmoid(_mlp(mean, stage.context, "relu")))
         v = _pyramid_block(v.to(dtype), stage.pyramid)
     return _conv2d(v, net.scale).to(a.dtype), _conv2d(v, net.shift).to(a.dtype)
 
 
 # -- functions of the constants: the flow ---------------------------------------------------------------------------------
+
+
+def log_scale_and_shift(
+    passive: Tensor, rows: Tensor, half: Half, bound: float, image: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a half does to the planes that it moves.
+
+    Args:
+        passive: (R, H', W', P) planes that the conditioner sees.
+        rows: (R,) rows of the tables.
+        half: its constants.
+        bound: of the log-scale.
+        image: (R,) names the sample of `passive` that each row starts from; what no label changes is then computed once per
+            sample.
+
+    Returns:
+        `(log-scale, shift)`: (R, H', W', P) of generation conditioners, (R, A) of the elements that move for others; `placed`
+        makes planes of them.
+    """
+    a = passive if half.passive is None else torch.where(half.passive, passive, 0.0)
+    a = a.permute(0, 3, 1, 2)
+    films = iter(half.films.index_select(0, rows).split(half.sizes, dim=1))
+    if isinstance(half.net, ClassificationNet):
+        raw, shift = _classify(a, half.net, rows, films, image)
+        return bound * torch.tanh(raw), shift
+    assert half.active is not None
+    raw, shift = _generate(a, half.net, films, image)
+    return torch.where(half.active, bound * torch.tanh(raw.permute(0, 2, 3, 1)), 0.0), shift.permute(0, 2, 3, 1)
+
+
+def placed(values: Tensor, half: Half, shape: Sequence[int]) -> Tensor:
+    """What `log_scale_and_shift` returned, or a function of it, as planes of `shape`; anything where a half moves nothing."""
+    if values.ndim == 4:
+        return values
+    return (
+        values.view(-1, *shape[1:])
+        if half.rank is None
+        else values.index_select(1, half.rank.flatten()).view(-1, *half.rank.shape)
+    )
 
 
 def run_half(
@@ -651,48 +707,93 @@ def run_half(
     """One half of a coupling.
 
     Args:
-        passive: (R, H', W', P) planes that the conditioner sees.
+        passive: see `log_scale_and_shift`.
         moved: planes that it moves; the same tensor where planes are passive and active at once.
-        rows: (R,) rows of the tables.
-        half: its constants.
-        bound: of the log-scale.
-        image: (R,) names the sample of `passive` and `moved` that each row starts from; what no label changes is then computed
-            once per sample.
+        rows: see `log_scale_and_shift`.
+        half: see `log_scale_and_shift`.
+        bound: see `log_scale_and_shift`.
+        image: names the sample of `passive` and `moved` that each row starts from.
 
     Returns:
         `(moved, logdet)`: the planes after the half, and (R,) in nats, float32 or wider.
     """
-    a = passive if half.passive is None else torch.where(half.passive, passive, 0.0)
-    a = a.permute(0, 3, 1, 2)
-    films = iter(half.films[rows].split(half.sizes, dim=1))
-    if isinstance(half.net, ClassificationNet):
-        raw, shift = _classify(a, half.net, rows, films, image)
-    else:
-        raw, shift = _generate(a, half.net, films, image)
+    return move(moved, *log_scale_and_shift(passive, rows, half, bound, image), half, image)
+
+
+def move(moved: Tensor, s: Tensor, shift: Tensor, half: Half, image: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`run_half` of the log-scale and shift that are known already."""
     if image is not None:
-        moved = moved[image]
-    if isinstance(half.net, GenerationNet):
-        assert half.active is not None
-        s = torch.where(half.active, bound * torch.tanh(raw.permute(0, 2, 3, 1)), 0.0)
-        # A sample's sum over pixels first, then over channels.
-        logdet = s.sum(dim=(1, 2)).sum(dim=1)
-        return torch.where(half.active, moved * s.exp() + shift.permute(0, 2, 3, 1), moved), logdet
-    s = bound * torch.tanh(raw)
-    if half.active is None or half.rank is None:
-        return moved * s.exp().view(moved.shape) + shift.view(moved.shape), s.sum(dim=1)
-    changed = moved * s.exp()[:, half.rank] + shift[:, half.rank]
-    return torch.where(half.active, changed, moved), s.sum(dim=1)
+        moved = moved.index_select(0, image)
+    changed = moved * placed(s.exp(), half, moved.shape) + placed(shift, half, moved.shape)
+    return (changed if half.active is None else torch.where(half.active, changed, moved)), _sum(s)
+
+
+def move_back(moved: Tensor, s: Tensor, shift: Tensor, half: Half) -> Tensor:
+    """The planes that `move` moved, from where it moved them to."""
+    before = (moved - placed(shift, half, moved.shape)) * placed((-s).exp(), half, moved.shape)
+    return before if half.active is None else torch.where(half.active, before, moved)
+
+
+def _sum(s: Tensor) -> Tensor:
+    """Sum of log-scales per sample: over pixels first, then over channels. Runtimes sum naively, hence in float64."""
+    if torch.compiler.is_exporting():
+        return s.double().flatten(1).sum(dim=1)
+    return s.sum(dim=(1, 2)).sum(dim=1) if s.ndim == 4 else s.sum(dim=1)
+
+
+Run = Callable[[Tensor, Tensor, Tensor, Half, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def run_coupling(
+    planes: Planes, rows: Tensor, step: Step, run: Run, image: Tensor | None = None
+) -> tuple[Planes, tuple[Tensor, Tensor]]:
+    """Both halves of a coupling, each by `run`, which takes the arguments of `run_half` but the bound.
+
+    Returns (planes, what `run` says of the two halves beside the planes).
+    """
+    said = []
+    for k, half in enumerate(step.halves):
+        passive, moved = planes[k % len(planes)], planes[(k + 1) % len(planes)]
+        spread = image if k == 0 else None
+        moved, more = run(passive, moved, rows, half, spread)
+        if len(planes) > 1:
+            passive = passive if spread is None else passive.index_select(0, spread)
+            planes = (passive, moved) if k == 0 else (moved, passive)
+        else:
+            planes = (moved,)
+        said.append(more)
+    return planes, (said[0], said[1])
+
+
+def run_steps(
+    planes: Planes, rows: Tensor, image: Tensor | None, steps: Sequence[Step], phases: int, run: Run
+) -> tuple[Planes, list[Tensor]]:
+    """Consecutive steps: (planes, parts (R,) of log p(x|y) in float64).
+
+    With `image`, planes come once per image and mixed, and leave once per row.
+    """
+    terms = []
+    for i, step in enumerate(steps):
+        spread = image if i == 0 else None
+        if spread is None:
+            planes = run_mix(planes, step, phases)
+        planes, logdets = run_coupling(planes, rows, step, run, spread)
+        terms += [logdet.double() for logdet in logdets]
+        if step.split is not None:
+            terms.append(square_sum(planes, step.split).double())
+    return planes, terms
 
 
 def to_planes(x: Tensor, phases: int) -> Tensor:
     """(R, H, W, C) -> (R, H', W', C phases^2), the phases of each channel side by side, 0 where an odd size leaves none."""
     if phases == 1:
         return x
-    batch, height, width, channels = x.shape
+    _, height, width, channels = x.shape
     if height % phases or width % phases:
         x = F.pad(x, (0, 0, 0, -width % phases, 0, -height % phases))
-    blocks = x.unflatten(2, (-1, phases)).unflatten(1, (-1, phases))
-    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(batch, blocks.shape[1], blocks.shape[3], channels * phases * phases)
+    rows, columns = x.shape[1] // phases, x.shape[2] // phases
+    blocks = x.reshape(-1, rows, phases, columns, phases, channels)
+    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(-1, rows, columns, channels * phases * phases)
 
 
 def run_mix(planes: Planes, step: Step, phases: int) -> Planes:
@@ -706,10 +807,10 @@ def run_mix(planes: Planes, step: Step, phases: int) -> Planes:
             joined = to_planes(joined[..., : len(mix.weights[0]) // 4], 2)
         flat = joined.flatten(0, 2)
         parts = [torch.addmm(b, flat, w) for w, b in zip(mix.weights, mix.biases, strict=True)]
-        mixed = tuple(part.view(*joined.shape[:3], -1) for part in parts)
+        mixed = tuple(part.view(-1, *joined.shape[1:3], part.shape[1]) for part in parts)
         if step.squeeze and phases > 1:
             joined = to_planes(mixed[0], phases)
-            mixed = (joined,) if len(step.columns) == 1 else tuple(joined[..., c] for c in step.columns)
+            mixed = (joined,) if len(step.columns) == 1 else tuple(joined.index_select(3, c) for c in step.columns)
     if step.valid is not None:
         mixed = tuple(part * valid for part, valid in zip(mixed, step.valid, strict=True))
     return mixed
@@ -718,5 +819,7 @@ def run_mix(planes: Planes, step: Step, phases: int) -> Planes:
 def square_sum(planes: Planes, split: Tensor | None = None) -> Tensor:
     """-1/2 of the sum of squares (R,), of the planes that `split` names in the joined tensors or of all."""
     joined = planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
-    flat = (joined if split is None else joined[..., split]).flatten(1)
+    flat = (joined if split is None else joined.index_select(3, split)).flatten(1)
+    if torch.compiler.is_exporting():
+        return -0.5 * flat.double().square().sum(dim=1)
     return -0.5 * sum_per_sample(flat * flat)

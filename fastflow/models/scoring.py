@@ -146,7 +146,7 @@ class _Compiled:
         with _settings():
             image = folded.to_planes(x.permute(0, 2, 3, 1), self.model.phases)
             rows = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            planes, terms = self._steps((image,), rows, None, 0, self.free)
+            planes, terms = folded.run_steps((image,), rows, None, self.model.steps[: self.free], self.model.phases, self._half)
             return _State(folded.run_mix(planes, self.model.steps[self.free], self.model.phases), terms)
 
     def finish(self, state: _State, first: int, last: int) -> Tensor:
@@ -154,32 +154,10 @@ class _Compiled:
         image = torch.arange(batch, device=self.device).repeat_interleave(labels)
         rows = torch.arange(first, last, device=self.device).repeat(batch)
         with _settings():
-            planes, terms = self._steps(state.planes, rows, image, self.free, len(self.model.steps))
+            steps = self.model.steps[self.free :]
+            planes, terms = folded.run_steps(state.planes, rows, image, steps, self.model.phases, self._half)
         terms += [folded.square_sum(planes).double(), *(term[image] for term in state.terms)]
         return (torch.stack(terms).sum(dim=0) + self.model.constant).view(batch, labels)
-
-    def _steps(
-        self, planes: folded.Planes, rows: Tensor, image: Tensor | None, first: int, last: int
-    ) -> tuple[folded.Planes, list[Tensor]]:
-        """As those of `_Eager`; with `image`, planes come once per image and mixed, and leave once per row."""
-        terms = []
-        for i in range(first, last):
-            step = self.model.steps[i]
-            if i > first or image is None:
-                planes = folded.run_mix(planes, step, self.model.phases)
-            for k, half in enumerate(step.halves):
-                passive, moved = planes[k % len(planes)], planes[(k + 1) % len(planes)]
-                spread = image if i == first and k == 0 else None
-                moved, logdet = self._half(passive, moved, rows, half, spread)
-                if len(planes) > 1:
-                    passive = passive if spread is None else passive[spread]
-                    planes = (passive, moved) if k == 0 else (moved, passive)
-                else:
-                    planes = (moved,)
-                terms.append(logdet.double())
-            if step.split is not None:
-                terms.append(folded.square_sum(planes, step.split).double())
-        return planes, terms
 
     def _half(
         self, passive: Tensor, moved: Tensor, rows: Tensor, half: folded.Half, image: Tensor | None

@@ -1,17 +1,78 @@
-"""Temperature of the likelihood, fitted on validation data. Torch-free."""
+"""From log-likelihoods to decisions: posterior, margin, typicality, and the temperature, fitted on validation data.
+
+Torch-free, and all but the fit needs NumPy only.
+"""
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from numpy.typing import ArrayLike, NDArray
 
 LOWEST, HIGHEST = 1e-2, 1e6
+# A p-value of typicality below it is a flag.
+ATYPICAL = 0.01
+
+
+def check_prior(prior: ArrayLike, classes: int) -> NDArray[np.float64]:
+    """Probabilities of labels as (K,) float64.
+
+    Raises:
+        ValueError: they are of another number, negative, not finite, or have another sum than 1.
+    """
+    values = np.asarray(prior, dtype=np.float64)
+    if values.shape != (classes,) or not (values >= 0).all() or not abs(float(values.sum()) - 1.0) <= 1e-4:
+        raise ValueError(f"prior must be {classes} probabilities that sum to 1, got {values.tolist()}")
+    return values
+
+
+def logits_of(log_probs: NDArray[Any], temperature: float = 1.0, prior: ArrayLike | None = None) -> NDArray[np.float64]:
+    """``log_probs / temperature + log prior``, of which posterior and margin are made.
+
+    Args:
+        log_probs: (..., K) nats.
+        temperature: positive; tempers the likelihood only.
+        prior: (K,) probabilities that sum to 1; uniform when None.
+
+    Raises:
+        ValueError: the temperature is not positive, or the prior has another length, negative entries or another sum.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    logits = np.asarray(log_probs, dtype=np.float64) / temperature
+    if prior is None:
+        return logits
+    with np.errstate(divide="ignore"):
+        return logits + np.log(check_prior(prior, logits.shape[-1]))
+
+
+def posterior(log_probs: NDArray[Any], temperature: float = 1.0, prior: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Probabilities of labels: the softmax of `logits_of`, whose arguments and errors it has.
+
+    Returns:
+        (..., K); NaN in rows that hold NaN.
+    """
+    logits = logits_of(log_probs, temperature, prior)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def margin(log_probs: NDArray[np.float64], temperature: float = 1.0, prior: ArrayLike | None = None) -> float:
+    """Posterior log-odds between the best and the second label, nats, also where the probabilities round to 1 and 0.
+
+    Args:
+        log_probs: (K,) nats.
+        temperature: see `logits_of`.
+        prior: see `logits_of`.
+    """
+    if len(log_probs) < 2:
+        return math.inf
+    second, best = np.sort(logits_of(log_probs, temperature, prior))[-2:]
+    return float(best - second)
 
 
 def negative_log_posterior(
@@ -25,6 +86,8 @@ def negative_log_posterior(
         temperature: positive.
         prior: (K,) probabilities; uniform when None.
     """
+    from scipy.special import log_softmax
+
     logits = np.asarray(log_probs, dtype=np.float64) / temperature
     if prior is not None:
         logits = logits + np.log(np.asarray(prior, dtype=np.float64))
@@ -45,6 +108,8 @@ def fit_temperature(log_probs: NDArray[Any], labels: NDArray[Any], prior: NDArra
     Raises:
         ValueError: there are no samples, or shapes do not fit.
     """
+    from scipy.optimize import minimize_scalar
+
     if log_probs.ndim != 2 or labels.shape != (len(log_probs),) or len(labels) == 0:
         raise ValueError(f"log_probs (N, K) and labels (N,) must fit, N > 0; got {log_probs.shape} and {labels.shape}")
     bounds = (np.log(LOWEST), np.log(HIGHEST))

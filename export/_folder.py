@@ -1,0 +1,209 @@
+"""An export as a folder: what its `export.json` says, and whether its files are those that it lists. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fastflow.data.preprocess import Preprocess
+from fastflow.errors import ExportError
+from fastflow.training.calibration import check_prior
+
+FORMAT = 1
+DOCUMENT = "export.json"
+# Of the document, what must also stand in every graph, and be the same there.
+SHARED = (
+    *("format", "model_hash", "weights_sha256", "precision", "class_names", "input_shape", "dims"),
+    *("temperature", "prior", "preprocess"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What the ``export.json`` of a folder says.
+
+    Attributes:
+        folder: the folder.
+        document: all of it.
+        class_names: K names.
+        input_shape: (C, H, W) of an image.
+        dims: D, elements of an image.
+        temperature: of the posterior.
+        prior: (K,) probabilities of the labels.
+        preprocess: how volumes become images; None where the model does not know.
+        validation: sorted log-likelihoods a slice of validation data under their predicted label, None where unknown.
+        validation_slices: which slices those are of.
+        precision: ``"float32"`` or ``"mixed"``.
+        model_hash: of the model that was exported.
+    """
+
+    folder: Path
+    document: dict[str, Any]
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    dims: int
+    temperature: float
+    prior: tuple[float, ...]
+    preprocess: Preprocess | None
+    validation: tuple[float, ...] | None
+    validation_slices: str | None
+    precision: str
+    model_hash: str
+
+    @property
+    def path(self) -> Path:
+        """The document's file."""
+        return self.folder / DOCUMENT
+
+    @property
+    def own_preprocess(self) -> Preprocess:
+        """How volumes become images.
+
+        Raises:
+            ExportError: the model does not know.
+        """
+        if self.preprocess is None:
+            raise ExportError(
+                f"{self.path} does not say how images are prepared, so volumes cannot be read; score arrays instead"
+            )
+        return self.preprocess
+
+    def comparable(self, slices: str) -> tuple[float, ...] | None:
+        """The validation values, where they are of these slices: other slices have other likelihoods."""
+        return self.validation if self.validation_slices == slices else None
+
+    def file(self, graph: str, verify: bool = True) -> Path:
+        """A graph's file, whose hash and that of the weights beside it have been checked.
+
+        Raises:
+            ExportError: it was not exported, a file is missing, or has another hash than the document records.
+        """
+        graphs, digests = self.document["graphs"], self.document["sha256"]
+        if graph not in graphs:
+            raise ExportError(f"{self.folder} holds no {graph} graph, only {', '.join(graphs)}: export it with --graphs {graph}")
+        # The other graphs are not needed, and need not be there.
+        names = [graphs[graph], *(name for name in digests if name not in graphs.values())]
+        for name in names:
+            self._check(name, digests, verify)
+        return self.folder / graphs[graph]
+
+    def _check(self, name: str, digests: Mapping[str, str], verify: bool) -> None:
+        path = self.folder / name
+        if name not in digests:
+            raise ExportError(f"{self.path} has no sha256 of {name}")
+        try:
+            with open(path, "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest() if verify else digests[name]
+        except FileNotFoundError:
+            raise ExportError(f"{path} is missing: {DOCUMENT} lists it") from None
+        except OSError as error:
+            raise ExportError(f"{path} cannot be read: {error.strerror or error}") from error
+        if digest != digests[name]:
+            raise ExportError(f"{path} has sha256 {digest}, but {DOCUMENT} records {digests[name]}")
+
+
+def read_export(folder: str | PathLike[str]) -> Export:
+    """Read the ``export.json`` of a folder. Graphs and weights are not looked at.
+
+    Raises:
+        ExportError: the folder is no export, or what it says is not usable.
+    """
+    folder = Path(folder)
+    path = folder / DOCUMENT
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        reason = f"no {DOCUMENT} in it" if folder.is_dir() else "no such folder"
+        raise ExportError(f"{folder} is not an export folder: {reason}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise ExportError(f"{path} must have format {FORMAT}, got {found!r}")
+    missing = [key for key in (*SHARED, "graphs", "sha256", "validation") if key not in document]
+    if missing:
+        raise ExportError(f"{path} lacks {', '.join(missing)}")
+    try:
+        return _parse(folder, document)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ExportError(f"{path} is not usable: {error}") from error
+
+
+def _parse(folder: Path, document: dict[str, Any]) -> Export:
+    names, shape, preprocess = document["class_names"], document["input_shape"], document["preprocess"]
+    files = [*document["graphs"].values(), *document["sha256"]]
+    validation = document["validation"] or {}
+    for name, fits, accepted in (
+        ("class_names", is_list(names, str) and len(names) > 0, "a list of names"),
+        ("input_shape", is_list(shape, int) and len(shape) == 3 and min(shape) > 0, "[C, H, W]"),
+        ("dims", _is_product(document["dims"], shape), "the product of input_shape"),
+        ("graphs and sha256", all(isinstance(f, str) and Path(f).name == f for f in files), "files of the folder"),
+        ("model_hash", isinstance(document["model_hash"], str), "text"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} must be {accepted}")
+    temperature = float(document["temperature"])
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return Export(
+        folder,
+        document,
+        tuple(names),
+        tuple(shape),
+        document["dims"],
+        temperature,
+        tuple(check_prior(document["prior"], len(names)).tolist()),
+        None if preprocess is None else Preprocess.from_dict(preprocess),
+        tuple(map(float, validation["log_prob"])) if validation.get("log_prob") else None,
+        validation.get("slices"),
+        str(document["precision"]),
+        document["model_hash"],
+    )
+
+
+def is_list(value: object, kind: type) -> bool:
+    """Whether a JSON value is a list of one type."""
+    return isinstance(value, list) and all(isinstance(one, kind) and not isinstance(one, bool) for one in value)
+
+
+def _is_product(dims: object, shape: object) -> bool:
+    return isinstance(shape, list) and dims == math.prod(shape)
+
+
+def check_metadata(export: Export, graph: str, file: Path, found: Mapping[str, str]) -> None:
+    """See that a graph's own metadata are there, and those of the document.
+
+    Args:
+        export: what the folder says.
+        graph: which graph it must be.
+        file: the graph's.
+        found: its metadata: text, and JSON of all that is no text.
+
+    Raises:
+        ExportError: a key is missing, or has another value than in the document.
+    """
+    missing = [key for key in (*SHARED, "graph", "weights") if key not in found]
+    if missing:
+        raise ExportError(f"{file} has no metadata {', '.join(missing)}: it is not from this exporter, or they were stripped")
+    digests = export.document["sha256"]
+    wanted = {key: export.document[key] for key in SHARED} | {"graph": graph}
+    for key, value in wanted.items():
+        text = found[key]
+        try:
+            same = (text if isinstance(value, str) else json.loads(text)) == value
+        except ValueError:
+            same = False
+        if not same:
+            raise ExportError(f"{file} has {key} {text}, but {DOCUMENT} says {value}: they are of two exports")
+    try:
+        weights = json.loads(found["weights"])
+        if weights is not None and digests.get(weights["file"]) != weights["sha256"]:
+            raise ExportError(f"{file} belongs to weights {weights['sha256']}, which are not those of {DOCUMENT}")
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ExportError(f"{file} has metadata weights {found['weights']!r}, which is no file with its sha256") from error

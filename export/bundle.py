@@ -1,0 +1,103 @@
+"""The runtime as one file: `runtime.pyz`, which Python runs where NumPy, nibabel and ONNX Runtime are installed."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import io
+import zipfile
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+
+from fastflow._files import write_bytes
+
+ROOT = "fastflow.export.runtime"
+PACKAGE = "fastflow"
+
+MAIN = '''\
+"""Classifies scans with the export that this file lies in: python runtime.pyz FILES..."""
+
+import sys
+from pathlib import Path
+
+if sys.version_info < (3, 11):
+    sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])
+try:
+    from fastflow.export.runtime import main
+except ModuleNotFoundError as error:
+    sys.exit("error: there is no " + str(error.name) + " here: pip install numpy nibabel onnxruntime")
+# Spawned or imported, it does nothing.
+if __name__ == "__main__":
+    sys.exit(main(folder=Path(__file__).resolve().parent.parent))
+'''
+
+
+def write_bundle(path: str | PathLike[str]) -> None:
+    """Write the runtime, and what it imports of this package, as an archive that Python runs. Equal sources give equal bytes.
+
+    ``python DIR/runtime.pyz FILES...`` classifies files with the export in DIR; ``--folder`` names another one.
+
+    Args:
+        path: the file, which is replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    files = {"__main__.py": MAIN.encode()}
+    for name, source in modules().items():
+        files[name.replace(".", "/") + ("/__init__.py" if source.name == "__init__.py" else ".py")] = source.read_bytes()
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name in sorted(files):
+            # The time of a copy or checkout says nothing about the content.
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.compress_type, entry.create_system, entry.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
+            archive.writestr(entry, files[name])
+    write_bytes(path, stream.getvalue())
+
+
+def modules() -> dict[str, Path]:
+    """Files of the modules of this package that the runtime imports, by name, packages on the way included."""
+    found: dict[str, Path] = {}
+    waiting = [ROOT]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found[name] = _file(name)
+        waiting += [name.rpartition(".")[0]] if "." in name else []
+        tree = ast.parse(found[name].read_bytes())
+        waiting += _imports(tree, name if found[name].name == "__init__.py" else name.rpartition(".")[0])
+    return found
+
+
+def _file(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"the runtime imports {name}, which has no file", name=name)
+    return Path(spec.origin)
+
+
+def _imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Modules of this package that code imports, in functions as well; not those that only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            if base.split(".")[0] == PACKAGE:
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names if _is_module(f"{base}.{alias.name}"))
+        else:
+            yield from _imports(node, package)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # What comes before the last dot is a module, not a package.
+        return False

@@ -1,0 +1,237 @@
+"""A model as a folder that ONNX Runtime runs: graphs that share their weights, what they need to know, and a small program.
+
+The folder is made in a temporary one beside it and renamed when the graphs have been compared with the model; `export.json`
+lists every file with its hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from fastflow import __version__
+from fastflow._files import replacing_folder, write_text
+from fastflow.errors import ExportError, OutputFolderError
+from fastflow.models.checkpoint import CONFIG
+from fastflow.models.magic_flow import MagicFlow
+from fastflow.models.scoring import posterior_from_log_probs
+
+from ._trace import trace
+from .bundle import write_bundle
+from .graphs import GRAPHS, PRECISIONS, Parts, fold
+from .verify import Parity, verify
+
+FORMAT = 1
+DOCUMENT, WEIGHTS, BUNDLE = "export.json", "weights.data", "runtime.pyz"
+OPSETS = (21,)
+# PyTorch's exporter has had opset 21, and nodes that stand for something else, since.
+OLDEST_TORCH = (2, 8)
+# Tensors of fewer bytes stay in the graph.
+EXTERNAL_BYTES = 1024
+# Runtimes map external data into memory, from multiples of a page.
+PAGE = 4096
+# Of `export.json`, what does not go into every graph's own metadata: it is about the folder, or long.
+NOT_IN_GRAPHS = ("sha256", "graphs", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was exported.
+
+    Attributes:
+        folder: where it is.
+        sizes: bytes of each file.
+        checkpoint_bytes: of the model's weights file.
+        parity: how the graphs compare with the model; None where they were not compared.
+    """
+
+    folder: Path
+    sizes: dict[str, int]
+    checkpoint_bytes: int
+    parity: Parity | None
+
+
+def export_onnx(
+    model: str | PathLike[str],
+    out: str | PathLike[str],
+    graphs: Sequence[str] = tuple(GRAPHS),
+    precision: str = "float32",
+    opset: int = 21,
+    *,
+    prior: Sequence[float] | None = None,
+    images: NDArray[np.uint8] | None = None,
+    limit: float | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Exported:
+    """Export a trained model to ONNX and compare the graphs with it.
+
+    Args:
+        model: a model folder.
+        out: folder to write, new, empty, or with `overwrite` an earlier export.
+        graphs: which graphs, of ``"score"``, ``"sample"``, ``"latent"`` and ``"attribution"``. They share one file of weights.
+        precision: see `fastflow.export.graphs.fold`.
+        opset: version of ONNX' operators; 21.
+        prior: (K,) probabilities of the labels that predictions of the export start from; uniform when None.
+        images: (N, C, H, W) uint8 to compare on; coronal slices of the heads that ship with the package when None.
+        limit: largest error of a log-odds in nats that is accepted; `fastflow.export.verify.LIMITS` of the precision when None.
+        check: compare. Without it the export says that nothing is known of its errors.
+        overwrite: replace an earlier export.
+        progress: called with (what is done, steps done, steps in all).
+
+    Raises:
+        CheckpointError: the model folder is not usable.
+        OutputFolderError: `out` holds something else, or anything where `overwrite` is not set.
+        ExportError: the graphs differ from the model by more than the limit, or PyTorch is too old. Nothing is left of them.
+        ValueError: an argument does not fit; the message names it.
+    """
+    _check_arguments(graphs, precision, opset)
+    out = Path(out)
+    check_place(out, overwrite)
+    tell = progress or (lambda stage, done, total: None)
+    flow = MagicFlow.load(model)
+    document = _describe(flow, Path(model), precision, opset, prior)
+    with replacing_folder(out) as folder:
+        models = _trace_all(flow, graphs, precision, opset, tell)
+        document["graphs"] = {name: f"{name}.onnx" for name in models}
+        write_weights(models.values(), folder)
+        write_bundle(folder / BUNDLE)
+        _write(models, document, folder)
+        parity = None
+        if check:
+            parity = verify(folder, flow, images, limit=limit, progress=lambda done, total: tell("compare", done, total))
+            if not parity.passed:
+                raise ExportError(f"{out}: not written, because the graphs differ from the model: {parity.failure}")
+            document["parity"] = parity.to_dict()
+            _write(models, document, folder)
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    weights = json.loads((Path(model) / CONFIG).read_text(encoding="utf-8"))["weights"]
+    return Exported(out, sizes, (Path(model) / weights).stat().st_size, parity)
+
+
+def _check_arguments(graphs: Sequence[str], precision: str, opset: int) -> None:
+    if not graphs or len(set(graphs)) < len(graphs) or not set(graphs) <= set(GRAPHS):
+        raise ValueError(f"graphs must be some of {', '.join(GRAPHS)}, each once, got {', '.join(graphs) or 'none'}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if opset not in OPSETS:
+        raise ValueError(f"opset must be {' or '.join(map(str, OPSETS))}, got {opset}")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise ExportError(f"export needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}")
+
+
+def check_place(out: Path, overwrite: bool) -> None:
+    """See that an export can be put into a folder.
+
+    Raises:
+        OutputFolderError: it holds something else, or an earlier export where `overwrite` is not set.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputFolderError(f"{out}: must be a folder, it is a file")
+    here = sorted(path.name for path in out.iterdir())
+    if here and not (out / DOCUMENT).is_file():
+        raise OutputFolderError(f"{out}: holds other files, such as {here[0]!r}; an export needs a folder of its own")
+    if here and not overwrite:
+        raise OutputFolderError(f"{out}: holds an earlier export; replace it (--overwrite) or name another folder")
+
+
+def _describe(model: MagicFlow, folder: Path, precision: str, opset: int, prior: Sequence[float] | None) -> dict[str, Any]:
+    """`export.json`, but for what is known last."""
+    config, classes = model.config, model.config.num_classes
+    # A prior that does not fit must not wait for the graphs.
+    posterior_from_log_probs(torch.zeros(1, classes), model.temperature, prior)
+    content = (folder / CONFIG).read_bytes()
+    return {
+        "format": FORMAT,
+        "fastflow_version": __version__,
+        "model_hash": hashlib.sha256(content).hexdigest()[:16],
+        "weights_sha256": json.loads(content)["sha256"],
+        "precision": precision,
+        "opset": opset,
+        "class_names": list(config.class_names or map(str, range(classes))),
+        "input_shape": list(config.input_shape),
+        "dims": config.num_dims,
+        "temperature": model.temperature,
+        "prior": [1.0 / classes] * classes if prior is None else [float(p) for p in prior],
+        "preprocess": model.metadata.get("preprocess"),
+        "scaling": {"scale": 2.0 / 255.0, "offset": -1.0},
+        "config": config.to_dict(),
+        "validation": model.metadata.get("validation"),
+        "parity": None,
+    }
+
+
+def _trace_all(
+    model: MagicFlow, graphs: Sequence[str], precision: str, opset: int, tell: Callable[[str, int, int], None]
+) -> dict[str, ir.Model]:
+    constants, parts = fold(model, precision), Parts()
+    functions: dict[Any, ir.Function] = {}
+    models = {}
+    for done, name in enumerate(graphs):
+        tell("export", done, len(graphs))
+        models[name] = trace(GRAPHS[name](model, constants, parts), functions, opset)
+    tell("export", len(graphs), len(graphs))
+    return models
+
+
+# -- files ----------------------------------------------------------------------------------------------------------------
+
+
+def write_weights(models: Iterable[ir.Model], folder: Path) -> None:
+    """Move the large constants of all models into one file, each once however many graphs hold it."""
+    places: dict[bytes, tuple[int, int]] = {}
+    with open(folder / WEIGHTS, "wb") as stream:
+        for model in models:
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < EXTERNAL_BYTES:
+                    continue
+                content = tensor.tobytes()
+                digest = hashlib.sha256(content).digest()
+                if digest not in places:
+                    stream.write(b"\0" * (-stream.tell() % PAGE))
+                    places[digest] = stream.tell(), len(content)
+                    stream.write(content)
+                offset, length = places[digest]
+                value.const_value = ir.ExternalTensor(
+                    WEIGHTS, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "", base_dir=folder
+                )
+    if not places:
+        (folder / WEIGHTS).unlink()
+
+
+def _write(models: dict[str, ir.Model], document: dict[str, Any], folder: Path) -> None:
+    """The graphs with their metadata, and last the document that lists them."""
+    weights = folder / WEIGHTS
+    digests = {WEIGHTS: file_hash(weights)} if weights.exists() else {}
+    known = {key: value for key, value in document.items() if key not in NOT_IN_GRAPHS}
+    known["weights"] = {"file": WEIGHTS, "sha256": digests[WEIGHTS]} if digests else None
+    for name, model in models.items():
+        values = {**known, "graph": name}
+        text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+        model.metadata_props.clear()
+        model.metadata_props.update(text)
+        model.producer_name, model.producer_version = "fastflow", __version__
+        file = folder / f"{name}.onnx"
+        ir.save(model, file)
+        digests[file.name] = file_hash(file)
+    write_text(folder / DOCUMENT, json.dumps({**document, "sha256": digests}, indent=1) + "\n")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
