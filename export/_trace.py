@@ -129,6 +129,4 @@ def _check_batch(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         first = value.shape[0] if value.shape is not None and len(value.shape) else None
         if not isinstance(first, ir.SymbolicDim) or first.value != "batch":
-            raise RuntimeError(
-                f"{value.name} of the exported graph must have a first dimension 'batch', it has shape {value.shape}"
-            )
+            raise RuntimeError(f"{value.name} of the graph must have a first dimension 'batch', it has shape {value.shape}")

@@ -147,11 +147,12 @@ class Graph(nn.Module):
         self.config, self.phases, self.bound = model.config, constants.phases, constants.bound
         self.constant = constants.constant
         entries, self._spec = tree_flatten_with_path(constants.steps)
-        names: dict[int, str] = {}
+        names: dict[Hashable, str] = {}
         self._leaves: list[object] = []
         for path, leaf in entries:
             if isinstance(leaf, Tensor):
-                name = names.setdefault(id(leaf), _name(path))
+                # What two halves share came from one tensor, but is two objects.
+                name = names.setdefault((leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype), _name(path))
                 self.register_buffer(name, leaf)
                 self._leaves.append(_Place(name))
             else:
@@ -192,6 +193,12 @@ class Graph(nn.Module):
         joined = planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1).index_select(3, self._orders[i])
         _, height, width = self.config.step_shapes[i]
         return from_planes(joined, self.phases)[:, :height, :width]
+
+    def _kept(self, planes: Planes) -> Tensor:
+        """What the last step leaves of its planes, as (R, H, W, C)."""
+        last = len(self.steps) - 1
+        h = self._natural(planes, last)
+        return h.chunk(2, dim=-1)[0] if last in self.config.split_after else h
 
     def _planes(self, h: Tensor, step: Step) -> Planes:
         """(R, H, W, C) as planes of a step."""
@@ -253,10 +260,9 @@ class LatentGraph(Graph):
             rows = label if i >= self.config.condition_from_step else torch.zeros_like(label)
             planes, logdets = folded.run_coupling(planes, rows, step, self._half)
             terms += [logdet.double() for logdet in logdets]
-            if step.split is not None:
+            if i in self.config.split_after:
                 blocks.append(self._natural(planes, i).chunk(2, dim=-1)[1])
-        last = self._natural(planes, len(self.steps) - 1)
-        blocks.insert(0, last if self.steps[-1].split is None else last.chunk(2, dim=-1)[0])
+        blocks.insert(0, self._kept(planes))
         z = torch.cat([block.permute(0, 3, 1, 2).flatten(1) for block in blocks], dim=1)
         return z, torch.stack(terms).sum(dim=0) + self.mixing
 
@@ -277,13 +283,12 @@ class AttributionGraph(LatentGraph):
             if step.squeeze:
                 spread = folded.to_planes(spread, 2)
             spread = spread + self._natural(terms, i)
-            if step.split is not None:
+            if i in self.config.split_after:
                 spread, rest = spread.chunk(2, dim=-1)
                 split_off.append(rest + _log_density(self._natural(planes, i).chunk(2, dim=-1)[1]))
-        last = self._natural(planes, len(self.steps) - 1)
-        spread = spread + _log_density(last if self.steps[-1].split is None else last.chunk(2, dim=-1)[0])
-        for step in reversed(self.steps):
-            if step.split is not None:
+        spread = spread + _log_density(self._kept(planes))
+        for i, step in reversed(list(enumerate(self.steps))):
+            if i in self.config.split_after:
                 spread = torch.cat((spread, split_off.pop()), dim=-1)
             if step.squeeze:
                 spread = from_planes(spread, 2)
@@ -333,7 +338,7 @@ class SampleGraph(Graph):
         blocks = [part.reshape(-1, *shape).permute(0, 2, 3, 1) for part, shape in zip(parts, shapes, strict=True)]
         h = blocks.pop(0)
         for i, step in reversed(list(enumerate(self.steps))):
-            if step.split is not None:
+            if i in self.config.split_after:
                 h = torch.cat((h, blocks.pop()), dim=-1)
             planes = self._planes(h, step)
             rows = label if i >= self.config.condition_from_step else torch.zeros_like(label)

@@ -207,7 +207,13 @@ def write_weights(models: Iterable[ir.Model], folder: Path) -> None:
                     stream.write(content)
                 offset, length = places[digest]
                 value.const_value = ir.ExternalTensor(
-                    WEIGHTS, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "", base_dir=folder
+                    WEIGHTS,
+                    offset,
+                    length,
+                    tensor.dtype,
+                    shape=ir.Shape(list(tensor.numpy().shape)),
+                    name=value.name or "",
+                    base_dir=folder,
                 )
     if not places:
         (folder / WEIGHTS).unlink()

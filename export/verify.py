@@ -27,7 +27,9 @@ from fastflow.models.checkpoint import CONFIG
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import LabelScorer, from_uint8, score_slices
 
-from .runtime import OnnxScorer, open_session
+from ._folder import Export, read_export
+from ._session import import_onnxruntime, open_session
+from .runtime import OnnxScorer
 
 # Nats of a log-odds, by precision.
 LIMITS = {"float32": 0.02, "mixed": 0.02}
@@ -120,8 +122,8 @@ def verify(
         ValueError: the images or the limit do not fit.
     """
     folder = Path(folder)
-    scorer = OnnxScorer(folder, providers)
-    document = scorer.document
+    export = read_export(folder)
+    document = export.document
     model = _check_model(document, model, folder)
     limit = LIMITS[document["precision"]] if limit is None else limit
     if not limit > 0:
@@ -131,25 +133,27 @@ def verify(
     if images.dtype != np.uint8 or images.shape[1:] != model.config.input_shape or not len(images):
         wanted = ", ".join(map(str, model.config.input_shape))
         raise ValueError(f"images must be (N, {wanted}) uint8, N >= 1, got {images.shape} {images.dtype}")
-    _check_graphs(folder, document)
     graphs: dict[str, str] = document["graphs"]
+    paths = {name: _check_graph(export, name) for name in graphs}
     tell = progress or (lambda done, total: None)
     tell(0, len(graphs) + 1)
     exact = LabelScorer(double(model), engine="eager")
     want = score_slices(exact, images)
     float32 = compare(score_slices(model, images), want)
     errors: dict[str, dict[str, float]] = {}
+    provider = ""
     for done, name in enumerate(graphs, start=1):
         tell(done, len(graphs) + 1)
         if name == "score":
-            errors[name] = _compare_scores(scorer, images, want)
+            scorer = OnnxScorer(folder, providers)
+            errors[name], provider = _compare_scores(scorer, images, want), scorer.provider
         else:
-            session = open_session(folder / graphs[name], providers)
-            errors[name] = _COMPARE[name](session, exact.model, images[:FEW], want[:FEW])
+            session = open_session(paths[name], providers)
+            errors[name], provider = _COMPARE[name](session, exact.model, images[:FEW], want[:FEW]), session.get_providers()[0]
     tell(len(graphs) + 1, len(graphs) + 1)
     ranked = np.sort(want, axis=1)
     gap = float((ranked[:, -1] - ranked[:, -2]).min()) if want.shape[1] > 1 else float("inf")
-    return Parity(len(images), source, limit, errors, float32, gap, scorer.provider, scorer.version)
+    return Parity(len(images), source, limit, errors, float32, gap, provider, import_onnxruntime().__version__)
 
 
 def double(model: MagicFlow) -> MagicFlow:
@@ -196,13 +200,15 @@ def _check_model(document: dict[str, Any], model: MagicFlow | str | PathLike[str
     return loaded
 
 
-def _check_graphs(folder: Path, document: dict[str, Any]) -> None:
-    for file in document["graphs"].values():
-        try:
-            # By its path, or external data would not be found.
-            onnx.checker.check_model(str(folder / file), full_check=True)
-        except Exception as error:
-            raise ExportError(f"{folder / file} is not a valid ONNX graph: {error}") from error
+def _check_graph(export: Export, name: str) -> Path:
+    """A graph's file, whose hash and form have been checked."""
+    path = export.file(name)
+    try:
+        # By its path, or external data would not be found.
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise ExportError(f"{path} is not a valid ONNX graph: {error}") from error
+    return path
 
 
 def _compare_scores(scorer: OnnxScorer, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:

@@ -111,3 +111,18 @@ def model_folder(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     model.eval().save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model_folder` exported, all four graphs. Do not write into it."""
+    from fastflow.export.onnx import export_onnx
+    from filelock import FileLock
+
+    # Once for all processes that tests run in: it takes long.
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(base / "export.lock"):
+        if not (base / "export").exists():
+            export_onnx(model_folder, base / "export")
+    return base / "export"

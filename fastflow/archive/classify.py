@@ -15,13 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fastflow import __version__
@@ -31,25 +31,25 @@ from fastflow.archive.inputs import IDS, Inputs, Item, Shard
 from fastflow.archive.journal import Done, Journal, Row, is_temporary, key_of, locked
 from fastflow.archive.shards import SHARD_ROWS, Shards, check_format, found
 from fastflow.data.manifest import MANIFESTS
-from fastflow.data.preprocess import Preprocess, slice_indices
+from fastflow.data.preprocess import GREY_LEVEL, Preprocess, slice_indices
 from fastflow.errors import FastflowError, ManifestError, OutputFolderError, RunStoppedError, VolumeError
 from fastflow.evaluation.classification import classification_metrics
-from fastflow.models.checkpoint import CONFIG
-from fastflow.models.magic_flow import MagicFlow
-from fastflow.models.scoring import LabelScorer, posterior_from_log_probs, score_slices
-from fastflow.training.calibration import typicality
-from fastflow.training.objective import GREY_LEVEL
+from fastflow.export.runtime import NOT_FINITE, Export, OnnxScorer, read_export
+from fastflow.training.calibration import ATYPICAL, check_prior, posterior, typicality
+from fastflow.training.calibration import margin as margin
+
+if TYPE_CHECKING:
+    from fastflow.models.magic_flow import MagicFlow
+    from fastflow.models.scoring import LabelScorer
 
 RUN, JOURNAL, SUMMARY, LOCK = "run.json", "journal.jsonl", "summary.json", ".lock"
 STATUSES = ("ok", "flagged", "error")
 COMBINE = ("sum", "mean")
-RAY = "ray"
-# A p-value of typicality below it is a flag.
-ATYPICAL = 0.01
+RAY, ONNX = "ray", "onnx"
 
 # Codes of rows beside those of `fastflow.data.volume`: errors first, then the flag.
 CODES = {
-    "likelihood": "the model gives the image a log-likelihood that is not finite",
+    "likelihood": NOT_FINITE,
     "worker": "the process that was reading the file died",
     "timeout": "the file could not be read in time",
     "atypical": f"the typicality p-value is below {ATYPICAL}: the image is unlike the model's validation data",
@@ -194,7 +194,7 @@ def classify(
 
     Args:
         inputs: files, folders, BIDS datasets, manifests; see `fastflow.archive.inputs.Inputs`.
-        model_folder: a model that was trained here, so that it knows its preprocessing.
+        model_folder: a model that was trained here, so that it knows its preprocessing; of engine ``"onnx"`` an export of one.
         out: the folder of the results; with `shard` a folder of the part's name in it.
         prior: (K,) probabilities of the labels; uniform when None.
         batch_size: slices per pass.
@@ -202,9 +202,9 @@ def classify(
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         split: take only this split of manifests.
         progress: called with the number of inputs done, their total (None until they are counted) and the errors among them.
-        precision: see `fastflow.models.scoring.LabelScorer`.
+        precision: see `fastflow.models.scoring.LabelScorer`; an export has its own, which ``"float32"`` leaves as it is.
         engine: see `fastflow.models.scoring.LabelScorer`; ``"compile"`` pays from thousands of slices on. ``"ray"`` spreads the
-            work over a Ray cluster.
+            work over a Ray cluster. ``"onnx"`` runs an export by ONNX Runtime, without PyTorch.
         manifest: one more input, which must be a manifest.
         shard: ``"i/N"``: only the i-th of N parts.
         resume: go on with a run that was interrupted; inputs that have a row and have not changed since are passed over.
@@ -221,6 +221,7 @@ def classify(
     Raises:
         ManifestError: the inputs name nothing.
         CheckpointError: the model folder is not usable.
+        ExportError: the export folder is not usable.
         OutputFolderError: the output folder is another run's, or holds anything and neither `resume` nor `overwrite` is set.
         ValueError: an argument does not fit; the message names it.
         RunStoppedError: there were more errors than allowed. The rows stay, and the run can be resumed.
@@ -235,13 +236,13 @@ def classify(
     check_format(format)
     sources = _inputs(inputs, manifest, split, shard)
     workers = pick_workers(workers)
-    model = MagicFlow.load(model_folder, pick_device(device))
-    settings = _settings(model, model_folder, prior, slices, combine, id_from)
-    run = _runner(model, model_folder, settings, batch_size, workers, precision, engine, device)
+    choices = _Choices(model_folder, prior, slices, combine, id_from, batch_size, workers, precision, engine, device)
+    prepared = _prepare_export(choices) if engine == ONNX else _prepare_model(choices)
+    settings = prepared.settings
     # Inputs that name nothing are told before a folder is made.
     sources.check()
     folder = Path(out) / sources.shard.folder if sources.shard else Path(out)
-    identity = _identity(sources, settings, precision, format, shard_rows)
+    identity = _identity(sources, settings, prepared.precision, format, shard_rows)
     resume = resume or retry_failed
     new = _prepare(folder, identity, resume, overwrite)
     try:
@@ -257,8 +258,9 @@ def classify(
             shards = Shards(folder, journal, settings.class_names, settings.constant, format, shard_rows)
             shards.add(journal.ends())
             new = False
-            details = {"device": str(model.device), "workers": workers, "batch_size": batch_size, "engine": engine}
-            return _Run(folder, settings, sources, journal, shards, limit, progress, details | identity).go(run)
+            details = {"device": prepared.device, "workers": workers, "batch_size": batch_size, "engine": engine} | identity
+            run = _Run(folder, settings, sources, journal, shards, limit, progress, details, prepared.versions)
+            return run.go(prepared.run)
     finally:
         if new:
             _remove(folder)
@@ -307,11 +309,17 @@ def pick_device(name: str) -> str:
     Raises:
         ValueError: the name is none of the accepted ones, or there is no such device.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    import torch
+
+    _check_device(name)
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device")
     return "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
+
+
+def _check_device(name: str) -> None:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
 
 
 def class_names(model: MagicFlow) -> tuple[str, ...]:
@@ -333,35 +341,113 @@ def preprocess_of(model: MagicFlow) -> Preprocess:
     return Preprocess.from_dict(model.metadata["preprocess"])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Choices:
+    """Arguments of `classify` that its rows or its scorer depend on."""
+
+    folder: str | PathLike[str]
+    prior: Sequence[float] | None = None
+    slices: str | None = None
+    combine: str = "sum"
+    id_from: str = "relpath"
+    batch_size: int = 16
+    workers: int = 1
+    precision: str = "float32"
+    engine: str = "auto"
+    device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A run that could begin: what it depends on, and what does it."""
+
+    settings: Settings
+    run: Runner
+    precision: str
+    device: str
+    versions: dict[str, str]
+
+
+def _prepare_model(choices: _Choices) -> _Prepared:
+    from fastflow.models.magic_flow import MagicFlow
+
+    model = MagicFlow.load(choices.folder, pick_device(choices.device))
+    settings = _settings_of_model(model, choices)
+    run = _runner(model, choices, settings.preprocess)
+    return _Prepared(settings, run, choices.precision, str(model.device), {"torch": version("torch")})
+
+
+def _prepare_export(choices: _Choices) -> _Prepared:
+    export = read_export(choices.folder)
+    settings = _settings_of_export(export, choices)
+    _check_device(choices.device)
+    if choices.precision not in ("float32", export.precision):
+        raise ValueError(
+            f"precision {choices.precision!r} was asked for, but {choices.folder} was exported in {export.precision}: "
+            f"export the model with --precision {choices.precision}"
+        )
+    scorer = OnnxScorer(choices.folder, choices.device)
+    run = _local_runner(scorer, settings.preprocess, choices)
+    return _Prepared(settings, run, export.precision, scorer.device, {"onnxruntime": scorer.version})
+
+
+def _settings_of_model(model: MagicFlow, choices: _Choices) -> Settings:
+    from fastflow.models.checkpoint import CONFIG
+
+    validation = model.metadata.get("validation") or {}
+    return _settings(
+        choices,
+        Path(choices.folder) / CONFIG,
+        class_names(model),
+        model.temperature,
+        preprocess_of(model),
+        model.config.num_dims,
+        tuple(validation.get("log_prob") or ()),
+        validation.get("slices"),
+    )
+
+
+def _settings_of_export(export: Export, choices: _Choices) -> Settings:
+    return _settings(
+        choices,
+        export.path,
+        export.class_names,
+        export.temperature,
+        export.own_preprocess,
+        export.dims,
+        export.validation or (),
+        export.validation_slices,
+    )
+
+
 def _settings(
-    model: MagicFlow,
-    folder: str | PathLike[str],
-    prior: Sequence[float] | None,
-    slices: str | None,
-    combine: str,
-    id_from: str,
+    choices: _Choices,
+    document: Path,
+    names: tuple[str, ...],
+    temperature: float,
+    own: Preprocess,
+    dims: int,
+    validation: tuple[float, ...],
+    validation_slices: str | None,
 ) -> Settings:
-    for name, value, accepted in (("combine", combine, COMBINE), ("id_from", id_from, IDS)):
+    for name, value, accepted in (("combine", choices.combine, COMBINE), ("id_from", choices.id_from, IDS)):
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
-    names = class_names(model)
     # A prior of the wrong length must not wait for the first volume.
-    posterior_from_log_probs(torch.zeros(1, len(names)), model.temperature, prior)
-    own = preprocess_of(model)
-    preprocess = own if slices is None else dataclasses.replace(own, slices=slices)
-    validation = model.metadata.get("validation") or {}
+    prior = None if choices.prior is None else tuple(check_prior(choices.prior, len(names)).tolist())
+    preprocess = own if choices.slices is None else dataclasses.replace(own, slices=choices.slices)
     # Other slices have other likelihoods.
-    comparable = validation.get("slices") == preprocess.slices and validation.get("log_prob")
+    comparable = validation and validation_slices == preprocess.slices
     return Settings(
-        hashlib.sha256((Path(folder) / CONFIG).read_bytes()).hexdigest()[:16],
+        hashlib.sha256(document.read_bytes()).hexdigest()[:16],
         names,
-        model.temperature,
-        None if prior is None else tuple(map(float, prior)),
+        temperature,
+        prior,
         preprocess,
-        combine,
-        id_from,
-        model.config.num_dims,
-        tuple(validation["log_prob"]) if comparable else None,
+        choices.combine,
+        choices.id_from,
+        dims,
+        validation if comparable else None,
     )
 
 
@@ -456,28 +542,23 @@ class Clock:
     writing: float = 0.0
 
 
-def _runner(
-    model: MagicFlow,
-    folder: str | PathLike[str],
-    settings: Settings,
-    batch_size: int,
-    workers: int,
-    precision: str,
-    engine: str,
-    device: str,
-) -> Runner:
-    if engine == RAY:
+def _runner(model: MagicFlow, choices: _Choices, preprocess: Preprocess) -> Runner:
+    if choices.engine == RAY:
         from fastflow.archive.ray_runner import ray_runner
 
-        return ray_runner(folder, settings.preprocess, batch_size, workers, precision, device)
-    scorer = LabelScorer(model, precision, engine)
+        return ray_runner(choices.folder, preprocess, choices.batch_size, choices.workers, choices.precision, choices.device)
+    from fastflow.models.scoring import LabelScorer
 
+    return _local_runner(LabelScorer(model, choices.precision, choices.engine), preprocess, choices)
+
+
+def _local_runner(scorer: LabelScorer | OnnxScorer, preprocess: Preprocess, choices: _Choices) -> Runner:
     def run(items: Iterator[Item], clock: Clock) -> Generator[list[Scored], None, None]:
         # Two batches ahead of the model, so that it does not wait for files that could be read in time.
-        ahead = 2 * batch_size // len(slice_indices(settings.preprocess.slices, MANY))
-        decoded = decode(items, settings.preprocess, workers, ahead)
+        ahead = 2 * choices.batch_size // len(slice_indices(preprocess.slices, MANY))
+        decoded = decode(items, preprocess, choices.workers, ahead)
         with contextlib.closing(decoded):
-            yield from score_batches(scorer, timed(decoded, clock), settings.preprocess, batch_size, clock)
+            yield from score_batches(scorer, timed(decoded, clock), preprocess, choices.batch_size, clock)
 
     return run
 
@@ -495,7 +576,7 @@ def timed(decoded: Iterator[Decoded], clock: Clock) -> Iterator[Decoded]:
 
 
 def score_batches(
-    scorer: LabelScorer, decoded: Iterable[Decoded], preprocess: Preprocess, batch_size: int, clock: Clock
+    scorer: LabelScorer | OnnxScorer, decoded: Iterable[Decoded], preprocess: Preprocess, batch_size: int, clock: Clock
 ) -> Iterator[list[Scored]]:
     """Score inputs by batches of `batch_size` slices; an input's slices stay together."""
     each = len(slice_indices(preprocess.slices, MANY))
@@ -512,18 +593,20 @@ def score_batches(
         yield _score(scorer, chunk, batch_size, clock)
 
 
-def _score(scorer: LabelScorer, chunk: Sequence[tuple[Decoded, int]], batch_size: int, clock: Clock) -> list[Scored]:
+def _score(scorer: LabelScorer | OnnxScorer, chunk: Sequence[tuple[Decoded, int]], batch_size: int, clock: Clock) -> list[Scored]:
     """One batch. A file has its slots in it whether it can be read or not, and every batch is full: the last bits of a sum may
-    depend on the place in the batch, so a bad file must not move another's slices.
+    depend on the place in the batch, so a bad file must not move another's slices. Images that go one by one need no filling.
     """
     begin = time.perf_counter()
     starts = np.cumsum([0, *(slots for _, slots in chunk)])
-    images = np.zeros((max(batch_size, int(starts[-1])), *scorer.model.config.input_shape), dtype=np.uint8)
+    shape, log_probs = _functions(scorer)
+    alone = isinstance(scorer, OnnxScorer) and scorer.buckets == (1,)
+    images = np.zeros((max(0 if alone else batch_size, int(starts[-1])), *shape), dtype=np.uint8)
     for start, (one, slots) in zip(starts, chunk, strict=False):
         if not isinstance(one.result, VolumeError):
             images[start : start + slots] = one.result
     good = [not isinstance(one.result, VolumeError) for one, _ in chunk]
-    scores = score_slices(scorer, images, len(images)) if any(good) else np.zeros((len(images), 0))
+    scores = log_probs(images) if any(good) else np.zeros((len(images), 0))
     seconds = time.perf_counter() - begin
     clock.scoring += seconds
     share = seconds / max(1, sum(good))
@@ -538,6 +621,24 @@ def _score(scorer: LabelScorer, chunk: Sequence[tuple[Decoded, int]], batch_size
         )
         for start, (one, slots) in zip(starts, chunk, strict=False)
     ]
+
+
+def _functions(
+    scorer: LabelScorer | OnnxScorer,
+) -> tuple[tuple[int, ...], Callable[[NDArray[np.uint8]], NDArray[np.float64]]]:
+    """The shape of a scorer's images, and what scores them, all in one call."""
+    if isinstance(scorer, OnnxScorer):
+        return scorer.input_shape, partial(_score_by_export, scorer)
+    from fastflow.models.scoring import score_slices
+
+    return scorer.model.config.input_shape, lambda images: score_slices(scorer, images, len(images))
+
+
+def _score_by_export(scorer: OnnxScorer, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    try:
+        return scorer.score(images)
+    except RuntimeError as error:
+        raise RunStoppedError(f"{error}. The rows so far are kept; --resume goes on") from error
 
 
 def make_row(scored: Scored, settings: Settings) -> Row:
@@ -555,8 +656,8 @@ def make_row(scored: Scored, settings: Settings) -> Row:
     if isinstance(result, VolumeError):
         return row | {"status": "error", "error_code": result.code, "error_message": result.message}
     log_probs = result.sum(axis=0) if settings.combine == "sum" else result.mean(axis=0)
-    posterior = posterior_from_log_probs(torch.from_numpy(log_probs)[None], settings.temperature, settings.prior)[0].numpy()
-    best = int(posterior.argmax())
+    probabilities = posterior(log_probs, settings.temperature, settings.prior)
+    best = int(probabilities.argmax())
     each = float(result[:, best].mean())
     flags, p_value = list(scored.flags), None
     if settings.validation is not None:
@@ -572,18 +673,8 @@ def make_row(scored: Scored, settings: Settings) -> Row:
         "bits_per_dim": -(each / settings.dims + math.log(GREY_LEVEL)) / math.log(2.0),
         "typicality": p_value,
         "logp": log_probs.tolist(),
-        "posterior": posterior.tolist(),
+        "posterior": probabilities.tolist(),
     }
-
-
-def margin(log_probs: NDArray[np.float64], temperature: float = 1.0, prior: Sequence[float] | None = None) -> float:
-    """Posterior log-odds between the best and the second label, nats, also where the probabilities round to 1 and 0."""
-    if len(log_probs) < 2:
-        return math.inf
-    with np.errstate(divide="ignore"):
-        logits = log_probs / temperature + (0.0 if prior is None else np.log(prior))
-    second, best = np.sort(logits)[-2:]
-    return float(best - second)
 
 
 class _Run:
@@ -599,9 +690,10 @@ class _Run:
         limit: float,
         progress: Callable[[int, int | None, int], None] | None,
         details: dict[str, Any],
+        versions: dict[str, str],
     ) -> None:
         self.folder, self.settings, self.sources, self.journal, self.shards = folder, settings, sources, journal, shards
-        self.limit, self.progress, self.details = limit, progress, details
+        self.limit, self.progress, self.details, self.versions = limit, progress, details, versions
         self.done = Done(journal.keys())
         self.total: int | None = None
         self.clock = Clock()
@@ -741,7 +833,8 @@ class _Run:
             "versions": {
                 "fastflow": __version__,
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "numpy", "nibabel")},
+                **self.versions,
+                **{name: version(name) for name in ("numpy", "nibabel")},
             },
             "configuration": self.details,
         }
@@ -795,15 +888,23 @@ def plan(
     split: str | None = None,
     shard: str | Shard | None = None,
     slices: str | None = None,
+    engine: str = "auto",
 ) -> Plan:
     """List the inputs and load the model, as `classify` would, and write nothing.
 
     Raises:
         ManifestError: the inputs name nothing.
         CheckpointError: the model folder is not usable.
+        ExportError: the export folder is not usable.
         ValueError: an argument does not fit.
     """
-    settings = _settings(MagicFlow.load(model_folder), model_folder, None, slices, "sum", "relpath")
+    choices = _Choices(model_folder, slices=slices, device="cpu")
+    if engine == ONNX:
+        settings = _prepare_export(choices).settings
+    else:
+        from fastflow.models.magic_flow import MagicFlow
+
+        settings = _settings_of_model(MagicFlow.load(model_folder), choices)
     total = size = missing = 0
     kinds: Counter[str] = Counter()
     first: list[str] = []

@@ -10,17 +10,18 @@ from typing import Annotated
 import typer
 
 from fastflow.cli._console import FINISHED_WITH_ERRORS, USAGE, fail, run_progress, warn
-from fastflow.cli._options import Device, DeviceOption, ModelFolder, Precision
+from fastflow.cli._options import Device, DeviceOption, Precision
 
 
 class Engine(StrEnum):
-    """The scorer's engines, and a runner that spreads the work over machines."""
+    """The scorer's engines, a runner that spreads the work over machines, and one that needs no PyTorch."""
 
     auto = "auto"
     eager = "eager"
     compile = "compile"
     cuda_graph = "cuda_graph"
     ray = "ray"
+    onnx = "onnx"
 
 
 class OnError(StrEnum):
@@ -59,7 +60,9 @@ def classify(
             show_default=False,
         ),
     ] = None,
-    model: ModelFolder = Path("model"),
+    model: Annotated[
+        Path, typer.Option("--model", "-m", help="Model folder, as `train` writes it; with --engine onnx one of `export`.")
+    ] = Path("model"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write results into.")] = Path("results"),
     manifest: Annotated[Path | None, typer.Option(help="A manifest (.csv, .jsonl), as an input.")] = None,
     split: Annotated[str | None, typer.Option(help="Take only this split of manifests.")] = None,
@@ -85,7 +88,8 @@ def classify(
     engine: Annotated[
         Engine,
         typer.Option(
-            help="compile takes minutes before the first scan and is faster from thousands of slices on; ray: a Ray cluster."
+            help="compile takes minutes before the first scan and is faster from thousands of slices on; ray: a Ray cluster; "
+            "onnx: --model is an export, which ONNX Runtime runs."
         ),
     ] = Engine.auto,
     format: Annotated[Format, typer.Option(help="Of the result files.")] = Format.csv,
@@ -110,7 +114,7 @@ def classify(
     if not sources and manifest is None:
         fail("nothing to classify: give INPUTS or --manifest", USAGE)
     if dry_run:
-        found = plan(sources, model, manifest=manifest, split=split, shard=shard, slices=slices)
+        found = plan(sources, model, manifest=manifest, split=split, shard=shard, slices=slices, engine=engine.value)
         typer.echo(f"{found.total} inputs, {found.bytes / 1e6:.1f} MB, {found.missing} of them no file")
         typer.echo(", ".join(f"{kind} {count}" for kind, count in found.kinds.items()))
         typer.echo(f"classes {', '.join(found.class_names)}; slices {found.slices}; nothing was read or written")

@@ -182,7 +182,7 @@ class Step(NamedTuple):
         columns: for each tensor of planes, which of all planes it holds.
         valid: for each tensor, (H', W', P) of 0 and 1, where an odd size leaves phases without a pixel; None where all have one.
         halves: the two halves; in the second the passive and the active tensor exchange their roles.
-        split: which of the tensors' planes, joined, leave as latent after this step; None where none does.
+        split: which of the tensors' planes, joined, leave as latent after this step; None where none does, and for the last step.
     """
 
     squeeze: bool
@@ -473,7 +473,8 @@ def fold(model: MagicFlow, tables: LabelTables, dtype: torch.dtype | None = None
         mix = _mix(step, before, columns, sources, phases, wide)
         parts, split = columns, step.split
         joined = torch.cat(columns)
-        leaves = torch.nonzero(joined >= len(joined) // 2).flatten() if split else None
+        # What the last step splits off stays: nothing follows that it would be left out of.
+        leaves = torch.nonzero(joined >= len(joined) // 2).flatten() if split and i + 1 < len(model.steps) else None
         folded.append(Step(step.squeeze, mix, columns, valid, halves, leaves))
     constant = sum(float(step.mixing_logdet()) for step in model.steps) - 0.5 * LOG_2PI * model.config.num_dims
     steps: tuple[Step, ...] = tree_map_only(Tensor, Tensor.detach, tuple(folded))

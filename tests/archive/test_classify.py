@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastflow import MagicFlow
-from fastflow.archive import classify as module
 from fastflow.archive.classify import classify, describe, margin, parse_prior, plan
 from fastflow.archive.inputs import gather
 from fastflow.archive.shards import read_results
@@ -88,7 +87,7 @@ def test_a_file_that_goes_bad_moves_no_other_in_its_batch(
         assert len(images) == batch_size
         return np.arange(len(images))[:, None] * [1.0, 2.0] + images.sum(axis=(1, 2, 3))[:, None]
 
-    monkeypatch.setattr("fastflow.archive.classify.score_slices", by_place)
+    monkeypatch.setattr("fastflow.models.scoring.score_slices", by_place)
     files = [tmp_path / path.name for path in sorted(scans.rglob("*.nii.gz"))]
     for target, source in zip(files, sorted(scans.rglob("*.nii.gz")), strict=True):
         target.write_bytes(source.read_bytes())
@@ -115,7 +114,7 @@ def test_likelihood_that_is_not_finite_is_an_error_row(
         scores[4] = np.nan
         return scores
 
-    monkeypatch.setattr(module, "score_slices", second_volume_is_nan)
+    monkeypatch.setattr("fastflow.models.scoring.score_slices", second_volume_is_nan)
     files = sorted(scans.rglob("*.nii.gz"))[:3]
     classify(files, model_folder, tmp_path / "r")
     assert [row["status"] + row["error_code"] for row in read(tmp_path / "r")] == ["ok", "errorlikelihood", "ok"]
@@ -126,12 +125,12 @@ def test_engine_and_precision_reach_the_scorer(
 ) -> None:
     made = []
 
-    class Noted(module.LabelScorer):
+    class Noted(LabelScorer):
         def __init__(self, model: MagicFlow, precision: str, engine: str) -> None:
             made.append((precision, engine))
             super().__init__(model)
 
-    monkeypatch.setattr(module, "LabelScorer", Noted)
+    monkeypatch.setattr("fastflow.models.scoring.LabelScorer", Noted)
     files = sorted(scans.rglob("*.nii.gz"))[:2]
     classify(files, model_folder, tmp_path / "r", precision="mixed", engine="compile")
     monkeypatch.undo()
