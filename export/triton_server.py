@@ -131,7 +131,7 @@ def write_model_repository(
     serving = Serving(max_batch, 1 if instances is None else instances, device)
     export = _Export(Path(export_folder))
     place = Path(repository).resolve()
-    _check_place(place, {f"{name}_{graph}" for graph in GRAPHS}, overwrite)
+    check_repository(place, name, overwrite)
     with replacing_folder(place) as new:
         for graph in export.graphs:
             _write_model(export, graph, new / f"{name}_{graph}", serving)
@@ -203,7 +203,18 @@ def _is_text_map(value: object) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(content, str) for content in value.values())
 
 
-def _check_place(place: Path, models: set[str], overwrite: bool) -> None:
+def check_repository(repository: str | PathLike[str], name: str = "magic_flow", overwrite: bool = False) -> None:
+    """See that a model repository can be put into a folder.
+
+    Args:
+        repository: see `write_model_repository`.
+        name: see `write_model_repository`.
+        overwrite: see `write_model_repository`.
+
+    Raises:
+        OutputFolderError: it holds something else, or an earlier repository where `overwrite` is not set.
+    """
+    place, models = Path(repository), {f"{name}_{graph}" for graph in GRAPHS}
     if not place.exists():
         return
     if not place.is_dir():

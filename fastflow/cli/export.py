@@ -58,10 +58,12 @@ def export(
 
     _need_onnx()
     from fastflow.export.onnx import check_place, export_onnx
-    from fastflow.export.triton_server import write_model_repository
+    from fastflow.export.triton_server import check_repository, write_model_repository
 
-    # What is wrong with the folder must not wait for the scans.
+    # What is wrong with the folders must not wait for the graphs.
     check_place(out, overwrite)
+    if triton_server is not None:
+        check_repository(triton_server, overwrite=overwrite)
     pictures = _load(model, images, split, slices)
     with stages() as notify:
         done = export_onnx(
