@@ -1,4 +1,4 @@
-"""ONNX Runtime beside `LabelScorer` and beside a call of `log_prob` per label: scoring, loading, and processes from their start.
+"""ONNX Runtime beside `LabelScorer` and beside a pass for each label: scoring, loading, and processes from their start.
 
 Run it with ``pytest bench/test_onnx.py --benchmark-only``. It takes about 25 minutes on one core, and half of them go into
 exporting and compiling: each preset is exported once into a temporary folder (1.3 GB for `paper`), of `paper` the score graph
@@ -10,8 +10,9 @@ work, so that drift of a shared machine touches all. `extra_info` holds the medi
 above 1 OnnxScorer is faster), their smallest and largest, the threads of both sides, which are equal, and sizes on disk.
 
 **Scoring** (`test_all_labels`): `whole`, an `OnnxScorer` that takes all images in one pass (on a CPU the default takes one image,
-so that with one image the ratio shows the noise), the engines of `LabelScorer` (`compile` where there is a C++ compiler), and
-`log_prob`, called for each label as the published code does.
+so that with one image the ratio shows the noise), the engines of `LabelScorer` (`compile` where there is a C++ compiler), and a
+pass for each label: `log_prob`, a call of this package's, and `published`, the published algorithm op for op in plain ATen
+(`bench/published.py`).
 
 **Loading** (`test_loading`), files in the page cache: an `OnnxScorer` that checks hashes, beside `unchecked`, which does not, and
 `pytorch`: a model from its checkpoint, whose hash is checked, with an eager `LabelScorer`.
@@ -45,12 +46,13 @@ from fastflow.export.graphs import GRAPHS
 from fastflow.export.onnx import export_onnx
 from fastflow.export.runtime import OnnxScorer
 
+from bench import published
 from fastflow import FlowConfig, MagicFlow
 from fastflow.models.scoring import LabelScorer
 
 CLASSES = 7
 PRESETS = {"demo": tuple(GRAPHS), "paper": ("score",)}
-ROUNDS = {"demo": {1: 25, 4: 11, 16: 5}, "paper": {1: 9, 4: 5, 16: 3}}
+ROUNDS = {"demo": {1: 25, 4: 11, 16: 5}, "paper": {1: 7, 4: 5, 16: 3}}
 ROOT = Path(__file__).parents[1]
 
 # What a process does whose time and memory are measured. The first one must not need PyTorch.
@@ -222,8 +224,15 @@ def works(case: Case, engines: dict[str, LabelScorer], batch: int) -> dict[str, 
         labels = [torch.full((batch,), k, device=case.model.device) for k in every]
         return torch.stack([case.model.log_prob(on_device, y) for y in labels], dim=1).cpu().numpy()
 
-    torch_ways = {name: run(scorer) for name, scorer in engines.items()}
-    return {"onnx": lambda: own.score(x), "whole": lambda: whole.score(x), **torch_ways, "log_prob": one_call_a_label}
+    weights = published.weights_of(case.model)
+
+    @torch.inference_mode()
+    def published_form() -> np.ndarray:
+        return published.log_prob_all(case.model, torch.from_numpy(x).to(case.model.device), weights).cpu().numpy()
+
+    ways: dict[str, Work] = {"onnx": lambda: own.score(x), "whole": lambda: whole.score(x)}
+    ways |= {name: run(scorer) for name, scorer in engines.items()}
+    return ways | {"log_prob": one_call_a_label, "published": published_form}
 
 
 def log_odds_difference(found: np.ndarray, wanted: np.ndarray) -> float:

@@ -25,7 +25,7 @@ def case(model_folder, exported):
 def test_all_ways_score_the_same_images(case):
     engines = {"eager": test_onnx.LabelScorer(case.model, engine="eager")}
     ways = test_onnx.works(case, engines, batch=3)
-    assert list(ways) == ["onnx", "whole", "eager", "log_prob"]
+    assert list(ways) == ["onnx", "whole", "eager", "log_prob", "published"]
     found = {name: work() for name, work in ways.items()}
     for scores in found.values():
         assert scores.shape == (3, 2)
@@ -110,4 +110,4 @@ def test_a_preset_is_prepared_and_measured(tmp_path, benchmark):
     test_onnx.interleave(benchmark, ways.pop("onnx"), ways, rounds=3)
     if benchmark.stats is not None:
         assert benchmark.stats.stats.rounds == 3
-        assert {"ratio_whole", "range_whole", "ratio_log_prob", "range_log_prob"} == set(benchmark.extra_info)
+        assert {f"{what}_{name}" for what in ("ratio", "range") for name in ways} == set(benchmark.extra_info)

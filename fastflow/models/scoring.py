@@ -6,15 +6,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 import torch.fx.experimental._config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastflow import kernels
@@ -328,7 +329,7 @@ class LabelScorer:
             if self.engine == "compile":
                 self._engine: _Engine = _Compiled(model, self.conditioner_dtype)
             else:
-                eager = _Eager(model)
+                eager = _Eager(_without_parametrizations(model))
                 self._engine = _CudaGraphs(eager) if self.engine == "cuda_graph" else eager
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -374,8 +375,27 @@ class LabelScorer:
         stack.enter_context(parametrize.cached())
         narrow = narrow and self.conditioner_dtype != self.model.dtype and self.engine != "compile"
         device = self.model.device.type
-        stack.enter_context(torch.autocast(device, self.conditioner_dtype) if narrow else _no_autocast(device))
+        # A graph that was captured reads what it read then: weights that autocast had cached would be freed memory by now.
+        cache = self.engine != "cuda_graph"
+        stack.enter_context(
+            torch.autocast(device, self.conditioner_dtype, cache_enabled=cache) if narrow else _no_autocast(device)
+        )
         return stack
+
+
+def _without_parametrizations(model: MagicFlow) -> MagicFlow:
+    """A copy that shares the model's tensors, but has the weights of its normed convolutions computed, once for all passes."""
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            names = list(cast(nn.ModuleDict, module.parametrizations))
+            weights = [getattr(module, name).detach() for name in names]
+            # Not by `remove_parametrizations`, which takes the weight from the class, which the model's own modules share.
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, weight in zip(names, weights, strict=True):
+                module.register_parameter(name, nn.Parameter(weight))
+    return copied
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
