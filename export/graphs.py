@@ -234,8 +234,8 @@ class ScoreGraph(Graph):
         each = torch.arange(batch).unsqueeze(1).expand(-1, labels).reshape(-1)
         rows = torch.arange(labels).unsqueeze(0).expand(batch, -1).reshape(-1)
         planes, terms = folded.run_steps(planes, rows, each, steps[free:], self.phases, self._half)
-        total = torch.stack([*terms, folded.square_sum(planes).double()]).sum(dim=0).view(-1, labels) + self.constant
-        return total + torch.stack(shared).sum(dim=0).unsqueeze(1) if shared else total
+        total = _add([*terms, folded.square_sum(planes).double()]).view(-1, labels) + self.constant
+        return total + _add(shared).unsqueeze(1) if shared else total
 
 
 class LatentGraph(Graph):
@@ -264,7 +264,7 @@ class LatentGraph(Graph):
                 blocks.append(self._natural(planes, i).chunk(2, dim=-1)[1])
         blocks.insert(0, self._kept(planes))
         z = torch.cat([block.permute(0, 3, 1, 2).flatten(1) for block in blocks], dim=1)
-        return z, torch.stack(terms).sum(dim=0) + self.mixing
+        return z, _add(terms) + self.mixing
 
 
 class AttributionGraph(LatentGraph):
@@ -305,6 +305,13 @@ class AttributionGraph(LatentGraph):
         if half.active is None:
             return changed, s
         return torch.where(half.active, changed, moved), torch.where(half.active, s, 0.0)
+
+
+def _add(terms: Sequence[Tensor]) -> Tensor:
+    """Sum of terms (R,), by fours: ONNX Runtime does not capture a CUDA graph where more than 32 tensors are joined."""
+    while len(terms) > 1:
+        terms = [sum(terms[i + 1 : i + 4], start=terms[i]) for i in range(0, len(terms), 4)]
+    return terms[0]
 
 
 def _log_density(z: Tensor) -> Tensor:

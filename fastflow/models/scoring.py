@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -272,7 +272,7 @@ class LabelScorer:
 
     Args:
         model: the flow, initialised and in evaluation mode.
-        precision: ``"float32"``: everything in the model's dtype. ``"mixed"``: conditioners in bfloat16, the stream, the
+        precision: ``"float32"``: everything in the model's dtype, without TF32. ``"mixed"``: conditioners in bfloat16, stream, the
             log-scales and shifts, exponentials and all sums in float32. Where the device has no bfloat16 arithmetic, conditioners
             stay in float32, with a `PrecisionWarning`.
         engine: ``"eager"``: kernels or ATen one after the other; a row's bits depend on no other row. ``"compile"``: Inductor,
@@ -375,6 +375,8 @@ class LabelScorer:
         stack.enter_context(parametrize.cached())
         narrow = narrow and self.conditioner_dtype != self.model.dtype and self.engine != "compile"
         device = self.model.device.type
+        if device == "cuda" and self.conditioner_dtype == self.model.dtype:
+            stack.enter_context(_no_tf32())
         # A graph that was captured reads what it read then: weights that autocast had cached would be freed memory by now.
         cache = self.engine != "cuda_graph"
         stack.enter_context(
@@ -396,6 +398,17 @@ def _without_parametrizations(model: MagicFlow) -> MagicFlow:
             for name, weight in zip(names, weights, strict=True):
                 module.register_parameter(name, nn.Parameter(weight))
     return copied
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Convolutions on tensor cores round float32 to 10 bits unless they are told not to."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:

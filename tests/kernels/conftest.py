@@ -18,6 +18,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():
+        # What kernels are compared with must not be rounded to 10 bits.
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         return "cuda"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return "cpu"
