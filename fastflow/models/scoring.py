@@ -272,12 +272,12 @@ class LabelScorer:
 
     Args:
         model: the flow, initialised and in evaluation mode.
-        precision: ``"float32"``: everything in the model's dtype, without TF32. ``"mixed"``: conditioners in bfloat16, stream, the
-            log-scales and shifts, exponentials and all sums in float32. Where the device has no bfloat16 arithmetic, conditioners
-            stay in float32, with a `PrecisionWarning`.
-        engine: ``"eager"``: kernels or ATen one after the other; a row's bits depend on no other row. ``"compile"``: Inductor,
-            one graph per shape of step, which takes minutes to compile at first; on a CPU it needs a C++ compiler, and a row's
-            bits may depend on how many rows are scored with it. ``"cuda_graph"``: eager passes captured per
+        precision: ``"float32"``: everything in the model's dtype, without TF32. ``"mixed"``: conditioners in bfloat16, the
+            stream, the log-scales and shifts, exponentials and all sums in float32. Where the device has no bfloat16 arithmetic,
+            conditioners stay in float32, with a `PrecisionWarning`.
+        engine: ``"eager"``: kernels or ATen one after the other; on a CPU a row's bits depend on no other row. ``"compile"``:
+            Inductor, one graph per shape of step, which takes minutes to compile at first; on a CPU it needs a C++ compiler, and
+            a row's bits may depend on how many rows are scored with it. ``"cuda_graph"``: eager passes captured per
             power of two of images. ``"auto"``: ``"cuda_graph"`` on a CUDA device, else ``"eager"``, which needs no warm-up.
         max_rows: most rows (images times labels) in one pass; chosen from the model's size and the free memory when None. Images
             and, where there are more labels than rows, labels are split accordingly. An allocation that fails halves it.
