@@ -26,13 +26,13 @@ from fastflow.models.checkpoint import CONFIG
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import posterior_from_log_probs
 
+from ._folder import DOCUMENT, FORMAT
 from ._trace import trace
 from .bundle import write_bundle
 from .graphs import GRAPHS, PRECISIONS, Parts, fold
 from .verify import Parity, verify
 
-FORMAT = 1
-DOCUMENT, WEIGHTS, BUNDLE = "export.json", "weights.data", "runtime.pyz"
+WEIGHTS, BUNDLE = "weights.data", "runtime.pyz"
 OPSETS = (21,)
 # PyTorch's exporter has had opset 21, and nodes that stand for something else, since.
 OLDEST_TORCH = (2, 8)

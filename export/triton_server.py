@@ -29,8 +29,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from fastflow._files import replacing, replacing_folder, write_bytes, write_text
 from fastflow.errors import ExportError, OutputFolderError
 
-FORMAT = 1
-DOCUMENT = "export.json"
+from ._folder import DOCUMENT, read_export
+
 GRAPHS = ("score", "latent", "sample", "attribution")
 DEVICES = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "cuda": "KIND_GPU"}
 DATA_TYPES: dict[int, str] = {
@@ -143,36 +143,19 @@ class _Export:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.document = self._read_document()
+        self.document = read_export(folder).document
+        missing = [key for key in DESCRIBED if key not in self.document]
+        if missing:
+            raise ExportError(f"{folder / DOCUMENT} lacks {', '.join(missing)}")
         self.graphs: dict[str, str] = self.document["graphs"]
+        if not self.graphs or not self.graphs.keys() <= set(GRAPHS):
+            raise ExportError(
+                f"{folder / DOCUMENT}: graphs must be some of {', '.join(GRAPHS)}, got {', '.join(self.graphs) or 'none'}"
+            )
         self.class_names: list[str] = self.document["class_names"]
         for label in self.class_names:
             if "\n" in label or "\r" in label:
                 raise ExportError(f"{folder / DOCUMENT}: a class name must be one line to be a label, got {label!r}")
-
-    def _read_document(self) -> dict[str, Any]:
-        path = self.folder / DOCUMENT
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            reason = f"no {DOCUMENT} in it" if self.folder.is_dir() else "no such folder"
-            raise ExportError(f"{self.folder} is not an export folder: {reason}") from None
-        except (OSError, ValueError) as error:
-            raise ExportError(f"{path} cannot be read: {error}") from error
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        if found != FORMAT:
-            raise ExportError(f"{path} must have format {FORMAT}, got {found!r}")
-        missing = [key for key in ("graphs", "sha256", *DESCRIBED) if key not in document]
-        if missing:
-            raise ExportError(f"{path} lacks {', '.join(missing)}")
-        if not (_is_text_map(document["graphs"]) and document["graphs"].keys() <= set(GRAPHS)):
-            raise ExportError(f"{path}: graphs must map some of {', '.join(GRAPHS)} to files, got {document['graphs']!r}")
-        if not _is_text_map(document["sha256"]):
-            raise ExportError(f"{path}: sha256 must map files to hashes, got {document['sha256']!r}")
-        names = document["class_names"]
-        if not (isinstance(names, list) and names and all(isinstance(label, str) for label in names)):
-            raise ExportError(f"{path}: class_names must be a list of texts, got {names!r}")
-        return document
 
     def _chunks(self, file: str) -> Iterator[bytes]:
         """A file's content. Raises at its end where it is not what was recorded."""
@@ -197,10 +180,6 @@ class _Export:
         with replacing(target) as stream:
             for chunk in self._chunks(file):
                 stream.write(chunk)
-
-
-def _is_text_map(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(content, str) for content in value.values())
 
 
 def check_repository(repository: str | PathLike[str], name: str = "magic_flow", overwrite: bool = False) -> None:

@@ -32,7 +32,7 @@ from ._session import import_onnxruntime, open_session
 from .runtime import OnnxScorer
 
 # Nats of a log-odds, by precision.
-LIMITS = {"float32": 0.02, "mixed": 0.02}
+LIMITS = {"float32": 0.02, "mixed": 0.1}
 # Of the [-1, 1] that 256 grey levels take: half a level, so that an 8-bit picture is off by one at the most.
 PIXEL_LIMIT = 1.0 / 255.0
 BATCHES = (1, 2, 3, 5)

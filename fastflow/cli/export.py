@@ -23,7 +23,7 @@ Images = Annotated[
 Split = Annotated[str | None, typer.Option(help="Take only this split of manifests.")]
 Slices = Annotated[int, typer.Option("--slices", min=1, help="How many slices of --images to compare on.")]
 Limit = Annotated[
-    float | None, typer.Option(help="Largest error of a log-odds in nats; 0.02 by default, 1 with mixed precision.")
+    float | None, typer.Option(help="Largest error of a log-odds in nats; 0.02 by default, 0.1 with mixed precision.")
 ]
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastflow import kernels
+from fastflow.data.preprocess import GREY_LEVEL
 
 OBJECTIVES = ("likelihood", "pairwise", "hybrid")
-GREY_LEVEL = 2.0 / 255.0
 
 Flow = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

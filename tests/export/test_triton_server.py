@@ -108,7 +108,8 @@ def make_export(folder: Path, kept: tuple[str, ...] = GRAPHS, **changes: Any) ->
         "dims": DIMS,
         "temperature": 5.5,
         "prior": [0.25] * 4,
-        "preprocess": {"pad": [184, 184]},
+        "preprocess": {"size": SHAPE[1:]},
+        "validation": {},
         "scaling": {"scale": 2 / 255, "offset": -1},
     }
     document = {key: value for key, value in (document | changes).items() if value is not None}
@@ -175,7 +176,7 @@ def expected(graph: str, sizes: tuple[int, ...], max_batch: int, count: int, kin
         "fastflow.temperature": "5.5",
         "fastflow.prior": "[0.25, 0.25, 0.25, 0.25]",
         "fastflow.scaling": json.dumps({"scale": 2 / 255, "offset": -1}),
-        "fastflow.preprocess": '{"pad": [184, 184]}',
+        "fastflow.preprocess": json.dumps({"size": SHAPE[1:]}),
     }
     for key, text in parameters.items():
         config.parameters[key].string_value = text
@@ -361,20 +362,20 @@ def test_a_document_of_another_format(export, tmp_path, text):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"graphs": None, "prior": None}, "lacks graphs, prior"),
-        ({"graphs": {}}, "graphs must map some of score, latent, sample, attribution to files"),
-        ({"graphs": {"../score": "score.onnx"}}, "graphs must map"),
-        ({"graphs": {"score": 3}}, "graphs must map"),
-        ({"graphs": ["score"]}, "graphs must map"),
-        ({"sha256": ["score.onnx"]}, "sha256 must map files to hashes"),
+        ({"graphs": None, "prior": None}, "lacks prior, graphs"),
+        ({"scaling": None}, "lacks scaling"),
+        ({"graphs": {}}, "graphs must be some of score, latent, sample, attribution, got none"),
+        ({"graphs": {"../score": "score.onnx"}}, r"graphs must be some of .*, got \.\./score"),
+        ({"graphs": {"score": 3}}, "graphs and sha256 must be files of the folder"),
+        ({"graphs": ["score"]}, r"export\.json is not usable"),
         ({"sha256": {"score.onnx": "0"}}, r"score\.onnx has sha256 [0-9a-f]{64}, but export\.json records 0"),
         ({"sha256": {"other": "0"}}, r"must record the hash of each file of its folder, has none of 'score\.onnx'"),
-        ({"graphs": {"score": "../export/score.onnx"}}, "must record the hash"),
-        ({"class_names": []}, "class_names must be a list of texts"),
-        ({"class_names": ["a", 3, "b", "c"]}, "class_names must be a list of texts"),
+        ({"graphs": {"score": "../export/score.onnx"}}, "graphs and sha256 must be files of the folder"),
+        ({"class_names": []}, "class_names must be a list of names"),
+        ({"class_names": ["a", 3, "b", "c"]}, "class_names must be a list of names"),
         ({"class_names": ["a", "b\nc", "d", "e"]}, r"a class name must be one line to be a label, got 'b\\nc'"),
         ({"class_names": ["a", "b\r", "d", "e"]}, "a class name must be one line"),
-        ({"class_names": ["a", "b"]}, r"one number for each of the 2 classes, gives log_probs \[4\]"),
+        ({"class_names": ["a", "b"], "prior": [0.5, 0.5]}, r"one number for each of the 2 classes, gives log_probs \[4\]"),
     ],
 )
 def test_documents_that_do_not_fit(tmp_path, changes, match):
@@ -385,7 +386,7 @@ def test_a_recorded_path_leads_nowhere_else(tmp_path):
     digest = hashlib.sha256(b"secret").hexdigest()
     (tmp_path / "secret").write_bytes(b"secret")
     export = make_export(tmp_path / "export", graphs={"score": "../secret"}, sha256={"../secret": digest})
-    fails(ExportError, r"has none of '\.\./secret'", export, tmp_path / "models")
+    fails(ExportError, "must be files of the folder", export, tmp_path / "models")
 
 
 @pytest.mark.parametrize("file", ["weights.data", "latent.onnx"])
