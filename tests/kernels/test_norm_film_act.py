@@ -47,7 +47,9 @@ def check(device, shape, groups, dtype=F64, table=None, residual=False, dropout=
     assert _library.is_channels_last(y) == _library.is_channels_last(values[0])
     samples = shape[0] * shape[2] * shape[3]
     # Gradients of x go through the sums of a group; those of the tables are sums over samples and pixels.
-    for grad, wanted, value, length in zip(grads, want_grads, values, (16, samples, samples, 4), strict=False):
+    # What is left of a group of one element is rounding, times 1 / sqrt(eps).
+    alone = shape[1] // groups * shape[2] * shape[3] == 1
+    for grad, wanted, value, length in zip(grads, want_grads, values, (16e5 if alone else 16, samples, samples, 4), strict=False):
         close(grad, wanted, value.dtype, 4 * length)
 
 
