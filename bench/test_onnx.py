@@ -1,6 +1,6 @@
 """ONNX Runtime beside `LabelScorer` and beside a pass for each label: scoring, loading, and processes from their start.
 
-Run it with ``pytest bench/test_onnx.py --benchmark-only``. It takes about 25 minutes on one core, and half of them go into
+Run it with ``pytest bench/test_onnx.py --benchmark-only``. It takes about 35 minutes on one core, and 15 of them go into
 exporting and compiling: each preset is exported once into a temporary folder (1.3 GB for `paper`), of `paper` the score graph
 alone, and none is compared with the model. ``FASTFLOW_BENCH_PRESETS=demo`` leaves `paper` out.
 
