@@ -106,7 +106,8 @@ def test_what_no_label_changes_is_computed_once(monkeypatch):
     model = build(config)
     scorer = LabelScorer(model)
     batches = {i: [] for i in range(config.num_steps)}
-    for i, step in enumerate(model.steps):
+    # The scorer's own copy, whose weight norms are computed.
+    for i, step in enumerate(scorer._engine.model.steps):
         conv = step.coupling.conditioners[0].conv1
         conv.register_forward_hook(lambda module, inputs, _, i=i: batches[i].append(len(inputs[0])))
     scorer(images(config, 4))
