@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from fastflow import __version__
 from fastflow._files import replacing_folder, write_text
+from fastflow.data.preprocess import GREY_LEVEL
 from fastflow.errors import ExportError, OutputFolderError
 from fastflow.models.checkpoint import CONFIG
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.models.scoring import posterior_from_log_probs
+from fastflow.training.calibration import check_prior
 
 from ._folder import DOCUMENT, FORMAT
 from ._trace import trace
@@ -152,7 +153,7 @@ def _describe(model: MagicFlow, folder: Path, precision: str, opset: int, prior:
     """`export.json`, but for what is known last."""
     config, classes = model.config, model.config.num_classes
     # A prior that does not fit must not wait for the graphs.
-    posterior_from_log_probs(torch.zeros(1, classes), model.temperature, prior)
+    start = check_prior([1.0 / classes] * classes if prior is None else prior, classes)
     content = (folder / CONFIG).read_bytes()
     return {
         "format": FORMAT,
@@ -165,9 +166,9 @@ def _describe(model: MagicFlow, folder: Path, precision: str, opset: int, prior:
         "input_shape": list(config.input_shape),
         "dims": config.num_dims,
         "temperature": model.temperature,
-        "prior": [1.0 / classes] * classes if prior is None else [float(p) for p in prior],
+        "prior": start.tolist(),
         "preprocess": model.metadata.get("preprocess"),
-        "scaling": {"scale": 2.0 / 255.0, "offset": -1.0},
+        "scaling": {"scale": GREY_LEVEL, "offset": -1.0},
         "config": config.to_dict(),
         "validation": model.metadata.get("validation"),
         "parity": None,

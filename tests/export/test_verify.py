@@ -94,7 +94,24 @@ def test_numbers_that_are_none_are_seen(copy, model_folder):
 
 def test_pixels_that_are_off_are_seen(copy, model_folder):
     change(copy, "sample", lambda model: add_to_output(model, "image", np.full((1, 1, 16, 16), 0.01, np.float32)))
-    assert "sample: pixels are off by 0.01" in verify(copy, model_folder).failure
+    assert "sample: its pixel error is 0.01" in verify(copy, model_folder).failure
+
+
+@pytest.mark.parametrize(("name", "output", "what"), [("latent", "z", "latent"), ("attribution", "map", "map")])
+def test_elements_that_stand_elsewhere_are_seen(copy, model_folder, name, output, what):
+    """Sums do not tell."""
+
+    def edit(model):
+        for node in model.graph.node:
+            node.output[:] = ["before" if one == output else one for one in node.output]
+        axis = 1 if output == "z" else 2
+        order = numpy_helper.from_array(np.arange(256 if output == "z" else 16)[::-1].copy(), "backwards")
+        model.graph.initializer.append(order)
+        model.graph.node.append(onnx.helper.make_node("Gather", ["before", "backwards"], [output], axis=axis))
+
+    change(copy, name, edit)
+    failure = verify(copy, model_folder).failure
+    assert f"{name}: its {what} error is" in failure and "log-odds" not in failure
 
 
 @pytest.mark.parametrize(("name", "output"), [("latent", "logdet"), ("attribution", "constant")])
