@@ -101,7 +101,19 @@ def _function(part: Part, name: str, opset: int) -> ir.Function:
         value.replace_all_uses_with(node.outputs[0])
         graph.insert_before(graph[0], node)
     graph.initializers.clear()
+    _forget_symbols(graph)
     return ir.Function(Parts.domain, name, graph=graph, attributes=[])
+
+
+def _forget_symbols(graph: ir.Graph) -> None:
+    """Of a function's body, so that one name does not stand for the images of one call and the labels of another.
+
+    ONNX Runtime takes dimensions of one name for equal and puts such tensors in the same memory, one after the other.
+    """
+    values = (*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs))
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
 
 
 def _clean(model: ir.Model) -> None:
