@@ -301,6 +301,7 @@ def test_package_ops_count_as_their_launches(monkeypatch):
     assert counter.bytes == (400 + 16 + 2 * 16) * F32
 
 
+@pytest.mark.slow
 def test_half_steps_of_fake_tensors_count_as_real_ones(steps):
     case = roofline.half_step(roofline.FlowConfig.paper(roofline.CLASSES), 17, 16)
     with roofline._kernels_chosen(), roofline.fused_form():

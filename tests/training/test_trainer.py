@@ -41,7 +41,9 @@ def new_model(**changes):
     return MagicFlow(FlowConfig.tiny(2, dequantize="uniform", class_names=NAMES, **changes))
 
 
-@pytest.mark.parametrize("objective", ["likelihood", "pairwise", "hybrid"])
+@pytest.mark.parametrize(
+    "objective", ["likelihood", pytest.param("pairwise", marks=pytest.mark.slow), pytest.param("hybrid", marks=pytest.mark.slow)]
+)
 def test_it_learns_and_records(tmp_path, objective):
     model, seen = new_model(), []
     history = train(
