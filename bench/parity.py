@@ -1,24 +1,37 @@
-"""Parity of exports of random weights. ``python -m bench.parity OUT [PRESET [TASK [SLICES]]]``.
+"""Parity of exports at the size of the published images, with random weights and with trained ones.
 
-Trained weights are compared by `fastflow export`; here a preset (`paper`) of a task (`classification`) gets random weights, is
-exported to OUT/export with all graphs and compared on slices (16) of the heads that ship with the package. Printed is what
-`fastflow export` prints. Of generation conditioners at 184x184 pixels take 2 slices, or hours.
+``python -m bench.parity random OUT`` gives a preset random weights, exports it to OUT/export with all graphs, compares it on
+slices of the heads that ship with the package and prints what `fastflow export` prints. Generation conditioners at 184x184 pixels
+take ``--task generation --slices 2``, or hours.
+
+``python -m bench.parity stretch demo/archive/manifest.csv OUT`` writes coronal slices of the demo's archive, 2 mm voxels, as PNG
+files of twice as many pixels: 182x182, as the published images. `fastflow train OUT --preset paper` learns from them what a model
+of that size has when it is trained, and `fastflow export --images OUT --split test` compares it on unseen subjects.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import torch
+import typer
 from fastflow.export.onnx import export_onnx
 from fastflow.export.verify import SLICES, anatomy_slices
+from PIL import Image
+from scipy import ndimage
 
 from bench.gpu import CLASSES, randomize
 from fastflow import FlowConfig, MagicFlow
 from fastflow.cli.export import describe
-from fastflow.data.preprocess import to_unit_range
+from fastflow.data.manifest import SPLITS, read_manifest
+from fastflow.data.preprocess import Preprocess, to_unit_range
+from fastflow.data.slices import read_image
+
+app = typer.Typer(add_completion=False)
+# Slices of a scan, around the middle: more to learn from.
+TAKEN = {"train": "center+-4:4"}
 
 
 def save_random(folder: Path, preset: str, task: str) -> None:
@@ -31,18 +44,36 @@ def save_random(folder: Path, preset: str, task: str) -> None:
     model.eval().save(folder)
 
 
-def main(arguments: Sequence[str]) -> None:
-    out = Path(arguments[0])
-    preset, task, slices = (*arguments[1:], *("paper", "classification", str(SLICES))[len(arguments) - 1 :])
+@app.command("random")
+def random_weights(out: Path, preset: str = "paper", task: str = "classification", slices: int = SLICES) -> None:
+    """Compare an export of random weights with its model."""
     save_random(out / "model", preset, task)
     shape = MagicFlow.load(out / "model").config.input_shape
-    done = export_onnx(out / "model", out / "export", images=anatomy_slices(shape, int(slices)), overwrite=True)
+    done = export_onnx(out / "model", out / "export", images=anatomy_slices(shape, slices), overwrite=True)
     for name, size in done.sizes.items():
-        print(f"{name}\t{size / 2**20:.2f} MiB")
-    print(f"{sum(done.sizes.values()) / 2**20:.1f} MiB in all, the checkpoint has {done.checkpoint_bytes / 2**20:.1f} MiB")
+        typer.echo(f"{name}\t{size / 2**20:.2f} MiB")
+    typer.echo(f"{sum(done.sizes.values()) / 2**20:.1f} MiB in all, the checkpoint has {done.checkpoint_bytes / 2**20:.1f} MiB")
     assert done.parity is not None
-    print(describe(done.parity))
+    typer.echo(describe(done.parity))
+
+
+@app.command()
+def stretch(
+    archive: Annotated[Path, typer.Argument(help="A manifest, as `fastflow demo-data` writes it.")], out: Path, factor: int = 2
+) -> None:
+    """Write OUT/split/class/subject_i.png: slices of an archive's scans with `factor` times as many pixels a side."""
+    for record in read_manifest(archive):
+        if record.split not in SPLITS or record.label is None:
+            continue
+        # Of the slice's own size: nothing is padded.
+        folder = out / record.split / record.label
+        folder.mkdir(parents=True, exist_ok=True)
+        preprocess = Preprocess((91, 91), TAKEN.get(record.split, "center"))
+        for i, (image,) in enumerate(read_image(record.path, preprocess).images):
+            finer = ndimage.zoom(image.astype(np.float32), factor, order=3, mode="nearest", grid_mode=True)
+            name = f"{Path(record.path).name.split('.')[0]}_{i}.png"
+            Image.fromarray(np.rint(finer).clip(0, 255).astype(np.uint8)).save(folder / name)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    app()

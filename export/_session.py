@@ -149,6 +149,11 @@ def _session_options(ort: Any, threads: int) -> Any:
     return options
 
 
+def is_memory_error(error: Exception) -> bool:
+    """Whether what ONNX Runtime raised says that there is not enough memory."""
+    return any(words in str(error) for words in ("bad allocation", "bad_alloc", "allocate memory"))
+
+
 class Plain:
     """Runs batches of any size.
 

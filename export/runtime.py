@@ -33,7 +33,7 @@ from fastflow.training.calibration import posterior as posterior
 
 from ._folder import DOCUMENT as DOCUMENT
 from ._folder import Export, check_metadata, is_list, read_export
-from ._session import CHOICES, CUDA, Bound, Plain, Run, import_onnxruntime
+from ._session import CHOICES, CUDA, Bound, Plain, Run, import_onnxruntime, is_memory_error
 from ._session import open_session as open_session
 
 SCORE = "score"
@@ -191,9 +191,8 @@ class OnnxScorer:
             return self._run(np.ascontiguousarray(images))
         except Exception as error:
             # Of classes that have no other base.
-            memory = any(words in str(error) for words in ("bad allocation", "bad_alloc", "allocate memory"))
             message = f"{self.export.folder}: ONNX Runtime cannot score {len(images)} images: {error}"
-            raise (MemoryError if memory else RuntimeError)(message) from error
+            raise (MemoryError if is_memory_error(error) else RuntimeError)(message) from error
 
     def posterior(self, images: NDArray[Any], prior: ArrayLike | None = None) -> NDArray[np.float64]:
         """Probabilities of the labels of single images, ``softmax(log p(x|y) / temperature + log prior)``.

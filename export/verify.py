@@ -31,7 +31,7 @@ from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import LabelScorer, score_slices
 
 from ._folder import Export, read_export
-from ._session import import_onnxruntime, open_session
+from ._session import import_onnxruntime, is_memory_error, open_session
 from .runtime import OnnxScorer
 
 # Nats of a log-odds, by precision.
@@ -125,7 +125,7 @@ def verify(
         The errors; `Parity.passed` says whether they are within their limits.
 
     Raises:
-        ExportError: the folder is no export, or damaged, or of another model, or a graph is not valid ONNX.
+        ExportError: the folder is no export, or damaged, or of another model, or a graph is not valid ONNX or fails when run.
         ValueError: the images or the limit do not fit.
     """
     folder = Path(folder)
@@ -155,8 +155,8 @@ def verify(
             scorer = OnnxScorer(folder, providers)
             errors[name], provider = _compare_scores(scorer, images, want), scorer.provider
         else:
-            session = open_session(paths[name], providers)
-            errors[name], provider = _COMPARE[name](session, exact.model, images[:FEW], want[:FEW]), session.get_providers()[0]
+            graph = _Runnable(paths[name], providers)
+            errors[name], provider = _COMPARE[name](graph, exact.model, images[:FEW], want[:FEW]), graph.provider
     tell(len(graphs) + 1, len(graphs) + 1)
     ranked = np.sort(want, axis=1)
     gap = float((ranked[:, -1] - ranked[:, -2]).min()) if want.shape[1] > 1 else float("inf")
@@ -212,10 +212,13 @@ def _check_graph(export: Export, name: str) -> Path:
 
 
 def _compare_scores(scorer: OnnxScorer, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
-    got = scorer.score(images)
-    # The same image in batches of all sizes, each from the start.
     few = images[: max(BATCHES)]
-    others = [scorer.run(to_unit_range(few[:size])) for size in BATCHES if size <= len(few)]
+    try:
+        got = scorer.score(images)
+        # The same image in batches of all sizes, each from the start.
+        others = [scorer.run(to_unit_range(few[:size])) for size in BATCHES if size <= len(few)]
+    except RuntimeError as error:
+        raise ExportError(str(error)) from error
     differences = [got[: len(other)] - other for other in others]
     batch = max(float((d.max(axis=1) - d.min(axis=1)).max()) for d in differences)
     return {**compare(got, want), "batch_difference": batch}
@@ -227,20 +230,47 @@ def _every_label(model: MagicFlow, images: NDArray[np.uint8]) -> tuple[NDArray[n
     return np.repeat(to_unit_range(images), labels, axis=0), np.tile(np.arange(labels), len(images))
 
 
-def _run(session: Any, **rows: NDArray[Any]) -> list[NDArray[Any]]:
-    """What a graph gives for rows, which it gets in batches of all sizes."""
-    found, first, count = [], 0, len(next(iter(rows.values())))
-    for size in itertools.cycle(BATCHES):
-        if first >= count:
-            break
-        found.append(session.run(None, {name: values[first : first + size] for name, values in rows.items()}))
-        first += size
-    return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+class _Runnable:
+    """A graph that is run as it is.
+
+    Args:
+        path: its file.
+        providers: see `fastflow.export.runtime.OnnxScorer`.
+    """
+
+    def __init__(self, path: Path, providers: str | Sequence[str]) -> None:
+        self._path = path
+        self._session = open_session(path, providers)
+        self.provider: str = self._session.get_providers()[0]
+
+    def __call__(self, **rows: NDArray[Any]) -> list[NDArray[Any]]:
+        """Outputs for rows.
+
+        Raises:
+            ExportError: ONNX Runtime fails.
+            MemoryError: it needs more memory than there is.
+        """
+        try:
+            return list(self._session.run(None, rows))
+        except Exception as error:
+            # Of classes that have no other base.
+            message = f"{self._path}: ONNX Runtime cannot run it: {error}"
+            raise (MemoryError if is_memory_error(error) else ExportError)(message) from error
+
+    def in_batches(self, **rows: NDArray[Any]) -> list[NDArray[Any]]:
+        """The same, in batches of all sizes."""
+        found, first, count = [], 0, len(next(iter(rows.values())))
+        for size in itertools.cycle(BATCHES):
+            if first >= count:
+                break
+            found.append(self(**{name: values[first : first + size] for name, values in rows.items()}))
+            first += size
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
-def _compare_latent(session: Any, model: MagicFlow, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
+def _compare_latent(graph: _Runnable, model: MagicFlow, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
     x, y = _every_label(model, images)
-    z, logdet = _run(session, image=x, label=y)
+    z, logdet = graph.in_batches(image=x, label=y)
     wide = z.astype(np.float64)
     log_probs = logdet - 0.5 * (wide**2 + LOG_2PI).sum(axis=1)
     with torch.no_grad():
@@ -251,9 +281,9 @@ def _compare_latent(session: Any, model: MagicFlow, images: NDArray[np.uint8], w
     }
 
 
-def _compare_map(session: Any, model: MagicFlow, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
+def _compare_map(graph: _Runnable, model: MagicFlow, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
     x, y = _every_label(model, images)
-    spread, constant = _run(session, image=x, label=y)
+    spread, constant = graph.in_batches(image=x, label=y)
     log_probs = spread.astype(np.float64).sum(axis=(1, 2, 3)) + constant
     with torch.no_grad():
         exact = model.attribution(torch.from_numpy(x[:1]).double(), torch.from_numpy(y[:1]))[0].numpy()
@@ -263,13 +293,13 @@ def _compare_map(session: Any, model: MagicFlow, images: NDArray[np.uint8], want
     }
 
 
-def _compare_sample(session: Any, model: MagicFlow, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
+def _compare_sample(graph: _Runnable, model: MagicFlow, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
     x = to_unit_range(images)
     y = np.arange(len(x)) % model.config.num_classes
     with torch.no_grad():
         z = model(torch.from_numpy(x).double(), torch.from_numpy(y))[0].float().numpy()
     # Together, and in other batches.
-    found = (session.run(None, {"z": z, "label": y})[0], _run(session, z=z, label=y)[0])
+    found = (graph(z=z, label=y)[0], graph.in_batches(z=z, label=y)[0])
     return {"pixel_error": max(float(np.abs(image - x).max()) for image in found)}
 
 

@@ -127,6 +127,22 @@ def test_the_other_graphs_are_compared_too(copy, model_folder, name, output):
     assert f"{name}: log-odds are off by 1" in verify(copy, model_folder).failure
 
 
+@pytest.mark.parametrize(("name", "output"), [("score", "log_probs"), ("latent", "logdet")])
+def test_a_graph_that_fails_when_it_is_run_is_told_by_name(copy, model_folder, name, output):
+    """As one whose rows are less than it was planned for."""
+
+    def edit(model):
+        for node in model.graph.node:
+            node.output[:] = ["before" if one == output else one for one in node.output]
+        model.graph.initializer.append(numpy_helper.from_array(np.array([1000]), "beyond"))
+        model.graph.node.append(onnx.helper.make_node("Gather", ["before", "beyond"], ["one"], axis=0))
+        model.graph.node.append(onnx.helper.make_node("Add", ["before", "one"], [output]))
+
+    change(copy, name, edit)
+    with pytest.raises(ExportError, match=r"ONNX Runtime cannot .* out of"):
+        verify(copy, model_folder)
+
+
 def test_other_weights_are_refused(copy, model_folder, tmp_path):
     model = MagicFlow.load(model_folder)
     with torch.no_grad():
