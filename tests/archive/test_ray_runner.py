@@ -148,7 +148,7 @@ def test_a_ray_of_its_own_ends_with_the_run(scans: Path, model_folder: Path, tmp
     (tmp_path / "run.py").write_text(OWN_RAY)
     files = [str(file) for file in sorted(scans.rglob("*.nii.gz"))]
     command = [sys.executable, str(tmp_path / "run.py"), str(model_folder), *files]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     # Progress bars and logs of Ray would be in the way of what a command prints.
     assert done.stdout == "(3, 2)\n"
