@@ -343,7 +343,9 @@ def _generation(net: GenerationConditioner, shape: tuple[int, ...], dtype: torch
             _pyramid(aspp, dtype),
         )
 
-    return GenerationNet((stage(1), stage(2), stage(3)), _conv(net.scale, dtype), _conv(net.shift, dtype))
+    # Heads are never narrow: their rounding would be most of the error of a log-odds.
+    heads = (_conv(head, head.weight.dtype) for head in (net.scale, net.shift))
+    return GenerationNet((stage(1), stage(2), stage(3)), *heads)
 
 
 def _pyramid(block: ASPP, dtype: torch.dtype) -> Pyramid:
@@ -455,7 +457,7 @@ def fold(model: MagicFlow, tables: LabelTables, dtype: torch.dtype | None = None
     Args:
         model: the flow.
         tables: of all labels, `MagicFlow.label_tables`.
-        dtype: of the conditioners; that of the model when None.
+        dtype: of the conditioners' convolutions but for the heads; that of the model when None.
     """
     phases = 2 if model.config.task == "classification" else 1
     channels, wide = model.config.input_shape[0], model.dtype
@@ -539,8 +541,9 @@ def conv2d(v: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     return F.conv2d(v, weight, bias, stride, weight.shape[2] // 2 * dilation, dilation)
 
 
-def _conv2d(v: Tensor, conv: Conv, stride: int = 1, dilation: int = 1) -> Tensor:
-    return conv2d(v, conv.weight, conv.bias, stride, dilation)
+def _conv2d(v: Tensor, conv: Conv, stride: int = 1) -> Tensor:
+    """In the dtype of the weight; the result in that of v: rounding what is only kept would cost as much as all of the rest."""
+    return conv2d(v.to(conv.weight.dtype), conv.weight, conv.bias, stride).to(v.dtype)
 
 
 def _pixels(v: Tensor) -> Tensor:
@@ -549,11 +552,10 @@ def _pixels(v: Tensor) -> Tensor:
 
 
 def norm_gelu(v: Tensor, norm: Norm, film: Tensor, residual: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-    """GELU(FiLM(norm(v)) [+ residual]) in the dtype of v (R, C, H, W); with `image` (R,), of the samples that it names.
+    """GELU(FiLM(norm(v)) [+ residual]) of v (R, C, H, W); with `image` (R,), of the samples that it names.
 
     `film` (R, 2C) holds a scale and a shift for each channel.
     """
-    dtype, v = v.dtype, v.to(accumulator(v.dtype))
     scale, shift = film.chunk(2, dim=1)
     if norm.average is None:
         v = v if image is None else v.index_select(0, image)
@@ -575,7 +577,7 @@ def norm_gelu(v: Tensor, norm: Norm, film: Tensor, residual: Tensor | None = Non
         scale = (inverse * scale) @ norm.identity
         shift = torch.addmm(shift, -mean * scale, norm.identity)
     v = v * _pixels(scale) + _pixels(shift)
-    return gelu(v if residual is None else v + residual).to(dtype)
+    return gelu(v if residual is None else v + residual)
 
 
 def _spatial_logits(pooled: Tensor, weight: Tensor) -> Tensor:
@@ -591,13 +593,12 @@ def _spatial_logits(pooled: Tensor, weight: Tensor) -> Tensor:
 
 def gate(v: Tensor, gates: Gates) -> Tensor:
     """CBAM on v (R, C, H, W)."""
-    dtype, v = v.dtype, v.to(accumulator(v.dtype))
     mean, peak = v.mean(dim=(2, 3)), v.amax(dim=(2, 3))
     # The shared MLP's last layer is linear, so the sum over both poolings comes before it.
     hidden = F.relu(mean @ gates.down.t()) + F.relu(peak @ gates.down.t())
     v = v * _pixels(torch.sigmoid(hidden @ gates.up.t()) @ gates.identity)
     pooled = torch.cat((v.mean(dim=1, keepdim=True), v.amax(dim=1, keepdim=True)), dim=1)
-    return (v * torch.sigmoid(_spatial_logits(pooled, gates.spatial))).to(dtype)
+    return v * torch.sigmoid(_spatial_logits(pooled, gates.spatial))
 
 
 def _residual_block(v: Tensor, block: Residual, films: Iterator[Tensor]) -> Tensor:
@@ -614,12 +615,10 @@ def _classify(
     a: Tensor, net: ClassificationNet, rows: Tensor, films: Iterator[Tensor], image: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Passive planes (R, P, H', W') -> (raw log-scale, shift), each (R, A)."""
-    wide = accumulator(a.dtype)
-    v = norm_gelu(_conv2d(a.to(net.conv1.weight.dtype), net.conv1), net.norm1, next(films), image=image)
+    v = norm_gelu(_conv2d(a.to(accumulator(a.dtype)), net.conv1), net.norm1, next(films), image=image)
     v = _stage(_stage(v, net.stage2, films), net.stage3, films)
     heads = net.heads
-    # Heads are never narrow: their rounding would be most of the error of a log-odds.
-    features = gelu(F.linear(v.to(wide).permute(0, 2, 3, 1).flatten(1), heads.weight, heads.bias))
+    features = gelu(F.linear(v.permute(0, 2, 3, 1).flatten(1), heads.weight, heads.bias))
     first, second = features.chunk(2, dim=1)
     scale, shift = heads.table.index_select(0, rows).chunk(2, dim=1)
     return first @ heads.scale + scale, second @ heads.shift + shift
@@ -632,31 +631,33 @@ def _mlp(v: Tensor, mlp: Mlp, act: str) -> Tensor:
 
 def _pyramid_block(v: Tensor, block: Pyramid) -> Tensor:
     """ASPP: the last map, gated per sample, as one product for each branch."""
-    dtype, wide = v.dtype, accumulator(v.dtype)
-    branches = [_conv2d(v, conv, dilation=d) for conv, d in zip(block.branches, (1, *DILATIONS), strict=True)]
-    means = torch.cat([p.to(wide).mean(dim=(2, 3)) for p in branches], dim=1)
+    narrow, dtype = v.to(block.branches[0].weight.dtype), v.dtype
+    convs = zip(block.branches, (1, *DILATIONS), strict=True)
+    branches = [conv2d(narrow, conv.weight, conv.bias, dilation=dilation) for conv, dilation in convs]
+    means = torch.cat([p.to(dtype).mean(dim=(2, 3)) for p in branches], dim=1)
     weights = block.output * torch.sigmoid(_mlp(means, block.gate, "relu"))[:, None, :]
-    out = block.bias.to(dtype)
-    for p, weight in zip(branches, weights.to(dtype).chunk(len(branches), dim=2), strict=True):
-        out = torch.baddbmm(out, p.permute(0, 2, 3, 1).flatten(1, 2), weight.mT)
+    out = block.bias
+    for p, weight in zip(branches, weights.chunk(len(branches), dim=2), strict=True):
+        rows = p.permute(0, 2, 3, 1).flatten(1, 2)
+        product, there = weight.to(p.dtype).mT, p.dtype == dtype
+        out = torch.baddbmm(out, rows, product) if there else out + torch.bmm(rows, product).to(dtype)
     return out.mT.unflatten(2, v.shape[2:])
 
 
 def _generate(a: Tensor, net: GenerationNet, films: Iterator[Tensor], image: Tensor | None) -> tuple[Tensor, Tensor]:
     """Passive planes (R, C, H, W) -> (raw log-scale, shift), each (R, C, H, W) in the dtype of a."""
-    v = a.to(net.scale.weight.dtype)
+    v = a.to(accumulator(a.dtype))
     for i, stage in enumerate(net.stages):
         v = norm_gelu(_conv2d(v, stage.conv), stage.norm, next(films), image=image if i == 0 else None)
         v = gate(v, stage.gates)
         if stage.residual is not None:
             v = _residual_block(v, stage.residual, films)
-        dtype, v = v.dtype, v.to(accumulator(v.dtype))
         mean = v.mean(dim=(2, 3))
         if stage.residual is None:
             v = v + _pixels(_mlp(mean, stage.context, "gelu"))
         else:
             v = v * _pixels(1.0 + torch.sigmoid(_mlp(mean, stage.context, "relu")))
-        v = _pyramid_block(v.to(dtype), stage.pyramid)
+        v = _pyramid_block(v, stage.pyramid)
     return _conv2d(v, net.scale).to(a.dtype), _conv2d(v, net.shift).to(a.dtype)
 
 

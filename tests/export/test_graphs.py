@@ -11,6 +11,7 @@ from fastflow.export.graphs import GRAPHS, AttributionGraph, LatentGraph, Parts,
 
 from fastflow import FlowConfig, MagicFlow
 from fastflow.errors import UninitializedModelError
+from fastflow.models import folded
 from fastflow.models.folded import to_planes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -78,6 +79,27 @@ def test_mixed_precision_narrows_the_convolutions_of_conditioners_alone():
         error = graph(x).float() - want
     spread = want.max(dim=1).values - want.min(dim=1).values
     assert bool(((error.max(dim=1).values - error.min(dim=1).values) < 0.05 * spread).all())
+
+
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_what_lies_between_narrow_convolutions_is_not_rounded(task, monkeypatch):
+    """Else the errors of log-odds are twice what they are."""
+    model = build(FlowConfig.tiny(3, task=task), dtype=torch.float32)
+    graph, kinds = ScoreGraph(model, fold(model, "mixed")), []
+
+    def noting(real):
+        def noted(v, *arguments, **options):
+            out = real(v, *arguments, **options)
+            kinds.append((v.dtype, out.dtype))
+            return out
+
+        return noted
+
+    for name in ("_conv2d", "norm_gelu", "gate", "_pyramid_block"):
+        monkeypatch.setattr(folded, name, noting(getattr(folded, name)))
+    with torch.no_grad():
+        graph(images(model.config, 2, dtype=torch.float32))
+    assert len(kinds) > 20 and set(kinds) == {(torch.float32, torch.float32)}
 
 
 def test_a_tensor_in_several_places_is_one_buffer():
