@@ -7,6 +7,9 @@ take ``--task generation --slices 2``, or hours.
 ``python -m bench.parity stretch demo/archive/manifest.csv OUT`` writes coronal slices of the demo's archive, 2 mm voxels, as PNG
 files of twice as many pixels: 182x182, as the published images. `fastflow train OUT --preset paper` learns from them what a model
 of that size has when it is trained, and `fastflow export --images OUT --split test` compares it on unseen subjects.
+
+``python -m bench.parity rounded MODEL IMAGES`` computes what `score` of mixed precision does where the results of convolutions are
+rounded to float16, as on GPUs: ONNX Runtime's CPU provider keeps them in float32.
 """
 
 from __future__ import annotations
@@ -17,17 +20,21 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from fastflow.export.graphs import ScoreGraph, fold
 from fastflow.export.onnx import export_onnx
-from fastflow.export.verify import SLICES, anatomy_slices
+from fastflow.export.verify import SLICES, anatomy_slices, compare, load_images
 from PIL import Image
 from scipy import ndimage
 
 from bench.gpu import CLASSES, randomize
 from fastflow import FlowConfig, MagicFlow
+from fastflow.archive.classify import preprocess_of
+from fastflow.archive.inputs import Inputs
 from fastflow.cli.export import describe
 from fastflow.data.manifest import SPLITS, read_manifest
 from fastflow.data.preprocess import Preprocess, to_unit_range
 from fastflow.data.slices import read_image
+from fastflow.models.scoring import LabelScorer, score_slices
 
 app = typer.Typer(add_completion=False)
 # Slices of a scan, around the middle: more to learn from.
@@ -73,6 +80,24 @@ def stretch(
             finer = ndimage.zoom(image.astype(np.float32), factor, order=3, mode="nearest", grid_mode=True)
             name = f"{Path(record.path).name.split('.')[0]}_{i}.png"
             Image.fromarray(np.rint(finer).clip(0, 255).astype(np.uint8)).save(folder / name)
+
+
+@app.command()
+def rounded(
+    model: Path,
+    images: Annotated[str, typer.Argument(help="A file, folder or manifest.")],
+    split: str = "test",
+    slices: int = SLICES,
+) -> None:
+    """Compare the module of the mixed score graph, run by PyTorch, with the model in float64."""
+    flow = MagicFlow.load(model)
+    pictures = load_images([item.path for item in Inputs((images,), split)], preprocess_of(flow), slices)
+    graph = ScoreGraph(flow, fold(flow, "mixed"))
+    with torch.no_grad():
+        parts = [graph(torch.from_numpy(to_unit_range(pictures[i : i + 1]))).numpy() for i in range(len(pictures))]
+    want = score_slices(LabelScorer(MagicFlow.load(model).double().eval(), engine="eager"), pictures)
+    errors = compare(np.concatenate(parts), want)
+    typer.echo(f"{len(pictures)} slices: " + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in errors.items()))
 
 
 if __name__ == "__main__":
