@@ -8,8 +8,8 @@ take ``--task generation --slices 2``, or hours.
 files of twice as many pixels: 182x182, as the published images. `fastflow train OUT --preset paper` learns from them what a model
 of that size has when it is trained, and `fastflow export --images OUT --split test` compares it on unseen subjects.
 
-``python -m bench.parity rounded MODEL IMAGES`` computes what `score` of mixed precision does where the results of convolutions are
-rounded to float16, as on GPUs: ONNX Runtime's CPU provider keeps them in float32.
+``python -m bench.parity rounded MODEL IMAGES`` computes what `score` of mixed precision does where the results of convolutions
+are rounded to float16, as on GPUs: ONNX Runtime's CPU provider keeps them in float32.
 """
 
 from __future__ import annotations
