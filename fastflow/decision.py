@@ -1,0 +1,202 @@
+"""From log-likelihoods to a decision: posterior, margin, typicality, for the model, archives and exports.
+
+NumPy only, so that an export decides without PyTorch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# A p-value of typicality below this one is a flag.
+ATYPICAL = 0.01
+NOT_FINITE = "the model gives the image a log-likelihood that is not finite"
+COMBINE = ("sum", "mean")
+# Priors may be given as rounded decimals.
+PRIOR_SUM_TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class DecisionRule:
+    """The settings that a decision depends on, beside the log-likelihoods.
+
+    Attributes:
+        temperature: divides log-likelihoods; positive.
+        prior: (K,) probabilities of the labels; uniform when None.
+        combine: ``"sum"`` or ``"mean"`` of a volume's slices.
+        validation: sorted log-likelihoods, nats a slice, of validation volumes under their predicted label;
+            None where there are none.
+
+    Raises:
+        ValueError: `combine` is neither.
+    """
+
+    temperature: float = 1.0
+    prior: ArrayLike | None = None
+    combine: str = "sum"
+    validation: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.combine not in COMBINE:
+            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {self.combine!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """The decision on a volume.
+
+    Attributes:
+        label_index: the likeliest label a posteriori.
+        log_probs: (K,) nats of the volume.
+        posterior: (K,) probabilities.
+        margin: posterior log-odds between the best and the second label, nats.
+        slice_log_prob: mean log-likelihood of a slice under the predicted label, nats.
+        typicality: p-value of `slice_log_prob` among validation data; None where there is nothing to compare
+            with.
+        flags: (code, message) of each doubt.
+    """
+
+    label_index: int
+    log_probs: NDArray[np.float64]
+    posterior: NDArray[np.float64]
+    margin: float
+    slice_log_prob: float
+    typicality: float | None
+    flags: tuple[tuple[str, str], ...]
+
+
+def decide(slice_log_probs: NDArray[np.float64], rule: DecisionRule) -> Decision:
+    """Decide a volume's label.
+
+    Args:
+        slice_log_probs: (n, K) nats of its slices.
+        rule: the settings of the decision.
+
+    Raises:
+        FloatingPointError: a log-likelihood is not finite; the message is `NOT_FINITE`.
+        ValueError: the temperature or the prior does not fit.
+    """
+    if not np.isfinite(slice_log_probs).all():
+        raise FloatingPointError(NOT_FINITE)
+    log_probs = slice_log_probs.sum(axis=0) if rule.combine == "sum" else slice_log_probs.mean(axis=0)
+    logits = logits_of(log_probs, rule.temperature, rule.prior)
+    probabilities = _softmax(logits)
+    best = int(probabilities.argmax())
+    slice_log_prob = float(slice_log_probs[:, best].mean())
+    p_value = None if rule.validation is None else typicality(slice_log_prob, rule.validation)
+    flags = []
+    if p_value is not None and p_value < ATYPICAL:
+        flags.append(("atypical", f"typicality p-value {p_value:.2g}"))
+    odds = _lead_of_the_best(logits)
+    return Decision(best, log_probs, probabilities, odds, slice_log_prob, p_value, tuple(flags))
+
+
+def check_temperature(temperature: float) -> float:
+    """The temperature.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return temperature
+
+
+def check_prior(prior: ArrayLike, classes: int) -> NDArray[np.float64]:
+    """Probabilities of labels as (K,) float64.
+
+    Raises:
+        ValueError: they are of another number, negative, not finite, or have another sum than 1.
+    """
+    values = np.asarray(prior, dtype=np.float64)
+    fits = values.shape == (classes,) and bool((values >= 0).all())
+    # A comparison with NaN is false.
+    if not (fits and abs(float(values.sum()) - 1.0) <= PRIOR_SUM_TOLERANCE):
+        raise ValueError(f"prior must be {classes} probabilities that sum to 1, got {values.tolist()}")
+    return values
+
+
+def logits_of(
+    log_probs: NDArray[Any], temperature: float = 1.0, prior: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """``log_probs / temperature + log prior``, of which posterior and margin are made.
+
+    Args:
+        log_probs: (..., K) nats.
+        temperature: positive; tempers the likelihood only.
+        prior: (K,) probabilities that sum to 1; uniform when None.
+
+    Raises:
+        ValueError: the temperature is not positive, or the prior has another length, negative entries or
+            another sum.
+    """
+    logits = np.asarray(log_probs, dtype=np.float64) / check_temperature(temperature)
+    if prior is None:
+        return logits
+    with np.errstate(divide="ignore"):
+        return logits + np.log(check_prior(prior, logits.shape[-1]))
+
+
+def posterior(
+    log_probs: NDArray[Any], temperature: float = 1.0, prior: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """Probabilities of labels: the softmax of `logits_of`, whose arguments and errors it has.
+
+    Returns:
+        (..., K); NaN in rows that hold NaN.
+    """
+    return _softmax(logits_of(log_probs, temperature, prior))
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def margin(log_probs: NDArray[np.float64], temperature: float = 1.0, prior: ArrayLike | None = None) -> float:
+    """Posterior log-odds between the best and the second label, nats; exact also where probabilities round.
+
+    Args:
+        log_probs: (K,) nats.
+        temperature: see `logits_of`.
+        prior: see `logits_of`.
+    """
+    return _lead_of_the_best(logits_of(log_probs, temperature, prior))
+
+
+def _lead_of_the_best(logits: NDArray[np.float64]) -> float:
+    if len(logits) < 2:
+        return math.inf
+    second, best = np.sort(logits)[-2:]
+    return float(best - second)
+
+
+def typicality(log_prob: float, validation: Sequence[float]) -> float:
+    """Two-sided p-value of a log-likelihood among those of validation data.
+
+    It is small where the log-likelihood is lower or higher than usual: likelihoods of unlike images can be
+    too high as well as too low. Source: Nalisnick et al., 2019, with one sample and ranks in place of a
+    bootstrap.
+
+    Args:
+        log_prob: nats.
+        validation: sorted, nats, at least one.
+
+    Returns:
+        ``2 (1 + r) / (n + 1)``, at most 1, r the number of validation values that are as extreme on the
+        nearer side. Its lowest value is ``2 / (n + 1)``.
+
+    Raises:
+        ValueError: there are no validation values.
+    """
+    n = len(validation)
+    if n == 0:
+        raise ValueError("validation must hold at least one log-likelihood")
+    below, above = bisect.bisect_right(validation, log_prob), n - bisect.bisect_left(validation, log_prob)
+    return min(1.0, 2.0 * (1 + min(below, above)) / (n + 1))

@@ -1,0 +1,44 @@
+"""Numbers that every layer computes the same way: accumulation dtypes, sums per sample, the standard normal
+density.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOG_2PI = math.log(2.0 * math.pi)
+# Length of the rows that `sum_per_sample` sums first.
+SUM_CHUNK = 4096
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` are summed: float64 for float64, float32 for narrower ones."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_per_sample(x: Tensor) -> Tensor:
+    """Sum of each sample, (B, ...) -> (B,), in a two-stage order that depends on the sample's shape only.
+
+    ATen splits the sum of a single long row over threads, but never that of several rows; without the chunks
+    a sample alone in its batch would get other bits than among others.
+    """
+    flat = x.flatten(1)
+    whole = flat.shape[1] // SUM_CHUNK * SUM_CHUNK
+    rest = flat[:, whole:].sum(dim=1)
+    if whole == 0:
+        return rest
+    return flat[:, :whole].unflatten(1, (-1, SUM_CHUNK)).sum(dim=2).sum(dim=1) + rest
+
+
+def normal_log_density(z: Tensor) -> Tensor:
+    """Log-density of each element of `z` under the standard normal, in nats, float32 or wider."""
+    z = z.to(acc_dtype(z.dtype))
+    return -0.5 * (z * z + LOG_2PI)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context without autocast on the device of `x`."""
+    return torch.autocast(x.device.type, enabled=False)
