@@ -1,42 +1,31 @@
 r"""Standard-normal log-density, summed per sample.
 
-.. math:: \log N(z; 0, I) = -\tfrac12 \sum_n \left(z_n^2 + \log 2\pi\right), \qquad \partial/\partial z_n = -z_n
+.. math:: \log N(z; 0, I) = -\tfrac12 \sum_n \left(z_n^2 + \log 2\pi\right),
+          \qquad \partial/\partial z_n = -z_n
 
-`z` (B, D), any float dtype; the result is (B,), float32 or, for float64 input, float64, summed in a fixed two-stage order, so
-equal input gives equal bits whatever else is in the batch. Source: Glow (Kingma & Dhariwal, 2018), eq. 2.
+`z` is (B, D) of any float dtype; the result is (B,) in float32, or in float64 for float64 input. It is summed
+in a fixed two-stage order, so that equal input gives equal bits whatever else is in the batch. Source: Glow
+(Kingma & Dhariwal, 2018), eq. 2.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastflow.kernels._launch import cdiv, elements, is_wide, kernel, launch, locate, sum_rows, triton_dtype, vector_width
-from fastflow.kernels._library import (
-    accumulator,
-    check_dtype,
-    refuse_second_derivative,
-    register,
-    sum_per_sample,
-    takes_reference,
-)
+from fastflow.kernels.checks import check_dtype
+from fastflow.kernels.registry import refuse_second_derivative, register, takes_reference
+from fastflow.kernels.triton.latent_prior import launch_latent_prior, launch_latent_prior_backward
+from fastflow.numerics import LOG_2PI, acc_dtype, sum_per_sample
 
-if TYPE_CHECKING:
-    import triton.language as tl
-
-LOG_2PI = math.log(2.0 * math.pi)
-BLOCK = 2048
-
-
-# -- definition -----------------------------------------------------------------------------------------------------------
+# -- definition ----------------------------------------------------------------------------------------------
 
 
 def latent_prior_reference(z: Tensor) -> Tensor:
     """The definition, in plain ATen."""
-    z = z.to(accumulator(z.dtype))
+    z = z.to(acc_dtype(z.dtype))
     return -0.5 * (sum_per_sample(z * z) + z.shape[1] * LOG_2PI)
 
 
@@ -45,93 +34,34 @@ def latent_prior_backward_reference(grad: Tensor, z: Tensor) -> Tensor:
     return (-z.to(grad.dtype) * grad[:, None]).to(z.dtype)
 
 
-# -- kernels --------------------------------------------------------------------------------------------------------------
+# -- op and autograd -----------------------------------------------------------------------------------------
 
 
-@kernel
-def _prior_fwd_kernel(
-    z_ptr, partial_ptr, z_stride_v, n_v, n_chunks, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr
-):
-    b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
-    n = elements(n_v, V, WIDE)
-    offs = chunk * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(z_ptr + b * z_stride_v * V + offs, mask=offs < n, other=0.0).to(ACC)
-    tl.store(partial_ptr + b * n_chunks + chunk, tl.sum(z * z, axis=0))
+def _prior_fake(z: Tensor) -> Tensor:
+    return z.new_empty(z.shape[0], dtype=acc_dtype(z.dtype))
 
 
-@kernel
-def _prior_bwd_kernel(
-    grad_ptr, z_ptr, dz_ptr, z_stride_v, n_v, n_chunks, V: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):
-    b, chunk = locate(tl.program_id(0), n_chunks, WIDE)
-    n = elements(n_v, V, WIDE)
-    offs = chunk * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < n
-    grad = tl.load(grad_ptr + b)
-    z = tl.load(z_ptr + b * z_stride_v * V + offs, mask=inside, other=0.0).to(grad.dtype)
-    tl.store(dz_ptr + b * n + offs, (-z * grad).to(dz_ptr.dtype.element_ty), mask=inside)
+def _prior_backward_cpu(grad: Tensor, z: Tensor) -> Tensor:
+    return latent_prior_backward_reference(grad, z).contiguous()
 
 
-# -- launchers ------------------------------------------------------------------------------------------------------------
-
-
-def _dense_rows(z: Tensor) -> Tensor:
-    return z if z.shape[1] <= 1 or z.stride(1) == 1 else z.contiguous()
-
-
-def _prior_launch(z: Tensor) -> Tensor:
-    z = _dense_rows(z)
-    batch, n = z.shape
-    acc = accumulator(z.dtype)
-    if z.numel() == 0:
-        return torch.full((batch,), -0.5 * n * LOG_2PI, dtype=acc, device=z.device)
-    chunks, v = cdiv(n, BLOCK), vector_width(n, z.stride(0))
-    partial = torch.empty(batch, chunks, dtype=acc, device=z.device)
-    launch(
-        _prior_fwd_kernel, batch * chunks, z, 4, z, partial, z.stride(0) // v, n // v, chunks,
-        V=v, BLOCK=BLOCK, ACC=triton_dtype(acc), WIDE=is_wide(n, BLOCK),
-    )  # fmt: skip
-    return -0.5 * (sum_rows(partial) + n * LOG_2PI)
-
-
-def _prior_backward_launch(grad: Tensor, z: Tensor) -> Tensor:
-    z = _dense_rows(z)
-    batch, n = z.shape
-    dz = torch.empty(batch, n, dtype=z.dtype, device=z.device)
-    if z.numel():
-        chunks, v = cdiv(n, BLOCK), vector_width(n, z.stride(0))
-        launch(
-            _prior_bwd_kernel,
-            batch * chunks,
-            z,
-            4,
-            grad.contiguous(),
-            z,
-            dz,
-            z.stride(0) // v,
-            n // v,
-            chunks,
-            V=v,
-            BLOCK=BLOCK,
-            WIDE=is_wide(n, BLOCK),
-        )
-    return dz
-
-
-# -- op and autograd ------------------------------------------------------------------------------------------------------
+def _prior_backward_fake(grad: Tensor, z: Tensor) -> Tensor:
+    return torch.empty(z.shape, dtype=z.dtype, device=z.device)
 
 
 _forward = register(
-    "latent_prior(Tensor z) -> Tensor",
-    reference=latent_prior_reference,
-    triton=_prior_launch,
-    fake=lambda z: z.new_empty(z.shape[0], dtype=accumulator(z.dtype)),
+    "latent_prior",
+    definition=latent_prior_reference,
+    triton=launch_latent_prior,
+    fake=_prior_fake,
+    functions=("latent_prior",),
 )
 _backward = register(
-    "latent_prior_backward(Tensor grad, Tensor z) -> Tensor",
-    reference=lambda grad, z: latent_prior_backward_reference(grad, z).contiguous(),
-    triton=_prior_backward_launch,
-    fake=lambda grad, z: torch.empty(z.shape, dtype=z.dtype, device=z.device),
+    "latent_prior_backward",
+    definition=latent_prior_backward_reference,
+    cpu=_prior_backward_cpu,
+    triton=launch_latent_prior_backward,
+    fake=_prior_backward_fake,
 )
 
 

@@ -23,3 +23,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
         return "cuda"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return "cpu"
+
+
+@pytest.fixture(params=["kernel", "cpu"])
+def place(request: pytest.FixtureRequest) -> str:
+    """The devices of two forms of an op: that of its kernels, and a CPU."""
+    return request.getfixturevalue("device") if request.param == "kernel" else "cpu"

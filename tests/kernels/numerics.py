@@ -1,11 +1,13 @@
 """Random tensors, and how close a kernel's numbers must be to their float64 reference.
 
-An element is right to a few roundings of the narrowest dtype it passes through (the interpreter truncates to bfloat16); a sum
-over n terms of size about 1 to a few float32 roundings times sqrt(n), its float64 form to 1e-11.
+An element is right to a few roundings of the narrowest dtype that it passes through, which the interpreter
+cuts off where it is bfloat16. A sum over n terms of size about 1 is right to a few float32 roundings times
+sqrt(n), and to 1e-11 in float64.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -21,15 +23,29 @@ def masks(kind, shape):
     return {"all": full, "none": ~full, "even": checkers, "odd": ~checkers, "plane": checkers[:1]}[kind]
 
 
+def random_mask(*shape, seed=0, share=0.5):
+    """True for about `share` of the elements."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
 def close(got, want, dtype, length=1):
-    """Elements to 8 roundings of their dtype; sums of `length` terms to 8 float32 roundings times its root."""
+    """Elements to 8 roundings of their dtype, sums of `length` terms to that times the root of `length`."""
     assert got.dtype == dtype and got.shape == want.shape
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
-    bound = 8 * torch.finfo(dtype).eps * length**0.5 * max(1.0, float(want.abs().max()) if want.numel() else 1.0)
+    bound = (
+        8 * torch.finfo(dtype).eps * length**0.5 * max(1.0, float(want.abs().max()) if want.numel() else 1.0)
+    )
     if dtype == F64:
         bound = max(bound, 1e-11)
     assert torch.isfinite(got).all()
-    assert want.numel() == 0 or float((got - want).abs().max()) <= bound, float((got - want).abs().max()) / bound
+    assert want.numel() == 0 or float((got - want).abs().max()) <= bound, (
+        float((got - want).abs().max()) / bound
+    )
+
+
+def same_bits(got, want):
+    """Whether two sequences of tensors are equal bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def run(function, values, dtypes=()):
@@ -45,5 +61,18 @@ def run(function, values, dtypes=()):
     return results, torch.autograd.grad(results, leaves, grads)
 
 
-def wide(values):
+def to_float64(values):
     return [v.detach().double() for v in values]
+
+
+# Tests of other ops use the old name.
+wide = to_float64
+
+
+def far_apart(shape, distance, dtype=torch.float16):
+    """A batch whose samples lie `distance` elements apart, in memory of which few pages are touched."""
+    size = (shape[0] - 1) * distance + int(np.prod(shape[1:]))
+    memory = torch.from_numpy(np.zeros(size, dtype=np.float16)).to(dtype)
+    x = memory.as_strided(shape, (distance, shape[2] * shape[3], shape[3], 1))
+    x.copy_(rand(*shape, dtype=dtype))
+    return x

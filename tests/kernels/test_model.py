@@ -1,17 +1,16 @@
-"""Whole models on the Triton kernels: the same log-likelihoods, latents, images and gradients as on the references."""
+"""Whole models on the Triton kernels: log-likelihoods, latents, images and gradients as on the references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers import build, images, labels
+from short_model import short_config
 
 from fastflow import FlowConfig, kernels
+from fastflow.kernels.triton import launch as launching
 
-
-@pytest.fixture(params=["classification", pytest.param("generation", marks=pytest.mark.slow)])
-def model(request):
-    return build(FlowConfig.tiny(3, task=request.param, condition_from_step=1))
+TASKS = ["classification", "generation"]
 
 
 def everything(model, x, y):
@@ -20,11 +19,21 @@ def everything(model, x, y):
     parameters = list(model.parameters())
     grads = torch.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
     with torch.no_grad():
-        return z, logdet, log_prob, model.inverse(z, y), model.log_prob_all(x), *model.attribution(x, y), *grads
+        return (
+            z,
+            logdet,
+            log_prob,
+            model.inverse(z, y),
+            model.log_prob_all(x),
+            *model.attribution(x, y),
+            *grads,
+        )
 
 
 @pytest.mark.slow
-def test_a_model_on_kernels_is_the_model(model, device):
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_on_kernels_is_the_model(task, device):
+    model = build(short_config(task, condition_from_step=1))
     x, y = images(model.config, 3), labels(model.config, 3)
     kernels.set_backend("reference")
     try:
@@ -40,21 +49,20 @@ def test_a_model_on_kernels_is_the_model(model, device):
 
 
 @pytest.mark.slow
-def test_one_channel_mixes_are_folded_and_conditioner_inputs_written_beside(model, device):
-    from fastflow.kernels import _launch
-
+@pytest.mark.parametrize("task", TASKS)
+def test_one_channel_mixes_are_folded_and_conditioner_inputs_written_beside(task, device):
+    model = build(FlowConfig.tiny(3, task=task, condition_from_step=1)).to(device)
     x, y = images(model.config, 2).to(device), labels(model.config, 2).to(device)
-    model.to(device)
-    with torch.no_grad(), _launch.recording() as launches:
+    with torch.no_grad(), launching.recording() as launches:
         model.log_prob(x, y)
     names = [launch.kernel for launch in launches]
     # Step 0 has one channel and step 1 squeezes: a mix each, and two couplings a step.
-    coupling = "_coupling_fwd_kernel" if model.config.task == "generation" else "_head_fwd_kernel"
+    coupling = "_coupling_fwd_kernel" if task == "generation" else "_head_fwd_kernel"
     assert names.count(coupling) == 2 * model.config.num_steps
     assert names.count("_mix_fwd_kernel") == model.config.num_steps
     assert all(launch.arguments["NEXT"] for launch in launches if launch.kernel == "_mix_fwd_kernel")
-    deep = build(FlowConfig.tiny(3, squeeze_before=(4,), split_after=(), task=model.config.task)).to(device)
-    with torch.no_grad(), _launch.recording() as launches:
+    deep = build(FlowConfig.tiny(3, squeeze_before=(4,), split_after=(), task=task)).to(device)
+    with torch.no_grad(), launching.recording() as launches:
         deep.log_prob(x, y)
     mixes = [launch for launch in launches if launch.kernel == "_mix_fwd_kernel"]
     # Steps 1 to 3 have one channel and follow a coupling.
@@ -64,7 +72,7 @@ def test_one_channel_mixes_are_folded_and_conditioner_inputs_written_beside(mode
 
 @pytest.mark.slow
 def test_training_under_autocast_keeps_a_float32_stream(device):
-    model = build(FlowConfig.tiny(3, task="generation"), dtype=torch.float32).to(device)
+    model = build(short_config("generation"), dtype=torch.float32).to(device)
     x, y = images(model.config, 4, dtype=torch.float32).to(device), labels(model.config, 4).to(device)
     with torch.autocast(device, dtype=torch.bfloat16):
         log_prob = model.log_prob(x, y)

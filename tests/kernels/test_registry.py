@@ -1,4 +1,4 @@
-"""Registered ops: schema and fake implementations, the choice of a backend, what is imported when, compile and export."""
+"""The registry of ops: schemas, fakes, definitions, backends, what is imported when, compile and export."""
 
 from __future__ import annotations
 
@@ -9,16 +9,27 @@ import sys
 import pytest
 import torch
 from helpers import build, images, labels
+from short_model import short_config
 from torch._dynamo.backends.common import aot_autograd
 
-from fastflow import FlowConfig, kernels
-from fastflow.kernels import _library
+from fastflow import kernels
+from fastflow.kernels import registry
 
 OPS = torch.ops.fastflow
 
 
 def rand(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def name_of(op):
+    return str(op).rpartition(".")[2]
+
+
+def images_of():
+    """An image batch in both layouts."""
+    x = rand(2, 3, 4, 6)
+    return x, x.contiguous(memory_format=torch.channels_last)
 
 
 def cases():
@@ -32,16 +43,17 @@ def cases():
     yield OPS.affine_coupling, (x, raw, shift, mask, None, None, 0.5, False, None)
     yield OPS.affine_coupling, (last, raw, shift, mask, ~mask, None, 0.5, True, torch.bfloat16)
     yield OPS.affine_coupling, (one, one, one, plane, ~plane, pair, 0.5, False, torch.float32)
-    yield OPS.affine_coupling_backward, (x, logdet, none, x, raw, shift, mask, None, None, 0.5, False, True)
-    yield OPS.affine_coupling_backward, (one, logdet, one, one, one, one, plane, plane, pair, 0.5, True, False)
+    yield OPS.affine_coupling_backward, (x, logdet, none, x, raw, shift, mask, None, None, 0.5, False)
+    yield OPS.affine_coupling_backward, (one, logdet, one, one, one, one, plane, plane, pair, 0.5, True)
     yield OPS.channel_mix, (x, weight, bias, None, False, False, None)
     yield OPS.channel_mix, (last, weight, bias, mask, False, False, torch.bfloat16)
     yield OPS.channel_mix, (large, rand(4, 4), rand(4), None, True, False, None)
     yield OPS.channel_mix, (rand(2, 4, 2, 3), rand(4, 4), rand(4), None, True, True, None)
-    yield OPS.channel_mix_backward, (x, none, x, weight, weight, bias, None, False, False, False)
-    yield OPS.channel_mix_backward, (x, x, x, weight, weight, bias, mask, False, False, True)
-    yield OPS.channel_mix_backward, (rand(2, 4, 2, 3), none, large, rand(4, 4), rand(4, 4), rand(4), None, True, False, False)
-    yield OPS.channel_mix_backward, (large, none, rand(2, 4, 2, 3), rand(4, 4), rand(4, 4), rand(4), None, True, True, False)
+    small = rand(2, 4, 2, 3)
+    yield OPS.channel_mix_backward, (x, none, x, weight, bias, None, False, False)
+    yield OPS.channel_mix_backward, (x, x, x, weight, bias, mask, False, False)
+    yield OPS.channel_mix_backward, (small, none, large, rand(4, 4), rand(4), None, True, False)
+    yield OPS.channel_mix_backward, (large, none, small, rand(4, 4), rand(4), None, True, True)
     yield OPS.squeeze2x2, (large,)
     yield OPS.unsqueeze2x2, (rand(2, 4, 2, 3),)
     heads = rand(2, 8), rand(2, 8), rand(24, 8), rand(24, 8), rand(3, 24), rand(3, 24), torch.tensor([2, 0])
@@ -51,10 +63,28 @@ def cases():
     yield OPS.coupling_head, (one, *heads, plane, None, 0, ~plane, pair, 0.5, True, torch.bfloat16, True)
     yield (
         OPS.coupling_head,
-        (rand(2, 6, 4, 1)[:, ::2].expand(2, 3, 4, 2), *narrow, mask[:, :, :2], None, 0, None, None, 0.5, False, None, True),
+        (
+            rand(2, 6, 4, 1)[:, ::2].expand(2, 3, 4, 2),
+            *narrow,
+            mask[:, :, :2],
+            None,
+            0,
+            None,
+            None,
+            0.5,
+            False,
+            None,
+            True,
+        ),
     )
-    yield OPS.coupling_head_backward, (one, logdet, none, kept, one, *heads, plane, *order, None, None, 0.5, False)
-    yield OPS.coupling_head_backward, (one, logdet, one, kept, one, *narrow, plane, None, 0, ~plane, pair, 0.5, True)
+    yield (
+        OPS.coupling_head_backward,
+        (one, logdet, none, kept, one, *heads, plane, *order, None, None, 0.5, False),
+    )
+    yield (
+        OPS.coupling_head_backward,
+        (one, logdet, one, kept, one, *narrow, plane, None, 0, ~plane, pair, 0.5, True),
+    )
     yield OPS.latent_prior, (rand(3, 50),)
     yield OPS.latent_prior_backward, (rand(3), rand(3, 50))
     yield from norm_cases(x, last)
@@ -62,53 +92,84 @@ def cases():
 
 
 def norm_cases(x, last):
-    gamma, beta, rows, keys = rand(4, 3), rand(4, 3, seed=1), torch.tensor([3, 0]), torch.tensor([5, -7], dtype=torch.int32)
-    stats = rand(2, 3, 2).abs() + 0.1
-    for image in (x, last):
-        yield OPS.norm_film_act, (image, gamma, beta, rows, None, None, 3, 1e-5, 0.0, None)
-        yield OPS.norm_film_act, (image, gamma, beta, rows, x, keys, 1, 1e-5, 0.3, torch.bfloat16)
-        yield OPS.norm_film_act_backward, (x, image, stats, gamma, beta, rows, None, None, 3, 0.0)
-        yield OPS.norm_film_act_backward, (last, image, stats[:, :1], gamma, beta, rows, image, keys, 1, 0.3)
-    narrow = x.bfloat16()
-    yield OPS.norm_film_act, (narrow, gamma, beta, rows, narrow, None, 3, 1e-5, 0.0, None)
-    yield OPS.norm_film_act_backward, (narrow, narrow, stats, gamma, beta, rows, narrow, keys, 3, 0.3)
+    gamma, beta, label_index = rand(4, 3), rand(4, 3, seed=1), torch.tensor([3, 0])
+    seeds = torch.tensor([5, -7], dtype=torch.int32)
+    stats, narrow = rand(2, 3, 2).abs() + 0.1, x.bfloat16()
+    tables = gamma, beta, label_index
+    yield OPS.norm_film_act, (x, *tables, None, None, 3, 1e-5, 0.0, None)
+    yield OPS.norm_film_act, (last, *tables, x, seeds, 1, 1e-5, 0.3, torch.bfloat16)
+    yield OPS.norm_film_act, (narrow, *tables, narrow, None, 3, 1e-5, 0.0, None)
+    yield OPS.norm_film_act_backward, (x, last, stats, *tables, None, None, 3, 0.0)
+    yield OPS.norm_film_act_backward, (last, x, stats[:, :1], *tables, last, seeds, 1, 0.3)
+    yield OPS.norm_film_act_backward, (narrow, narrow, stats, *tables, narrow, seeds, 3, 0.3)
 
 
 def pool_cases(x, last):
     logits, spatial, first = rand(2, 3), rand(2, 1, 4, 6), torch.ones(2, 3, dtype=torch.int32)
     places, pooled = torch.ones(2, 4, 6, dtype=torch.int32), rand(2, 2, 4, 6)
-    for image in (x, last):
-        yield OPS.pool_pixels, (image, True, True)
-        yield OPS.pool_channels, (image, logits, True)
-        yield OPS.pool_channels_backward, (pooled, image, logits, places, x)
-        yield OPS.apply_gates, (image, logits, spatial)
-        yield OPS.apply_gates_backward, (last, image, logits, spatial)
+    yield OPS.pool_pixels, (last, True, True)
     yield OPS.pool_pixels, (x, False, False)
     yield OPS.pool_pixels_backward, (rand(2, 2, 3), first, last, 4, 6, False)
     yield OPS.pool_pixels_backward, (rand(1, 2, 3), None, None, 4, 6, True)
+    yield OPS.pool_channels, (last, logits, True)
     yield OPS.pool_channels, (x.bfloat16(), logits, False)
+    yield OPS.pool_channels_backward, (pooled, x, logits, places, last)
     yield OPS.pool_channels_backward, (pooled.bfloat16(), last.bfloat16(), logits, places, None)
+    for image in (x, last):
+        yield OPS.apply_gates, (image, logits, spatial)
+        yield OPS.apply_gates_backward, (last, image, logits, spatial)
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=lambda case: str(case[0]).rpartition(".")[2])
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: name_of(case[0]))
 @pytest.mark.parametrize("kernel", [False, True], ids=["reference", "triton"])
 def test_opcheck(case, kernel, request):
+    checks = ["test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"]
     if kernel:
         request.getfixturevalue("device")
+        # Graphs hold the entry, whichever form of it runs.
+        checks = checks[:2]
     op, arguments = case
-    torch.library.opcheck(op, arguments)
+    torch.library.opcheck(op, arguments, test_utils=checks)
 
 
 def test_every_op_is_checked():
-    registered = {
-        name.removeprefix("fastflow::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastflow::")
+    with_kernels = {name for name, op in registry.OPS.items() if op.triton is not None}
+    assert with_kernels == {name_of(op) for op, _ in cases()}
+    # Nothing else is registered but an op of compiled scoring, which tests/models/test_folded.py checks.
+    registered = torch._C._dispatch_get_all_op_names()
+    found = {name.removeprefix("fastflow::") for name in registered if name.startswith("fastflow::")}
+    assert found - {"convolution"} == with_kernels
+
+
+def test_ops_without_kernels_are_listed():
+    without = {name: op for name, op in registry.OPS.items() if op.triton is None}
+    assert {name: op.functions for name, op in without.items()} == {
+        "film_act": ("film_act",),
+        "atrous_pyramid": ("atrous_pyramid",),
     }
-    # An op of compiled scoring, which tests/models/test_folded.py checks.
-    registered -= {"convolution"}
-    assert registered == {str(op).rpartition(".")[2] for op, _ in cases()}
+    assert without["film_act"].cpu is without["film_act"].definition
 
 
-# -- backends -------------------------------------------------------------------------------------------------------------
+BACKWARD = [
+    (op, arguments)
+    for op, arguments in (*norm_cases(*images_of()), *pool_cases(*images_of()))
+    if name_of(op).endswith("_backward")
+]
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=lambda case: name_of(case[0]))
+def test_a_backward_form_is_its_definition(case):
+    op, arguments = case
+    entry = registry.OPS[name_of(op)]
+    assert entry.definition is not entry.cpu
+    got, want = entry.cpu(*arguments), entry.definition(*arguments)
+    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        tolerance = 8 * torch.finfo(a.dtype).eps
+        assert torch.allclose(a, b, rtol=tolerance, atol=8 * tolerance)
+
+
+# -- backends ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -119,7 +180,7 @@ def backend():
 
 def test_backend_names(backend):
     backend("reference")
-    assert kernels.get_backend() == "reference" and _library.explain("cuda")[0] == "reference"
+    assert kernels.get_backend() == "reference" and registry.explain("cuda")[0] == "reference"
     with pytest.raises(ValueError, match="auto, triton, reference, got 'cuda'"):
         backend("cuda")
 
@@ -153,45 +214,53 @@ def test_devices_are_not_mixed():
 
 def run_python(code: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def test_triton_is_imported_at_the_first_launch():
-    code = (
-        "import sys, torch\nfrom fastflow import kernels\nx = torch.zeros(1, 2)\nkernels.latent_prior(x)\n"
-        "print('triton' in sys.modules)\nimport os\nos.environ['TRITON_INTERPRET'] = '1'\nkernels.latent_prior(x)\n"
-        "print('triton' in sys.modules)"
-    )
-    assert run_python(code).split() == ["False", "True"]
-
-
-def test_works_without_triton():
-    code = (
-        "import sys, torch, importlib.util as u\nfind = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\nsys.modules['triton'] = None\n"
-        "from fastflow import kernels\nfrom fastflow.kernels import _library\nx = torch.ones(1, 1, 2, 2, requires_grad=True)\n"
+def test_triton_is_not_needed_and_imported_at_the_first_launch():
+    """In one process, since each takes seconds to import torch; the environment sets what it starts with."""
+    without = (
+        "import os, sys, torch, importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "sys.modules['triton'] = None\nfrom fastflow import kernels\n"
+        "from fastflow.kernels import registry\nprint(kernels.get_backend())\nkernels.set_backend('auto')\n"
+        "x = torch.ones(1, 1, 2, 2, requires_grad=True)\n"
         "kernels.channel_mix(x, torch.eye(4), torch.zeros(4), squeeze=True).sum().backward()\n"
-        "print(_library.explain('cuda'), x.grad.sum().item())"
+        "print(registry.explain('cuda'), x.grad.sum().item())\n"
     )
-    assert run_python(code) == "('reference', 'Triton is not installed') 4.0"
+    installed = (
+        "u.find_spec = find\ndel sys.modules['triton']\nregistry.has_triton.cache_clear()\n"
+        "x = torch.zeros(1, 2)\nkernels.latent_prior(x)\nprint('triton' in sys.modules)\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\nkernels.latent_prior(x)\nprint('triton' in sys.modules)"
+    )
+    assert run_python(without + installed, FASTFLOW_BACKEND="reference").splitlines() == [
+        "reference",
+        "('reference', 'Triton is not installed') 4.0",
+        "False",
+        "True",
+    ]
 
 
-def test_the_environment_sets_the_backend():
-    code = "from fastflow import kernels\nprint(kernels.get_backend())"
-    assert run_python(code, FASTFLOW_BACKEND="reference") == "reference"
+# -- compile and export --------------------------------------------------------------------------------------
 
 
-# -- compile and export ---------------------------------------------------------------------------------------------------
+def short(task="classification", dtype=torch.float32):
+    model = build(short_config(task), dtype=dtype)
+    return model, images(model.config, 4, dtype=dtype), labels(model.config, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "generation"])
 def test_compiled_model_scores_the_same(task):
-    model = build(FlowConfig.tiny(3, task=task), dtype=torch.float32)
-    x, y = images(model.config, 4, dtype=torch.float32), labels(model.config, 4)
+    model, x, y = short(task)
     seen = set()
 
     def note(graph, _):
@@ -207,8 +276,7 @@ def test_compiled_model_scores_the_same(task):
 
 @pytest.mark.slow
 def test_compiled_gradients_are_the_same():
-    model = build(FlowConfig.tiny(3, task="generation"))
-    x, y = images(model.config, 4), labels(model.config, 4)
+    model, x, y = short("generation", torch.float64)
     parameters = list(model.parameters())
     want = torch.autograd.grad(model.log_prob(x, y).sum(), parameters, allow_unused=True)
     compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
@@ -221,28 +289,11 @@ def test_compiled_gradients_are_the_same():
 
 @pytest.mark.slow
 def test_inductor_scores_the_same():
-    model = build(FlowConfig.tiny(3), dtype=torch.float32)
-    x, y = images(model.config, 4, dtype=torch.float32), labels(model.config, 4)
+    model, x, y = short()
     with torch.no_grad():
         want = model.log_prob(x, y)
         got = torch.compile(model.log_prob, fullgraph=True)(x, y)
     assert torch.allclose(got, want, rtol=1e-6, atol=1e-3)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("size", [1, 7, 32, 33, 529 * 8, 529 * 32, 32768, 33000, 529 * 64, 70000])
-def test_gelu_of_a_sample_does_not_know_its_batch(size, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for batch in (1, 2, 3, 7):
-            x = rand(batch, size, seed=batch)
-            got = _library.gelu_(x.clone())
-            assert torch.allclose(got, torch.nn.functional.gelu(x.double()).float(), rtol=1e-5, atol=1e-6)
-            for i in range(batch):
-                assert torch.equal(_library.gelu_(x[i : i + 1].clone()), got[i : i + 1])
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.slow
@@ -256,11 +307,11 @@ def test_exported_graphs_hold_no_op_of_ours(task):
         def forward(self, x, y):
             return self.model.log_prob(x, y)
 
-    model = build(FlowConfig.tiny(3, task=task), dtype=torch.float32)
-    x, y = images(model.config, 4, dtype=torch.float32), labels(model.config, 4)
+    model, x, y = short(task)
     batch = torch.export.Dim("batch", min=3, max=64)
     program = torch.export.export(LogProb(model), (x, y), dynamic_shapes=({0: batch}, {0: batch}))
-    assert all("fastflow" not in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not any("fastflow" in target for target in targets)
     more = images(model.config, 7, seed=3, dtype=torch.float32)
     want = model.log_prob(more, labels(model.config, 7))
     assert torch.allclose(program.module()(more, labels(model.config, 7)), want, rtol=1e-6)

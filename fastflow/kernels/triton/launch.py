@@ -1,7 +1,8 @@
-"""How kernels are written and started: Triton is imported at the first launch, one grid axis, fixed options, stated partitions.
+"""How kernels are declared and started: Triton is imported at the first launch, its options are fixed.
 
-A kernel is a plain function under `kernel`; `tl` in its body is `triton.language`, put into the module when the first of its
-kernels starts. Programs are numbered on grid axis 0 alone, since axes 1 and 2 end at 65,535, and every address is int64.
+A kernel is a plain function under `kernel`; `tl` in its body is `triton.language`, which is put into the
+module when the first of its kernels starts. Programs are numbered on grid axis 0 alone, since axes 1 and 2
+end at 65,535, and every address is int64.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    import triton.language as tl
-
-# Arguments that differ between shapes without saying anything about alignment: one build serves all their values.
+# These arguments differ between shapes and say nothing about alignment, so that one build serves all their
+# values.
 UNSPECIALIZED = ("n_chunks", "channels", "pixels", "width", "batch", "active")
 
 
@@ -45,7 +44,8 @@ def kernel(fn: Callable[..., Any]) -> Any:
     return Kernel(fn)
 
 
-# Backward passes run in threads of their own. Re-entrant, since loading a module loads the parts that it imports.
+# Backward passes run in threads of their own. The lock is re-entrant because loading a module loads what it
+# imports.
 _loading = threading.RLock()
 
 
@@ -59,7 +59,9 @@ def _load_module(name: str) -> None:
     for item in found.values():
         if item.fn.__module__ == name:
             arguments = item.fn.__code__.co_varnames[: item.fn.__code__.co_argcount]
-            item.compiled = triton.jit(item.fn, do_not_specialize=[n for n in UNSPECIALIZED if n in arguments])
+            item.compiled = triton.jit(
+                item.fn, do_not_specialize=[n for n in UNSPECIALIZED if n in arguments]
+            )
     for key, item in found.items():
         # A kernel calls another by its name in the module, where Triton must find its own object.
         namespace[key] = item.load()
@@ -77,7 +79,10 @@ def interpreted() -> bool:
 
 
 def autotuned() -> bool:
-    """Whether the number of warps is measured instead of looked up. Sums may then differ in their last bits between machines."""
+    """Whether the number of warps is measured instead of looked up.
+
+    Sums may then differ in their last bits between machines.
+    """
     return os.environ.get("FASTFLOW_AUTOTUNE") == "1" and not interpreted()
 
 
@@ -96,7 +101,10 @@ _records: list[list[Launch]] = []
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Note what would be launched instead of launching it; results are then undefined. For builds and counts without a GPU."""
+    """Note what would be launched instead of launching it, for builds and counts without a GPU.
+
+    Results of the ops are undefined while this lasts.
+    """
     launches: list[Launch] = []
     _records.append(launches)
     try:
@@ -119,7 +127,9 @@ def _tune(compiled: Any, module: str, name: str) -> Any:
     return _tuned[module, name]
 
 
-def launch(item: Any, programs: int, device_of: Tensor, num_warps: int, *values: Any, **constants: Any) -> None:
+def launch(
+    item: Any, programs: int, device_of: Tensor, num_warps: int, *values: Any, **constants: Any
+) -> None:
     """Start `programs` programs of a kernel on the device of a tensor; none when `programs` is 0.
 
     Args:
@@ -144,7 +154,7 @@ def launch(item: Any, programs: int, device_of: Tensor, num_warps: int, *values:
         _records[-1].append(Launch(fn.__name__, fn.__module__, programs, arguments, num_warps))
         return
     compiled = item.load() if isinstance(item, Kernel) else item
-    # Whether a product and a sum become one FMA is a matter of results, not of a compiler's default.
+    # Whether a product and a sum become one FMA decides bits of results, so no compiler's default decides it.
     options: dict[str, Any] = {"enable_fp_fusion": True}
     if autotuned():
         compiled = _tune(compiled, item.fn.__module__, item.fn.__name__)
@@ -152,7 +162,9 @@ def launch(item: Any, programs: int, device_of: Tensor, num_warps: int, *values:
         # A warp of an AMD GPU is twice as wide, and the table counts threads.
         options["num_warps"] = max(1, num_warps // 2) if torch.version.hip else num_warps
     if torch.version.hip is None:
-        options["maxnreg"] = register_limit((value.dtype for value in values if isinstance(value, Tensor)), num_warps)
+        options["maxnreg"] = register_limit(
+            (value.dtype for value in values if isinstance(value, Tensor)), num_warps
+        )
     with torch.cuda.device_of(device_of) if device_of.is_cuda else contextlib.nullcontext():
         compiled[(programs,)](*values, **constants, **options)
 
@@ -173,15 +185,21 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 
 def vector_width(*strides: int) -> int:
-    """The largest power of two, at most 8, that divides every stride: runs of so many elements never straddle a row's end."""
+    """The largest power of two, at most 8, that divides every stride.
+
+    Runs of so many elements never straddle the end of a row.
+    """
     width = 8
     while width > 1 and any(stride % width for stride in strides):
         width //= 2
     return width
 
 
-def is_wide(n: int, block: int) -> bool:
-    """Whether offsets within a sample of n elements, the last block rounded up, need int64: divisions in it are slow."""
+def needs_int64_offsets(n: int, block: int) -> bool:
+    """Whether offsets within a sample of n elements, the last block rounded up, pass int32.
+
+    Kernels use int64 only there, since divisions in it are slow.
+    """
     return n + block >= 2**31
 
 
@@ -193,75 +211,3 @@ def cdiv(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least `n`."""
     return 1 << max(0, n - 1).bit_length()
-
-
-# -- parts of kernels -----------------------------------------------------------------------------------------------------
-
-
-@kernel
-def locate(pid, n_chunks, WIDE: tl.constexpr):
-    """(sample, chunk) of a program. The sample is int64, since with its stride it passes 2^31; the chunk only where WIDE."""
-    pid = tl.cast(pid, tl.int64)
-    chunk = pid % n_chunks
-    return pid // n_chunks, chunk if WIDE else tl.cast(chunk, tl.int32)
-
-
-@kernel
-def tile_of(pid, n_chunks, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """(sample, first channel, chunk of pixels) of a program that takes ROWS channels."""
-    b, rest = locate(pid, n_chunks * ((CHANNELS + ROWS - 1) // ROWS), WIDE)
-    return b, rest // n_chunks * ROWS, rest % n_chunks
-
-
-@kernel
-def place_of(c, p, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where channel c of pixel p lies within its sample."""
-    if CHANNELS_LAST:
-        return p * CHANNELS + c
-    else:
-        return c * pixels + p
-
-
-@kernel
-def elements(n_v, V: tl.constexpr, WIDE: tl.constexpr):
-    """n_v * V, in the type that offsets within a sample need."""
-    return tl.cast(n_v, tl.int64) * V if WIDE else n_v * V
-
-
-@kernel
-def tanh(x):
-    """Hyperbolic tangent from exp, which every target has.
-
-    Near 0 the quotient would lose digits to cancellation; there its Taylor series is exact to 1e-8 relative.
-    """
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    far = tl.where(x < 0, -far, far)
-    if x.dtype == tl.float64:
-        return far
-    u = x * x
-    near = x * (1.0 + u * (-1.0 / 3.0 + u * (2.0 / 15.0 + u * (-17.0 / 315.0 + u * (62.0 / 2835.0)))))
-    return tl.where(tl.abs(x) < 0.25, near, far)
-
-
-@kernel
-def _sum_rows_kernel(partial_ptr, out_ptr, n_chunks, BLOCK: tl.constexpr):
-    row = tl.cast(tl.program_id(0), tl.int64)
-    chunk = tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
-    for start in range(0, n_chunks, BLOCK):
-        acc += tl.load(partial_ptr + row * n_chunks + start + chunk, mask=start + chunk < n_chunks, other=0.0)
-    tl.store(out_ptr + row, tl.sum(acc, axis=0))
-
-
-def sum_rows(partial: Tensor) -> Tensor:
-    """Second stage of a per-sample sum, (B, n) -> (B,).
-
-    ATen chooses the order of such a sum by the number of rows too; here a row's bits are its own.
-    """
-    rows, n = partial.shape
-    if n == 1:
-        return partial[:, 0]
-    out = torch.empty(rows, dtype=partial.dtype, device=partial.device)
-    launch(_sum_rows_kernel, rows, partial, 1, partial, out, n, BLOCK=min(1024, power_of_two(n)))
-    return out
