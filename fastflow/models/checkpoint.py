@@ -1,18 +1,19 @@
 """A model as a folder: `config.json` and one safetensors file named after its hash.
 
-`config.json` is replaced last and names the weights that belong to it, so a reader sees the old model or the new one, whenever
-the writer stops.
+`config.json` is replaced last and names the weights that belong to it, so a reader sees the old model or the
+new one, whenever the writer stops.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
@@ -20,23 +21,34 @@ from safetensors.torch import save as format_tensors
 
 from fastflow import __version__
 from fastflow._files import write_bytes, write_text
-from fastflow.errors import CheckpointError, UninitializedModelError
+from fastflow.errors import CheckpointError
 from fastflow.models.config import FlowConfig
-
-if TYPE_CHECKING:
-    from fastflow.models.magic_flow import MagicFlow
 
 FORMAT = 1
 CONFIG = "config.json"
 
 
-def save(model: MagicFlow, folder: str | PathLike[str]) -> None:
-    """See `MagicFlow.save`."""
-    if not model.initialized:
-        raise UninitializedModelError("a model that has seen no data cannot be saved: train it or call initialize(x) first")
+class Checkpoint(NamedTuple):
+    """The content of a model folder.
+
+    Attributes:
+        config: the architecture.
+        state: the state dict.
+        temperature: of the posterior.
+        metadata: JSON values.
+    """
+
+    config: FlowConfig
+    state: Mapping[str, torch.Tensor]
+    temperature: float
+    metadata: dict[str, Any]
+
+
+def write(folder: str | PathLike[str], model: Checkpoint) -> None:
+    """Write a model folder, atomically: a reader sees the old model or the new one."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = format_tensors({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
+    content = format_tensors({name: value.detach().cpu().contiguous() for name, value in model.state.items()})
     digest = hashlib.sha256(content).hexdigest()
     weights = f"model-{digest[:16]}.safetensors"
     write_bytes(folder / weights, content)
@@ -55,23 +67,28 @@ def save(model: MagicFlow, folder: str | PathLike[str]) -> None:
             old.unlink()
 
 
-def load(folder: str | PathLike[str], device: str | torch.device) -> MagicFlow:
-    """See `MagicFlow.load`."""
-    from fastflow.models.magic_flow import MagicFlow
+def read(folder: str | PathLike[str]) -> Checkpoint:
+    """Read a model folder.
 
+    Raises:
+        CheckpointError: the folder is missing, incomplete or corrupt, or the weights do not match their hash.
+    """
     folder = Path(folder)
     document = _read_config(folder)
     state = _read_weights(folder, document)
-    try:
+    with described_by(folder):
         config = FlowConfig.from_dict(document["config"])
-        # The skeleton's masks and dtypes are placeholders: the stored tensors take their place as they are.
-        model = MagicFlow(config, np.zeros(config.input_shape[1:]))
-        model.load_state_dict(state, assign=True)
-        model.temperature = float(document["temperature"])
-        model.metadata = dict(document["metadata"])
+        return Checkpoint(config, state, float(document["temperature"]), dict(document["metadata"]))
+
+
+@contextlib.contextmanager
+def described_by(folder: str | PathLike[str]) -> Iterator[None]:
+    """Tell by `CheckpointError` what goes wrong while a model is made of the files of `folder`."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} and its weights do not describe one model: {error}") from error
-    return model.to(device).eval()
+        path = Path(folder) / CONFIG
+        raise CheckpointError(f"{path} and its weights do not describe one model: {error}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -99,7 +116,9 @@ def _read_weights(folder: Path, document: dict[str, Any]) -> dict[str, torch.Ten
         raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != document.get("sha256"):
-        raise CheckpointError(f"{folder / name} has sha256 {digest}, but {CONFIG} records {document.get('sha256')}")
+        raise CheckpointError(
+            f"{folder / name} has sha256 {digest}, but {CONFIG} records {document.get('sha256')}"
+        )
     try:
         state: dict[str, torch.Tensor] = parse_tensors(content)
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""What a MAGIC-Flow model is made of: a frozen, validated description with presets and a JSON form."""
+"""The architecture of a MAGIC-Flow model: a frozen, validated description with presets and a JSON form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class FlowConfig:
     Attributes:
         num_classes: K, the number of labels.
         input_shape: (C, H, W) of the image.
-        task: ``"classification"`` (strided conditioner with dense heads) or ``"generation"`` (full-resolution conditioner).
+        task: ``"classification"`` (strided conditioner with dense heads) or ``"generation"`` (full-resolution
+            conditioner).
         masks: name of each step's mask, one of `MASKS`.
         squeeze_before: steps before which 2x2 blocks of pixels move into channels.
         split_after: steps after which the second half of the channels leaves as latent.
@@ -32,12 +33,14 @@ class FlowConfig:
         scale_bound: b; each log-scale lies in (-b, b).
         dropout: probability in the classification conditioner (the generation conditioner has none).
         condition_from_step: first step whose conditioner sees the label; the steps before it are label-free.
-        reversible: train in activation memory that does not grow with the steps of a scale, for one more evaluation of every
-            conditioner (`fastflow.models.reversible`); results stay the same.
-        norm: ``"group"``, or ``"batch"`` for BatchNorm in the generation conditioner's residual blocks (published weights).
+        reversible: train in activation memory that does not grow with the steps of a scale, for one more
+            evaluation of every conditioner (`fastflow.models.reversible`); results stay the same.
+        norm: ``"group"``, or ``"batch"`` for BatchNorm in the generation conditioner's residual blocks
+            (published weights).
         block_size: edge, in pixels, of the blocks of the ``"block_checkerboard"`` mask.
         class_names: K distinct names, or None.
-        dequantize: ``"uniform"`` adds uniform noise of one 8-bit grey level to training images and when bits/dim are measured.
+        dequantize: ``"uniform"`` adds uniform noise of one 8-bit grey level to training images and when
+            bits/dim are measured.
 
     Raises:
         ValueError: an inconsistent combination; the message names the field, its value and what would fit.
@@ -67,13 +70,15 @@ class FlowConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _as_tuple(name, value))
-        object.__setattr__(self, "widths", tuple(_as_tuple("widths", w) for w in _as_tuple("widths", self.widths)))
+        object.__setattr__(
+            self, "widths", tuple(_as_tuple("widths", w) for w in _as_tuple("widths", self.widths))
+        )
         _check_choices(self)
         _check_numbers(self)
         _check_steps(self)
         _walk_shapes(self)
 
-    # -- what follows from the fields ---------------------------------------------------------------------------------
+    # -- derived from the fields ------------------------------------------------------------------------
 
     @property
     def num_steps(self) -> int:
@@ -93,10 +98,12 @@ class FlowConfig:
 
     @property
     def latent_shapes(self) -> tuple[Shape, ...]:
-        """(C, H, W) of each latent block in the order of the flattened latent: the final block, then the splits in order."""
+        """(C, H, W) of each latent block in the order of the flattened latent: the final block, then the
+        splits in order.
+        """
         return _walk_shapes(self)[1]
 
-    # -- JSON -----------------------------------------------------------------------------------------------------------
+    # -- JSON ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values; `from_dict` is its inverse."""
@@ -118,11 +125,14 @@ class FlowConfig:
             raise ValueError(f"missing configuration field(s) {missing}")
         return cls(**values)
 
-    # -- presets --------------------------------------------------------------------------------------------------------
+    # -- presets ---------------------------------------------------------------------------------------------
 
     @classmethod
     def paper(
-        cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any
+        cls,
+        num_classes: int,
+        task: Literal["classification", "generation"] = "classification",
+        **changes: Any,
     ) -> FlowConfig:
         """The published layout: 24 steps on 1x184x184 (182x182 at 1 mm, padded).
 
@@ -130,7 +140,12 @@ class FlowConfig:
         """
         values: dict[str, Any] = {
             "input_shape": (1, 184, 184),
-            "masks": ("custom", *["checkerboard"] * 4, *(["channel"] * 3 + ["checkerboard"] * 3) * 2, *["channel"] * 3)
+            "masks": (
+                "custom",
+                *["checkerboard"] * 4,
+                *(["channel"] * 3 + ["checkerboard"] * 3) * 2,
+                *["channel"] * 3,
+            )
             + ("checkerboard",) * 4,
             "squeeze_before": (5, 11, 17),
             "split_after": (7, 13, 19),
@@ -148,7 +163,10 @@ class FlowConfig:
 
     @classmethod
     def small(
-        cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any
+        cls,
+        num_classes: int,
+        task: Literal["classification", "generation"] = "classification",
+        **changes: Any,
     ) -> FlowConfig:
         """A layout for CPUs: 14 steps on 1x96x96 (the 91x91 coronal slice of the 2 mm grid, padded)."""
         values: dict[str, Any] = {
@@ -162,12 +180,16 @@ class FlowConfig:
 
     @classmethod
     def demo(
-        cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any
+        cls,
+        num_classes: int,
+        task: Literal["classification", "generation"] = "classification",
+        **changes: Any,
     ) -> FlowConfig:
         """A layout that converges in minutes on two cores: 12 steps on 1x96x96, squeezed at once.
 
-        Two early squeezes leave 16 channels of 24x24: the 1x1 convolutions learn a transform of 4x4 blocks, in whose bands
-        the grain of noise and the point spread of a scanner show. Dequantised, so that densities of padding stay bounded.
+        Two early squeezes leave 16 channels of 24x24: the 1x1 convolutions learn a transform of 4x4 blocks,
+        in whose bands the grain of noise and the point spread of a scanner show. Dequantised, so that
+        densities of padding stay bounded.
         """
         values: dict[str, Any] = {
             "input_shape": (1, 96, 96),
@@ -182,7 +204,10 @@ class FlowConfig:
 
     @classmethod
     def tiny(
-        cls, num_classes: int, task: Literal["classification", "generation"] = "classification", **changes: Any
+        cls,
+        num_classes: int,
+        task: Literal["classification", "generation"] = "classification",
+        **changes: Any,
     ) -> FlowConfig:
         """A layout for tests: 6 steps on 1x16x16."""
         values: dict[str, Any] = {
@@ -232,9 +257,14 @@ def _check_choices(config: FlowConfig) -> None:
         if mask not in MASKS:
             raise ValueError(f"masks[{i}] must be one of {', '.join(MASKS)}, got {mask!r}")
     if config.norm == "batch" and config.task != "generation":
-        raise ValueError("norm='batch' belongs to the residual blocks of task='generation'; use norm='group' for classification")
+        raise ValueError(
+            "norm='batch' belongs to the residual blocks of task='generation'; use norm='group' for "
+            "classification"
+        )
     if config.reversible and config.norm == "batch":
-        raise ValueError("reversible=True needs norm='group': the batch statistics of norm='batch' cannot be replayed")
+        raise ValueError(
+            "reversible=True needs norm='group': the batch statistics of norm='batch' cannot be replayed"
+        )
 
 
 def _check_numbers(config: FlowConfig) -> None:
@@ -250,7 +280,9 @@ def _check_numbers(config: FlowConfig) -> None:
         raise ValueError(f"block_size must be an integer of at least 1, got {config.block_size!r}")
     names = config.class_names
     if names is not None and (len(names) != config.num_classes or len(set(names)) != len(names)):
-        raise ValueError(f"class_names must be {config.num_classes} distinct names (num_classes), got {list(names)!r}")
+        raise ValueError(
+            f"class_names must be {config.num_classes} distinct names (num_classes), got {list(names)!r}"
+        )
 
 
 def _check_steps(config: FlowConfig) -> None:
@@ -258,7 +290,10 @@ def _check_steps(config: FlowConfig) -> None:
     if steps == 0:
         raise ValueError("masks must name at least one flow step, got none")
     if len(config.widths) != steps:
-        raise ValueError(f"widths must have one (f1, f2, f3) per step, {steps} in all (len(masks)), got {len(config.widths)}")
+        raise ValueError(
+            f"widths must have one (f1, f2, f3) per step, {steps} in all (len(masks)), got "
+            f"{len(config.widths)}"
+        )
     for i, widths in enumerate(config.widths):
         if len(widths) != 3 or not all(_is_int(n, 1) for n in widths):
             raise ValueError(f"widths[{i}] must be three positive integers (f1, f2, f3), got {widths!r}")
@@ -266,11 +301,16 @@ def _check_steps(config: FlowConfig) -> None:
         indices = getattr(config, name)
         bad = [i for i in indices if not _is_int(i, 0) or i >= steps]
         if bad:
-            raise ValueError(f"{name} must hold step indices from 0 to {steps - 1} (len(masks) is {steps}), got {bad[0]!r}")
+            raise ValueError(
+                f"{name} must hold step indices from 0 to {steps - 1} (len(masks) is {steps}), got {bad[0]!r}"
+            )
         if list(indices) != sorted(set(indices)):
             raise ValueError(f"{name} must be ascending without repeats, got {list(indices)!r}")
     if not _is_int(config.condition_from_step, 0) or config.condition_from_step >= steps:
-        raise ValueError(f"condition_from_step must be a step index from 0 to {steps - 1}, got {config.condition_from_step!r}")
+        raise ValueError(
+            f"condition_from_step must be a step index from 0 to {steps - 1}, got "
+            f"{config.condition_from_step!r}"
+        )
 
 
 def _walk_shapes(config: FlowConfig) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
@@ -281,7 +321,8 @@ def _walk_shapes(config: FlowConfig) -> tuple[tuple[Shape, ...], tuple[Shape, ..
         if i in config.squeeze_before:
             if h % 2 or w % 2:
                 raise ValueError(
-                    f"squeeze_before={list(config.squeeze_before)}: step {i} would squeeze {c}x{h}x{w}, but both sides must "
+                    f"squeeze_before={list(config.squeeze_before)}: step {i} would squeeze {c}x{h}x{w}, "
+                    "but both sides must "
                     f"be even; input_shape {config.input_shape} must be divisible by 2 once per squeeze"
                 )
             c, h, w = 4 * c, h // 2, w // 2
@@ -289,7 +330,8 @@ def _walk_shapes(config: FlowConfig) -> tuple[tuple[Shape, ...], tuple[Shape, ..
         if i in config.split_after:
             if c % 2:
                 raise ValueError(
-                    f"split_after={list(config.split_after)}: step {i} has {c} channel(s), but only an even number can be split; "
+                    f"split_after={list(config.split_after)}: step {i} has {c} channel(s), but only an "
+                    "even number can be split; "
                     "put a squeeze before it"
                 )
             c //= 2

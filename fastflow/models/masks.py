@@ -1,7 +1,8 @@
 """Coupling masks, (C, H, W) boolean, True = passive in the first half of a step.
 
-With i the step index and c the channel, a mask is inverted when i is odd (`custom`, `channel`) or when i + c is odd (the
-patterns), so that successive steps transform complementary pixels. Source: RealNVP (Dinh et al., 2017); MAGIC-Flow for `custom`.
+With i the step index and c the channel, a mask is inverted when i is odd (`custom`, `channel`) or when i + c
+is odd (the patterns), so that successive steps transform complementary pixels. Source: RealNVP (Dinh et al.,
+2017); MAGIC-Flow for `custom`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def application_mask(value: Any, height: int, width: int) -> Tensor:
     """The binary image behind the `custom` masks.
 
     Args:
-        value: (H, W) array or tensor of 0/1 or bool, the path of a PNG whose grey values are 0 and 1 or 0 and 255, or None for
-            the default: the foreground of the central coronal slices of the shipped heads.
+        value: (H, W) array or tensor of 0/1 or bool, the path of a PNG whose grey values are 0 and 1 or 0 and
+            255, or None for the default: the foreground of the central coronal slices of the shipped heads.
         height: H of the model's image.
         width: W of the model's image.
 
@@ -39,11 +40,14 @@ def application_mask(value: Any, height: int, width: int) -> Tensor:
         value = _read_png(Path(value))
     mask = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     if tuple(mask.shape) != (height, width):
-        raise ValueError(f"application_mask must be ({height}, {width}) like the image, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"application_mask must be ({height}, {width}) like the image, got {tuple(mask.shape)}"
+        )
     if not torch.all((mask == 0) | (mask == 1)):
         found = torch.unique(mask).tolist()
         raise ValueError(
-            f"application_mask must hold only 0 and 1, got {len(found)} distinct values from {found[0]} to {found[-1]}"
+            f"application_mask must hold only 0 and 1, got {len(found)} distinct values from {found[0]} to "
+            f"{found[-1]}"
         )
     return mask.bool()
 
@@ -91,7 +95,9 @@ def build_mask(name: str, step: int, shape: Shape, application: Tensor | None, b
     if name == "custom":
         if application is None or tuple(application.shape) != (height, width):
             got = None if application is None else tuple(application.shape)
-            raise ValueError(f"a custom mask at step {step} needs an application mask of ({height}, {width}), got {got}")
+            raise ValueError(
+                f"a custom mask at step {step} needs an application mask of ({height}, {width}), got {got}"
+            )
         return (application ^ odd_step).expand(shape).clone()
     if name == "channel":
         first_half = torch.arange(channels) < channels // 2
@@ -101,9 +107,11 @@ def build_mask(name: str, step: int, shape: Shape, application: Tensor | None, b
 
 
 def build_masks(config: FlowConfig, application: Any = None) -> list[Tensor]:
-    """The masks of every step of `config`; the application mask (see `application_mask`) is read only where a step needs it.
+    """The masks of every step of `config`; the application mask (see `application_mask`) is read only where a
+    step needs it.
 
-    The application mask has the size of the image; a `custom` step after squeezes takes every second (fourth, ...) pixel of it.
+    The application mask has the size of the image; a `custom` step after squeezes takes every second (fourth,
+    ...) pixel of it.
 
     Raises:
         ValueError: as `application_mask`.
@@ -113,5 +121,9 @@ def build_masks(config: FlowConfig, application: Any = None) -> list[Tensor]:
     masks = []
     for i, (name, shape) in enumerate(zip(config.masks, config.step_shapes, strict=True)):
         stride = height // shape[1]
-        masks.append(build_mask(name, i, shape, None if image is None else image[::stride, ::stride], config.block_size))
+        masks.append(
+            build_mask(
+                name, i, shape, None if image is None else image[::stride, ::stride], config.block_size
+            )
+        )
     return masks

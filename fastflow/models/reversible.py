@@ -1,95 +1,107 @@
-r"""Training in constant activation memory: a step's input is rebuilt from its output instead of being kept.
+r"""Training in constant activation memory: a step's input is computed from its output instead of being kept.
 
-Every step is a node of autograd. The last step of a scale, before the next split, keeps its output, the anchor; the others keep
-nothing but the 32-bit keys of their dropouts. In the backward pass a step undoes itself on the output that the step after it has
-rebuilt. For each half of its coupling the conditioner runs once, under autograd and on the passive part, which is there bit for
-bit; its result first undoes the half, then passes the gradient on. Log-scales and shifts are therefore those that made this
-output, to the last bit; what drifts is the stream, by a rounding or two per step.
+Every step is a node of autograd. The last step of a scale, before the next split, keeps its output, the
+anchor; the others keep nothing but the 32-bit seeds of their dropouts. In the backward pass a step is
+inverted on the output that the step after it has recovered. For each half of its coupling the conditioner
+runs once, under autograd and on the passive part, which is there bit for bit; its result first inverts the
+half, then passes the gradient on. Log-scales and shifts are therefore those that made this output, to the
+last bit; the stream drifts by a rounding or two per step.
 
-A backward pass costs one more evaluation of every conditioner. Normalisation over the batch cannot be replayed (its statistics
-would be updated twice) and is refused by `FlowConfig`. Sources: RevNet (Gomez et al., 2017), section 3; i-RevNet and Glow for
-invertible layers.
+A backward pass costs one more evaluation of every conditioner. Normalisation over the batch cannot be
+replayed (its statistics would be updated twice) and is refused by `FlowConfig`. Sources: RevNet (Gomez et
+al., 2017), section 3; i-RevNet and Glow for invertible layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastflow.kernels._library import refuse_second_derivative
-from fastflow.models.conditioners.blocks import Tables, conditioner_dtype
-from fastflow.models.layers import AffineCoupling, FlowStep, Half, Keys
-
-if TYPE_CHECKING:
-    from fastflow.models.magic_flow import MagicFlow
+from fastflow.kernels.registry import refuse_second_derivative
+from fastflow.models.conditioners.label_params import LabelParams, masked_input
+from fastflow.models.coupling import AffineCoupling, HalfCoupling, Seeds
+from fastflow.models.step import FlowStep, Walk, condition_step, walk_forward
 
 Gradients = dict[Tensor, Tensor]
 
 
-def scales(num_steps: int, split_after: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The ranges of steps between splits, (first, last) with the last exclusive."""
-    ends = [i + 1 for i in split_after if i + 1 < num_steps] + [num_steps]
+def scales(splits: Sequence[bool]) -> list[tuple[int, int]]:
+    """The ranges of steps between splits, (first, last) with the last exclusive.
+
+    Args:
+        splits: whether each step splits.
+    """
+    ends = [i + 1 for i, split in enumerate(splits) if split and i + 1 < len(splits)] + [len(splits)]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def encode(model: MagicFlow, x: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """All steps of x (B, C, H, W): (the last block, the blocks split off, log-determinants (B,) of each step), as `run_steps`.
+def encode(steps: Sequence[FlowStep], x: Tensor, labels: Tensor, label_index: Tensor) -> Walk:
+    """All steps of x (B, C, H, W); the terms of the walk are the log-determinants (B,) of each step.
 
     Args:
-        model: the flow.
+        steps: of the flow.
         x: images, checked.
-        labels: (R,) what the rows of the tables stand for.
-        rows: (B,) the row of each sample.
+        labels: (R,) to condition on.
+        label_index: (B,) the label of each sample among them.
     """
-    h, splits, logdets = x, [], []
     device = x.device.type
-    for first, last in scales(model.config.num_steps, model.config.split_after):
-        tape = _Tape(model, labels, rows, last, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
-        for i in range(first, last):
-            parameters = [p for p in model.steps[i].parameters() if p.requires_grad]
-            h, logdet = _Step.apply(h, tape, i, model.steps[i].coupling.draw_keys(len(x), x.device), parameters, *parameters)
-            logdets.append(logdet)
-        if model.steps[last - 1].split:
-            h, block = h.chunk(2, dim=1)
-            splits.append(block)
-    return h, splits, logdets
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    tapes = {
+        i: tape
+        for first, last in scales([step.split for step in steps])
+        for tape in [Tape(steps, labels, label_index, last, autocast)]
+        for i in range(first, last)
+    }
+
+    def run(i: int, h: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        parameters = [p for p in steps[i].parameters() if p.requires_grad]
+        seeds = steps[i].coupling.draw_seeds(len(x), x.device)
+        h, logdet = ReversibleStep.apply(h, tapes[i], i, seeds, parameters, *parameters)
+        # The tape hands the next conditioner its input, beside autograd.
+        return h, logdet, None
+
+    return walk_forward(steps, x, run)
 
 
 @dataclasses.dataclass
-class _Tape:
-    """What the steps of a scale hand to each other beside autograd.
+class Tape:
+    """Values that the steps of a scale hand to each other beside autograd.
 
     Attributes:
-        model: the flow.
-        labels: (R,) of the tables.
-        rows: (B,) of the samples.
+        steps: of the flow.
+        labels: (R,) that the flow is conditioned on.
+        label_index: (B,) of the samples.
         last: end of the range of steps.
         autocast: (whether it is on, its dtype), as it was in the forward pass.
         masked: forward, the next conditioner's input where a step has written it.
-        stream: backward, the rebuilt output of the step that is undone next.
+        stream: backward, the recovered output of the step that is inverted next.
     """
 
-    model: MagicFlow
+    steps: Sequence[FlowStep]
     labels: Tensor
-    rows: Tensor
+    label_index: Tensor
     last: int
     autocast: tuple[bool, torch.dtype]
     masked: Tensor | None = None
     stream: Tensor | None = None
 
 
-class _Step(torch.autograd.Function):
-    """A step. Only the last one of a scale keeps its output; the parameters are inputs so that their gradients are returned."""
+class ReversibleStep(torch.autograd.Function):
+    """A step of which only the last one of a scale keeps its output.
+
+    The parameters are inputs so that their gradients are returned.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, tape: _Tape, i: int, keys: Keys, parameters: list[Tensor], *_: Tensor
+        ctx: Any, h: Tensor, tape: Tape, i: int, seeds: Seeds, parameters: list[Tensor], *_: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.tape, ctx.i, ctx.keys, ctx.parameters = tape, i, keys, parameters
-        h, logdet, tape.masked = run_step(tape.model, i, h, tape.masked, tape.labels, tape.rows, tape.last, keys)
+        ctx.tape, ctx.i, ctx.seeds, ctx.parameters = tape, i, seeds, parameters
+        h, logdet, tape.masked = run_step(tape.steps, i, h, tape.masked, tape.labels, tape.label_index, seeds)
         if i + 1 == tape.last:
             ctx.save_for_backward(h)
         return h, logdet
@@ -97,97 +109,137 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_logdet: Tensor) -> tuple[Any, ...]:
         refuse_second_derivative("a reversible model")
-        tape: _Tape = ctx.tape
+        tape: Tape = ctx.tape
+        step = tape.steps[ctx.i]
         if ctx.i + 1 == tape.last:
             (tape.stream,) = ctx.saved_tensors
         y, tape.stream = tape.stream, None
         assert y is not None
-        labels, rows = tape.model.step_labels(ctx.i, tape.labels, tape.rows)
         found: Gradients = {}
         enabled, dtype = tape.autocast
         with torch.autocast(y.device.type, dtype=dtype, enabled=enabled):
-            x, grad = _undo_step(tape.model.steps[ctx.i], y, grad, grad_logdet, labels, rows, ctx.keys, found)
-        if ctx.i > 0 and not tape.model.steps[ctx.i - 1].split:
+            labels, label_index = _labels_of(step, tape.labels, tape.label_index)
+            y, grad = _invert_couplings(step, y, grad, grad_logdet, labels, label_index, ctx.seeds, found)
+            x, grad = _invert_mix(step, y, grad, grad_logdet, found)
+        if ctx.i > 0 and not tape.steps[ctx.i - 1].split:
             tape.stream = x
         return grad, None, None, None, None, *(found.get(p) for p in ctx.parameters)
 
 
+def _labels_of(step: FlowStep, labels: Tensor, label_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels that a step is conditioned on and each sample's index: one label where the step ignores it."""
+    if step.uses_label:
+        return labels, label_index
+    return torch.zeros(1, dtype=torch.int64, device=labels.device), torch.zeros_like(label_index)
+
+
 @torch.no_grad()
 def run_step(
-    model: MagicFlow, i: int, h: Tensor, masked: Tensor | None, labels: Tensor, rows: Tensor, last: int, keys: Keys
+    steps: Sequence[FlowStep],
+    i: int,
+    h: Tensor,
+    masked: Tensor | None,
+    labels: Tensor,
+    label_index: Tensor,
+    seeds: Seeds,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Step i with tables of its own: (h, log-determinant (B,), the next conditioner's input where it is written beside h).
+    """Step i, conditioned by itself: (h, log-determinant (B,), the next conditioner's input where it is
+    written).
 
-    As in `MagicFlow.run_steps`, h is then already mixed by the next step, which is undone with that step.
+    As in `ConditionedFlow.forward`, h is then already mixed by the next step, whose inverse undoes that.
     """
-    step = model.steps[i]
+    step = condition_step(steps, i, labels)
+    _, label_index = _labels_of(steps[i], labels, label_index)
     if masked is None:
-        h, masked = step.mix_masked(h)
-    step_labels, step_rows = model.step_labels(i, labels, rows)
-    tables = step.coupling.tables(step_labels)
-    h, logdet, masked = step.coupling(h, masked, tables, step_rows, then=model.following(i, last), keys=keys)
-    return h, logdet.double() + step.mixing_logdet(), masked
+        h, masked = step.mix(h)
+    h, logdet, masked = step.forward(h, masked, label_index, seeds)
+    return h, logdet.double() + steps[i].mixing_logdet(), masked
 
 
-def _undo_step(
-    step: FlowStep, y: Tensor, grad: Tensor, grad_logdet: Tensor, labels: Tensor, rows: Tensor, keys: Keys, found: Gradients
+def _invert_couplings(
+    step: FlowStep,
+    y: Tensor,
+    grad: Tensor,
+    grad_logdet: Tensor,
+    labels: Tensor,
+    label_index: Tensor,
+    seeds: Seeds,
+    found: Gradients,
 ) -> tuple[Tensor, Tensor]:
-    """The input of a step from its output y, and its gradient; those of the step's parameters are added to `found`."""
+    """The input of a step's coupling from its output y, and its gradient; those of its parameters go to
+    `found`.
+    """
     with torch.enable_grad():
-        tables = step.coupling.tables(labels)
-    # The tables are shared by the halves: their gradients are gathered before they go on to the parameters.
-    leaves = [Tables(*_map_tables(table)) for table in tables]
+        label_params = step.coupling.label_params(labels)
+    # The halves share label parameters: their gradients are gathered before they go on to the parameters.
+    leaves = [params.leaves() for params in label_params]
     gathered: Gradients = {}
-    for half, half_keys in reversed(list(zip(step.coupling.halves(), keys, strict=True))):
-        y, grad = undo_half(step.coupling, half, y, grad, grad_logdet, leaves[half.place], rows, half_keys, gathered)
+    for half, half_seeds in reversed(list(zip(step.coupling.halves(), seeds, strict=True))):
+        y, grad = invert_half(
+            step.coupling,
+            half,
+            y,
+            grad,
+            grad_logdet,
+            leaves[half.net_index],
+            label_index,
+            half_seeds,
+            gathered,
+        )
     outputs, grads = [], []
-    for table, leaf in zip(tables, leaves, strict=True):
-        for tensor, copy in zip(_flat(table), _flat(leaf), strict=True):
+    for params, copies in zip(label_params, leaves, strict=True):
+        for tensor, copy in zip(params.tensors(), copies.tensors(), strict=True):
             if tensor.requires_grad and copy in gathered:
                 outputs.append(tensor)
                 grads.append(gathered.pop(copy))
     _add(found, gathered)
     _differentiate(outputs, grads, [p for p in step.coupling.parameters() if p.requires_grad], found)
-    return _undo_mix(step, y, grad, grad_logdet, found)
+    return y, grad
 
 
-def undo_half(
+def invert_half(
     coupling: AffineCoupling,
-    half: Half,
+    half: HalfCoupling,
     y: Tensor,
     grad: Tensor,
     grad_logdet: Tensor,
-    tables: Tables,
-    rows: Tensor,
-    keys: Tensor | None,
+    label_params: LabelParams,
+    label_index: Tensor,
+    seeds: Tensor | None,
     found: Gradients,
 ) -> tuple[Tensor, Tensor]:
     """The input of a half from its output y, and its gradient.
 
-    Gradients of the tables and of the conditioner's parameters are added to `found`. The conditioner runs once.
+    Gradients of the label parameters and of the conditioner's parameters are added to `found`. The
+    conditioner runs once.
     """
-    net, passive = half.net, half.passive
-    masked = y.masked_fill(~passive.mask, 0.0).to(conditioner_dtype(y)).requires_grad_()
+    net, mask = half.net, half.mask
+    masked = masked_input(y, mask.passive).requires_grad_()
     with torch.enable_grad():
-        driven = net.encode(masked, tables, rows, keys)
-    detached = (driven[0].detach(), driven[1].detach())
+        params = net.encode(masked, label_params, label_index, seeds)
+    detached = (params[0].detach(), params[1].detach())
     with torch.no_grad():
-        x, _, _ = net.couple(y, detached, tables, rows, passive, coupling.bound, True, None)
+        x, _, _ = net.transform(y, detached, label_params, label_index, mask, coupling.bound, True, None)
     x.requires_grad_()
     with torch.enable_grad():
-        again, logdet, _ = net.couple(x, driven, tables, rows, passive, coupling.bound, False, None)
-    leaves = [t for t in _flat(tables) if t.requires_grad] + [p for p in net.parameters() if p.requires_grad]
+        again, logdet, _ = net.transform(
+            x, params, label_params, label_index, mask, coupling.bound, False, None
+        )
+    leaves = [t for t in label_params.tensors() if t.requires_grad]
+    leaves += [p for p in net.parameters() if p.requires_grad]
     more: Gradients = {}
     _differentiate([again, logdet], [grad, grad_logdet.to(logdet.dtype)], [x, masked, *leaves], more)
     through = more.pop(masked, None)
     grad = more.pop(x)
     if through is not None:
-        grad = grad + through.to(grad.dtype).masked_fill(~passive.mask, 0.0)
+        grad = grad + through.to(grad.dtype).masked_fill(~mask.passive, 0.0)
     _add(found, more)
     return x.detach(), grad
 
 
-def _undo_mix(step: FlowStep, y: Tensor, grad: Tensor, grad_logdet: Tensor, found: Gradients) -> tuple[Tensor, Tensor]:
+def _invert_mix(
+    step: FlowStep, y: Tensor, grad: Tensor, grad_logdet: Tensor, found: Gradients
+) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         x = step.unmix(y)
     x.requires_grad_()
@@ -201,17 +253,9 @@ def _undo_mix(step: FlowStep, y: Tensor, grad: Tensor, grad_logdet: Tensor, foun
     return x.detach(), grad
 
 
-def _flat(tables: Tables) -> list[Tensor]:
-    return [t for film in tables.films for t in film] + list(tables.heads)
-
-
-def _map_tables(tables: Tables) -> tuple[Any, ...]:
-    """Copies of tables that are leaves of autograd."""
-    films = tuple(type(film)(*(t.detach().requires_grad_(t.requires_grad) for t in film)) for film in tables.films)
-    return films, tuple(t.detach().requires_grad_(t.requires_grad) for t in tables.heads)
-
-
-def _differentiate(outputs: list[Tensor], grads: list[Tensor], inputs: list[Tensor], found: Gradients) -> None:
+def _differentiate(
+    outputs: list[Tensor], grads: list[Tensor], inputs: list[Tensor], found: Gradients
+) -> None:
     """Add the gradients of `inputs` to `found`, those that there are."""
     pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
     if not pairs or not inputs:

@@ -18,7 +18,9 @@ def model():
 @pytest.mark.parametrize("task", ["classification", "generation"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_round_trip_gives_the_same_bits(tmp_path, task, dtype):
-    config = FlowConfig.tiny(3, task=task, norm="batch" if task == "generation" else "group", share_halves=False)
+    config = FlowConfig.tiny(
+        3, task=task, norm="batch" if task == "generation" else "group", share_halves=False
+    )
     model = build(config, dtype=dtype)
     model.temperature, model.metadata = 12.5, {"note": [1, "two"]}
     model.save(tmp_path / "new" / "folder")
@@ -82,7 +84,12 @@ def edit(folder, **changes):
         (lambda f: edit(f, sha256="0" * 64), "sha256"),
         (lambda f: edit(f, weights="../elsewhere.safetensors"), "own folder"),
         (lambda f: edit(f, config={"num_classes": 3}), "missing"),
-        (lambda f: edit(f, config={**json.loads((f / "config.json").read_text())["config"], "num_classes": 4}), "one model"),
+        (
+            lambda f: edit(
+                f, config={**json.loads((f / "config.json").read_text())["config"], "num_classes": 4}
+            ),
+            "one model",
+        ),
         (lambda f: edit(f, temperature=None), "one model"),
     ],
 )

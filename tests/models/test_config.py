@@ -7,7 +7,9 @@ import pytest
 from fastflow import FlowConfig
 from fastflow.models.config import PRESETS
 
-PAPER_SHAPES = [(1, 184, 184)] * 5 + [(4, 92, 92)] * 3 + [(2, 92, 92)] * 3 + [(8, 46, 46)] * 3 + [(4, 46, 46)] * 3
+PAPER_SHAPES = (
+    [(1, 184, 184)] * 5 + [(4, 92, 92)] * 3 + [(2, 92, 92)] * 3 + [(8, 46, 46)] * 3 + [(4, 46, 46)] * 3
+)
 PAPER_SHAPES += [(16, 23, 23)] * 3 + [(8, 23, 23)] * 4
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fastflow import FlowConfig
-from fastflow.models.conditioners.blocks import convolve
-from fastflow.models.layers import STD_FLOOR, ActNorm, AffineCoupling, InvertibleConv1x1
+from fastflow.kernels.cpu.convolution import convolve
+from fastflow.models.coupling import AffineCoupling
+from fastflow.models.layers import STD_FLOOR, ActNorm, InvertibleConv1x1
 from fastflow.models.masks import build_mask
 
 
@@ -77,7 +78,9 @@ def test_conv_refuses_a_singular_matrix():
 
 
 def _rank(rank, world, folder, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
     x = torch.arange(48, dtype=torch.float64).view(4, 3, 2, 2) ** 1.5
     layer = ActNorm(3).double()
     layer.initialize(x[rank * 2 : rank * 2 + 2] if world > 1 else x)
@@ -103,14 +106,17 @@ def test_a_coupling_in_float32_gives_a_sample_the_same_bits_in_every_batch(task,
     coupling = AffineCoupling(config, step, shape, build_mask("checkerboard", step, shape, None, 2)).eval()
     with torch.no_grad():
         for parameter in coupling.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.ndim == 1 else 0.3 / parameter[0].numel() ** 0.5))
+            parameter.add_(
+                torch.randn_like(parameter)
+                * (0.05 if parameter.ndim == 1 else 0.3 / parameter[0].numel() ** 0.5)
+            )
         x, labels = torch.randn(9, *shape), torch.arange(9) % 7
-        masked, tables = x.masked_fill(~coupling.mask, 0.0), coupling.tables(torch.arange(7))
+        masked, tables = x.masked_fill(~coupling.mask, 0.0), coupling.label_params(torch.arange(7))
         y, logdet, _ = coupling(x, masked, tables, labels)
         assert not torch.equal(y, x)
         for count in (1, 2, 3, 5):
             # As many tables as samples, too: as the model has them for few.
-            few = coupling.tables(labels[:count])
+            few = coupling.label_params(labels[:count])
             for table, rows in ((tables, labels[:count]), (few, torch.arange(count))):
                 got = coupling(x[:count], masked[:count], table, rows)
                 assert torch.equal(got[0], y[:count]) and torch.equal(got[1], logdet[:count]), count
@@ -131,13 +137,15 @@ def test_convolve_is_the_convolution_and_so_are_its_gradients(inputs, outputs, k
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=outputs > 1)
     x = torch.randn(batch, inputs, size, size, requires_grad=True)
-    y = convolve(conv, x)
+    y = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
     grad = torch.randn_like(y)
     got = torch.autograd.grad(y, (x, *conv.parameters()), grad)
     wide = x.detach().double().requires_grad_()
     conv.double()
     expected = conv(wide)
     for a, b in zip(
-        (y, *got), (expected, *torch.autograd.grad(expected, (wide, *conv.parameters()), grad.double())), strict=True
+        (y, *got),
+        (expected, *torch.autograd.grad(expected, (wide, *conv.parameters()), grad.double())),
+        strict=True,
     ):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()

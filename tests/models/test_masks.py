@@ -22,7 +22,9 @@ def test_patterns_by_their_definition(step):
     for name, rule in rules.items():
         mask = build_mask(name, step, shape, None, n)
         assert mask.dtype == torch.bool
-        want = [[[bool(rule(c, r, k)) for k in range(shape[2])] for r in range(shape[1])] for c in range(shape[0])]
+        want = [
+            [[bool(rule(c, r, k)) for k in range(shape[2])] for r in range(shape[1])] for c in range(shape[0])
+        ]
         assert mask.tolist() == want, name
 
 

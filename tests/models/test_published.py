@@ -32,11 +32,17 @@ def config_of(data, task, **changes):
 
 
 def state_of(data):
-    return {name.removeprefix("state/"): torch.from_numpy(data[name]) for name in data.files if name.startswith("state/")}
+    return {
+        name.removeprefix("state/"): torch.from_numpy(data[name])
+        for name in data.files
+        if name.startswith("state/")
+    }
 
 
 def model_of(data, task, **changes):
-    return MagicFlow.from_published(state_of(data), config_of(data, task, **changes), data["data/custom_mask"])
+    return MagicFlow.from_published(
+        state_of(data), config_of(data, task, **changes), data["data/custom_mask"]
+    )
 
 
 def relative(got, want):
@@ -53,7 +59,9 @@ def test_float64_matches_to_1e9(task):
         z, logdet = model(x, y)
         assert relative(z, data["expected/z"]) < 1e-9
         assert relative(logdet, data["expected/logdet"]) < 1e-9
-        sample = model.inverse(torch.from_numpy(data["data/z_sample"]).double(), torch.from_numpy(data["data/sample_labels"]))
+        sample = model.inverse(
+            torch.from_numpy(data["data/z_sample"]).double(), torch.from_numpy(data["data/sample_labels"])
+        )
         assert relative(sample, data["expected/x_sample"]) < 1e-9
 
 
@@ -68,7 +76,9 @@ def test_float32_log_likelihoods_match_to_1e5(task):
         # What decides is the gap between labels: a small fraction of a nat.
         gaps = got.double().numpy()[:, :1] - got.double().numpy()
         assert np.abs(gaps - (want[:, :1] - want)).max() < 1e-3
-        sample = model.inverse(torch.from_numpy(data["data/z_sample"]), torch.from_numpy(data["data/sample_labels"]))
+        sample = model.inverse(
+            torch.from_numpy(data["data/z_sample"]), torch.from_numpy(data["data/sample_labels"])
+        )
         assert np.abs(sample.numpy() - data["expected/x_sample"]).max() < 1e-4
 
 
@@ -86,11 +96,19 @@ def log_prob_of_truth(model, data, call=None):
 def test_reversible_mode_matches_and_so_do_its_gradients():
     # The authors' generation weights have batch statistics, which the mode refuses.
     data = reference("classification")
-    normal, reversible = (model_of(data, "classification", reversible=flag).double() for flag in (False, True))
+    normal, reversible = (
+        model_of(data, "classification", reversible=flag).double() for flag in (False, True)
+    )
     assert relative(log_prob_of_truth(reversible, data), scores_of_truth(data)) < 1e-9
     for model in (normal, reversible):
-        model.log_prob(torch.from_numpy(data["data/x"]).double(), torch.from_numpy(data["data/labels"])).sum().backward()
-    pairs = [(a.grad, b.grad) for a, b in zip(normal.parameters(), reversible.parameters(), strict=True) if a.grad is not None]
+        model.log_prob(
+            torch.from_numpy(data["data/x"]).double(), torch.from_numpy(data["data/labels"])
+        ).sum().backward()
+    pairs = [
+        (a.grad, b.grad)
+        for a, b in zip(normal.parameters(), reversible.parameters(), strict=True)
+        if a.grad is not None
+    ]
     top = max(float(a.abs().max()) for a, _ in pairs)
     assert len(pairs) > 100
     assert all(float((a - b).abs().max()) < 1e-8 * max(float(a.abs().max()), 1e-6 * top) for a, b in pairs)
@@ -112,7 +130,9 @@ def test_compiled_graphs_match(task):
     data = reference(task)
     model = model_of(data, task).double()
     with torch.no_grad():
-        got = log_prob_of_truth(model, data, torch.compile(model.log_prob, fullgraph=True, backend="aot_eager"))
+        got = log_prob_of_truth(
+            model, data, torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+        )
     assert relative(got, scores_of_truth(data)) < 1e-9
 
 
@@ -163,7 +183,10 @@ def test_imported_models_survive_save_and_load(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded.log_prob_all(x), model.log_prob_all(x))
         # The float64 factors are in the file too.
-        assert relative(loaded.double().log_prob_all(x.double()), data["expected/log_likelihood_all_labels"]) < 1e-9
+        assert (
+            relative(loaded.double().log_prob_all(x.double()), data["expected/log_likelihood_all_labels"])
+            < 1e-9
+        )
 
 
 @pytest.mark.parametrize(
@@ -173,8 +196,16 @@ def test_imported_models_survive_save_and_load(tmp_path):
         ("classification", lambda s: s.pop("inv_convs.4.weight"), "inv_convs.4.weight"),
         ("classification", lambda s: s.update({"inv_convs.7.weight": torch.eye(2)}), "inv_convs.7.weight"),
         ("classification", lambda s: s.update({"optimizer": torch.eye(2)}), "optimizer"),
-        ("classification", lambda s: s.update({"coupling_layers.0.extra.weight": torch.eye(2)}), "extra.weight"),
-        ("classification", lambda s: s.update({"actnorms.0.scale": torch.zeros(1, 1, 1, 1)}), "actnorms.0.scale"),
+        (
+            "classification",
+            lambda s: s.update({"coupling_layers.0.extra.weight": torch.eye(2)}),
+            "extra.weight",
+        ),
+        (
+            "classification",
+            lambda s: s.update({"actnorms.0.scale": torch.zeros(1, 1, 1, 1)}),
+            "actnorms.0.scale",
+        ),
         ("classification", lambda s: s.update({"actnorms.0.initialized": torch.tensor(False)}), "actnorms.0"),
         ("classification", lambda s: s.update({"inv_convs.1.weight": torch.eye(3)}), "step 1"),
     ],

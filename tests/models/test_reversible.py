@@ -9,7 +9,7 @@ import torch
 from helpers import build, images, labels
 
 from fastflow import FlowConfig, kernels
-from fastflow.models.reversible import run_step, scales, undo_half
+from fastflow.models.reversible import invert_half, run_step, scales
 
 TASKS = ["classification", "generation"]
 
@@ -46,7 +46,9 @@ def largest_error(got, want):
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("changes", [{}, {"share_halves": False}, {"condition_from_step": 2}, {"split_after": ()}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"share_halves": False}, {"condition_from_step": 2}, {"split_after": ()}], ids=str
+)
 def test_gradients_are_those_of_the_normal_mode(task, changes):
     normal, reversible = both(FlowConfig.tiny(3, task=task, **changes))
     x, y = images(normal.config, 5), labels(normal.config, 5)
@@ -65,7 +67,10 @@ def test_float32_gradients(task):
     assert torch.allclose(got, want, rtol=1e-6)
     norm, difference = (
         sum(float((a.double() ** 2).sum()) for a in values if a is not None) ** 0.5
-        for values in (want_grads, [None if a is None else a - b for a, b in zip(grads, want_grads, strict=True)])
+        for values in (
+            want_grads,
+            [None if a is None else a - b for a, b in zip(grads, want_grads, strict=True)],
+        )
     )
     assert difference < 1e-4 * norm
 
@@ -85,7 +90,11 @@ def test_evaluation_and_sampling_do_not_change():
     normal, reversible = both(FlowConfig.tiny(3), train=False)
     x, y = images(normal.config, 4), labels(normal.config, 4)
     with torch.no_grad():
-        for call in (lambda m: m.log_prob(x, y), lambda m: m.log_prob_all(x), lambda m: m.inverse(m(x, y)[0], y)):
+        for call in (
+            lambda m: m.log_prob(x, y),
+            lambda m: m.log_prob_all(x),
+            lambda m: m.inverse(m(x, y)[0], y),
+        ):
             assert torch.equal(call(normal), call(reversible))
 
 
@@ -105,19 +114,19 @@ def test_log_scales_and_shifts_recompute_identically(task):
     seen = []
     coupling = model.steps[0].coupling
     with torch.no_grad():
-        tables = coupling.tables(torch.arange(3))
-        h, _ = model.steps[0].mix_masked(x)
+        params = coupling.label_params(torch.arange(3))
+        h = model.steps[0].mix(x)
         for half in coupling.halves():
-            keys = None
-            masked = h.masked_fill(~half.passive.mask, 0.0)
-            forward = half.net.encode(masked, tables[half.place], y, keys)
-            after, _, _ = half.net.couple(h, forward, tables[half.place], y, half.passive, coupling.bound, False, None)
-            assert torch.equal(after.masked_fill(~half.passive.mask, 0.0), masked)
+            of_half = params[half.net_index]
+            masked = h.masked_fill(~half.mask.passive, 0.0)
+            forward = half.net.encode(masked, of_half, y, None)
+            after, _, _ = half.net.transform(h, forward, of_half, y, half.mask, coupling.bound, False, None)
+            assert torch.equal(after.masked_fill(~half.mask.passive, 0.0), masked)
             encode = half.net.encode
             half.net.encode = lambda *args, encode=encode: seen.append(encode(*args)) or seen[-1]
             try:
                 ones = torch.ones_like(after)
-                back, _ = undo_half(coupling, half, after, ones, ones[:, 0, 0, 0], tables[half.place], y, keys, {})
+                back, _ = invert_half(coupling, half, after, ones, ones[:, 0, 0, 0], of_half, y, None, {})
             finally:
                 del half.net.encode
             assert len(seen) == 1, "the conditioner runs once for both the rebuild and its gradient"
@@ -128,23 +137,31 @@ def test_log_scales_and_shifts_recompute_identically(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_drift_over_many_steps_is_bounded(task):
-    """24 steps back in float32: a few hundred roundings of values of size 1 at most, from a forward pass that was exact."""
+    """24 steps back in float32: a few hundred roundings of values of size 1 at most, from a forward pass that
+    was exact.
+    """
     steps = 24
     config = FlowConfig.tiny(
-        2, task=task, masks=("checkerboard",) * steps, widths=((8, 8, 8),) * steps, squeeze_before=(0,), split_after=()
+        2,
+        task=task,
+        masks=("checkerboard",) * steps,
+        widths=((8, 8, 8),) * steps,
+        squeeze_before=(0,),
+        split_after=(),
     )
     model = build(config, dtype=torch.float32)
     x, y = images(config, 4, dtype=torch.float32), labels(config, 4)
     classes = torch.arange(2)
     out, masked = x, None
     for i in range(steps):
-        out, _, masked = run_step(model, i, out, masked, classes, y, steps, (None, None))
+        out, _, masked = run_step(model.steps, i, out, masked, classes, y, (None, None))
     for step in reversed(model.steps):
         with torch.no_grad():
-            tables = step.coupling.tables(classes)
+            params = step.coupling.label_params(classes)
         for half in reversed(step.coupling.halves()):
             ones = torch.ones_like(out)
-            out, _ = undo_half(step.coupling, half, out, ones, ones[:, 0, 0, 0], tables[half.place], y, None, {})
+            of_half = params[half.net_index]
+            out, _ = invert_half(step.coupling, half, out, ones, ones[:, 0, 0, 0], of_half, y, None, {})
         out = step.unmix(out).detach()
     assert float((out - x).abs().max()) < 300 * torch.finfo(torch.float32).eps * float(x.abs().max())
 
@@ -179,13 +196,20 @@ class Held:
 
 def peak_bytes(steps, reversible, task):
     config = FlowConfig.tiny(
-        2, task=task, masks=("checkerboard",) * steps, widths=((8, 8, 8),) * steps, squeeze_before=(0,), split_after=(),
+        2,
+        task=task,
+        masks=("checkerboard",) * steps,
+        widths=((8, 8, 8),) * steps,
+        squeeze_before=(0,),
+        split_after=(),
         reversible=reversible,
-    )  # fmt: skip
+    )
     model = build(config, dtype=torch.float32).train()
     x, y = images(config, 8, dtype=torch.float32), labels(config, 8)
     kept = Kept(model)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda v: v.tensor if isinstance(v, Held) else v):
+    with torch.autograd.graph.saved_tensors_hooks(
+        kept.pack, lambda v: v.tensor if isinstance(v, Held) else v
+    ):
         model.log_prob(x, y).sum().backward()
     return kept.peak
 
@@ -198,9 +222,9 @@ def test_memory_does_not_grow_with_the_steps(task):
 
 
 def test_scales_end_at_splits():
-    assert scales(6, (3,)) == [(0, 4), (4, 6)]
-    assert scales(3, ()) == [(0, 3)]
-    assert scales(3, (0, 2)) == [(0, 1), (1, 3)]
+    assert scales([False] * 3 + [True] + [False] * 2) == [(0, 4), (4, 6)]
+    assert scales([False] * 3) == [(0, 3)]
+    assert scales([True, False, True]) == [(0, 1), (1, 3)]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -211,7 +235,10 @@ def test_autocast_is_replayed_in_the_backward_pass(task):
     got, grads = gradients(reversible, x, y, autocast=True)
     assert torch.allclose(got, want, rtol=1e-5)
     norm = sum(float((g**2).sum()) for g in want_grads if g is not None) ** 0.5
-    error = sum(float(((a - b) ** 2).sum()) for a, b in zip(grads, want_grads, strict=True) if a is not None) ** 0.5
+    error = (
+        sum(float(((a - b) ** 2).sum()) for a, b in zip(grads, want_grads, strict=True) if a is not None)
+        ** 0.5
+    )
     assert error < 0.05 * norm
 
 

@@ -10,6 +10,7 @@ from helpers import build, images
 from fastflow import FlowConfig, MagicFlow
 from fastflow.errors import InvalidImageWarning, PrecisionWarning, UninitializedModelError
 from fastflow.models import scoring
+from fastflow.models.inference import scorer as scorers
 from fastflow.models.scoring import LabelScorer
 
 LAYOUTS = {
@@ -84,8 +85,9 @@ def test_a_row_has_the_same_bits_in_any_batch(name):
     whole = LabelScorer(model)(x)
     for max_rows in (1, 3, 4, 7):
         assert torch.equal(LabelScorer(model, max_rows=max_rows)(x), whole)
-    assert torch.equal(torch.cat([LabelScorer(model)(row) for row in x.split(1)]), whole)
-    assert torch.equal(LabelScorer(model)(x[3:6]), whole[3:6])
+    scorer = LabelScorer(model)
+    assert torch.equal(torch.cat([scorer(row) for row in x.split(1)]), whole)
+    assert torch.equal(scorer(x[3:6]), whole[3:6])
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 4, 7, 100])
@@ -107,15 +109,15 @@ def test_what_no_label_changes_is_computed_once(monkeypatch):
     scorer = LabelScorer(model)
     batches = {i: [] for i in range(config.num_steps)}
     # The scorer's own copy, whose weight norms are computed.
-    for i, step in enumerate(scorer._engine.model.steps):
-        conv = step.coupling.conditioners[0].conv1
+    for i, conditioned in enumerate(scorer._engine.flow.steps):
+        conv = conditioned.step.coupling.conditioners[0].conv1
         conv.register_forward_hook(lambda module, inputs, _, i=i: batches[i].append(len(inputs[0])))
     scorer(images(config, 4))
     # Step 2 is the first that knows labels: its first half convolves each image once.
     assert [batches[i] for i in range(4)] == [[4, 4], [4, 4], [4, 12], [12, 12]]
 
 
-# -- rows and memory ------------------------------------------------------------------------------------------------------
+# -- rows and memory -----------------------------------------------------------------------------------------
 
 
 class Hungry:
@@ -136,13 +138,17 @@ class Hungry:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
 )
 @pytest.mark.parametrize("limit", [1, 3, 10])
 def test_an_allocation_that_fails_halves_the_rows(limit, error):
     x = torch.arange(6.0).view(6, 1, 1, 1)
     engine = Hungry(limit, error)
-    scores, rows = scoring._score(engine, x, 4, 24)
+    scores, rows = scorers._score(engine, x, 4, 24)
     assert torch.equal(scores, x.flatten(1).double() + torch.arange(4))
     assert rows <= limit < 2 * rows + 2
     # What was found is kept: only the first block fails.
@@ -152,15 +158,15 @@ def test_an_allocation_that_fails_halves_the_rows(limit, error):
 def test_other_errors_and_single_rows_pass_through():
     x = torch.zeros(2, 1, 1, 1)
     with pytest.raises(RuntimeError, match="shape"):
-        scoring._score(Hungry(0, RuntimeError("shape mismatch")), x, 4, 8)
+        scorers._score(Hungry(0, RuntimeError("shape mismatch")), x, 4, 8)
     with pytest.raises(torch.OutOfMemoryError):
-        scoring._score(Hungry(0, torch.OutOfMemoryError("CUDA out of memory")), x, 4, 8)
+        scorers._score(Hungry(0, torch.OutOfMemoryError("CUDA out of memory")), x, 4, 8)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 7, 50])
 @pytest.mark.parametrize("max_rows", [1, 3, 7, 16, 100])
 def test_labels_are_split_evenly(classes, max_rows):
-    spans = list(scoring._spans(classes, max_rows))
+    spans = list(scorers._spans(classes, max_rows))
     assert [label for first, last in spans for label in range(first, last)] == list(range(classes))
     assert max(last - first for first, last in spans) <= max_rows
 
@@ -169,17 +175,20 @@ def test_rows_follow_the_free_memory(monkeypatch):
     model = build(FlowConfig.tiny(3), dtype=torch.float32)
     rows = []
     for free in (1 << 40, 1 << 20, 1 << 12):
-        monkeypatch.setattr(scoring, "free_memory", lambda device, free=free: free)
-        rows.append(scoring.default_rows(model))
+        monkeypatch.setattr(scorers, "free_memory", lambda device, free=free: free)
+        rows.append(scorers.default_rows(model))
     assert rows[0] > rows[1] >= 1 and rows[2] == 1
-    assert scoring.default_rows(build(FlowConfig.tiny(3, input_shape=(1, 64, 64)), dtype=torch.float32)) <= rows[0]
+    assert (
+        scorers.default_rows(build(FlowConfig.tiny(3, input_shape=(1, 64, 64)), dtype=torch.float32))
+        <= rows[0]
+    )
 
 
 def test_free_memory_is_a_number_of_bytes():
-    assert scoring.free_memory(torch.device("cpu")) > 1 << 20
+    assert scorers.free_memory(torch.device("cpu")) > 1 << 20
 
 
-# -- bad input ------------------------------------------------------------------------------------------------------------
+# -- bad input -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", ["eager", "compile"])
@@ -241,13 +250,13 @@ def test_compiling_needs_a_compiler(monkeypatch):
         LabelScorer(build(FlowConfig.tiny(2), dtype=torch.float32), engine="compile")
 
 
-# -- precision ------------------------------------------------------------------------------------------------------------
+# -- precision -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", ["eager", "compile"])
 @pytest.mark.parametrize("task", ["classification", "generation"])
 def test_mixed_rounds_conditioners_only(task, engine, uncompiled, monkeypatch):
-    monkeypatch.setattr(scoring, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(scorers, "has_bfloat16", lambda device: True)
     model = build(FlowConfig.tiny(3, task=task), dtype=torch.float32)
     x = images(model.config, 6, dtype=torch.float32)
     want = LabelScorer(model)(x)
@@ -256,15 +265,14 @@ def test_mixed_rounds_conditioners_only(task, engine, uncompiled, monkeypatch):
     assert scorer.conditioner_dtype == torch.bfloat16 and got.dtype == torch.float32
     assert not torch.equal(got, want)
     if engine == "eager":
-        tables = scorer._engine.tables.steps[0][0]
-        assert all(table.dtype == torch.float32 for film in tables.films for table in film)
-        assert all(table.dtype == torch.float32 for table in tables.heads)
+        params = scorer._engine.flow.steps[0].label_params[0]
+        assert all(table.dtype == torch.float32 for table in params.tensors())
     # A stream in bfloat16 would err by whole nats.
     assert (log_odds(got) - log_odds(want)).abs().max() < 0.5
 
 
 def test_mixed_without_bfloat16_arithmetic_stays_wide(monkeypatch):
-    monkeypatch.setattr(scoring, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(scorers, "has_bfloat16", lambda device: False)
     model = build(FlowConfig.tiny(3), dtype=torch.float32)
     x = images(model.config, 2, dtype=torch.float32)
     with pytest.warns(PrecisionWarning, match="no bfloat16 arithmetic"):
@@ -278,14 +286,19 @@ def test_bfloat16_arithmetic_is_that_of_the_device():
     assert not scoring.has_bfloat16(torch.device("meta"))
 
 
-# -- compiled engines -----------------------------------------------------------------------------------------------------
+# -- compiled engines ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "generation"])
 def test_compiled_graphs_score_any_number_of_rows(task):
     config = FlowConfig.tiny(
-        3, task=task, masks=("checkerboard",) * 4, squeeze_before=(2,), split_after=(), widths=((16, 16, 16),) * 4
+        3,
+        task=task,
+        masks=("checkerboard",) * 4,
+        squeeze_before=(2,),
+        split_after=(),
+        widths=((16, 16, 16),) * 4,
     )
     model = build(config, dtype=torch.float32)
     x = images(config, 9, dtype=torch.float32)
@@ -294,7 +307,8 @@ def test_compiled_graphs_score_any_number_of_rows(task):
     got = [scorer(x)]
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     got += [torch.cat([scorer(part) for part in x.split(size)]) for size in (1, 2, 4)]
-    # Generation conditioners are compiled again for some numbers of rows; classification conditioners never are.
+    # Generation conditioners are compiled again for some numbers of rows; classification conditioners never
+    # are.
     if task == "classification":
         assert compiled == torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for scores in got:
@@ -333,7 +347,7 @@ def test_cuda_graphs_replay_the_eager_engine(precision):
         assert (log_odds(scorer(x[:count])) - log_odds(want)).abs().max() < 1e-3
 
 
-# -- the plain function ---------------------------------------------------------------------------------------------------
+# -- the plain function --------------------------------------------------------------------------------------
 
 
 def test_float32_log_odds_stay_close_to_float64():
@@ -346,7 +360,9 @@ def test_float32_log_odds_stay_close_to_float64():
 
 
 def test_bfloat16_conditioners_leave_the_flow_stream_alone():
-    """Under autocast only the conditioners are narrow: log-odds move by a fraction of what a narrow stream would cost."""
+    """Under autocast only the conditioners are narrow: log-odds move by a fraction of what a narrow stream
+    would cost.
+    """
     config = FlowConfig.tiny(3)
     model = build(config, dtype=torch.float32)
     x = images(config, 6, dtype=torch.float32)

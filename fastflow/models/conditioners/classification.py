@@ -1,4 +1,7 @@
-"""The classification conditioner: a strided encoder with dense heads. Source: MAGIC-Flow, published research code (widths)."""
+"""The classification conditioner: a strided encoder with dense heads.
+
+Source: MAGIC-Flow, published research code (widths).
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow import kernels
-from fastflow.kernels._library import full_precision
 from fastflow.kernels.coupling_head import head_reference
-from fastflow.kernels.norm_film_act import dropout_keys
-from fastflow.models.conditioners.blocks import (
+from fastflow.kernels.cpu.linear import grouped_linear, whole_groups, wide_linear
+from fastflow.models.conditioners.label_params import (
+    CouplingMask,
+    Dropout,
+    Film,
+    LabelParams,
+    NextInput,
+    conditioner_dtype,
+)
+from fastflow.models.conditioners.leaves import (
     CBAM,
     EMBEDDING,
-    ROW_GROUP,
-    Drop,
     NormFiLM,
-    Passive,
     ResidualBlock,
-    Tables,
-    Then,
-    conditioner_dtype,
-    convolve,
-    eager_on_cpu,
-    first_rows,
-    linear,
     normed_conv,
     one_hot_linear,
-    spread,
-    whole_groups,
 )
+from fastflow.models.conditioners.network import encode_strided, norms
 from fastflow.models.config import FlowConfig, Shape
+from fastflow.numerics import full_precision
 
 HIDDEN = 64
+# Dropouts follow these norms, counted in the order of use.
+DROPOUT_NORMS = (0, 3, 6)
 
 
 class LabelEmbedding(nn.Module):
@@ -66,33 +68,31 @@ class DenseHead(nn.Module):
         self.label = nn.Linear(EMBEDDING, HIDDEN)
         self.image_out = nn.Linear(HIDDEN, size, bias=False)
         self.label_out = nn.Linear(HIDDEN, size)
-        # With zero heads a new coupling is the identity, which keeps the first steps of training stable (Glow, section 3.3).
+        # With zero heads a new coupling is the identity, which keeps training stable at first (Glow, section
+        # 3.3).
         for parameter in (self.image_out.weight, self.label_out.weight, self.label_out.bias):
             nn.init.zeros_(parameter)
 
     def table(self, embedding: Tensor) -> Tensor:
         """(R, N) for embeddings (R, 128)."""
-        h, last = F.gelu(self.label(embedding)), self.label_out
-        if not eager_on_cpu(h) or len(h) == 0 or len(h) % ROW_GROUP:
-            out: Tensor = last(h)
-            return out
-        # Few rows and a large matrix: faster with the matrix on the left, and alike for four rows and for eight.
-        products = torch.cat([torch.mm(last.weight, part.t()) for part in h.split(2 * ROW_GROUP)], dim=1)
-        return products.t().contiguous() + last.bias
+        hidden = F.gelu(self.label(embedding))
+        return wide_linear(hidden, self.label_out.weight, self.label_out.bias)
 
     def features(self, v: Tensor) -> Tensor:
         """(B, 64) for the encoder's flattened output; in evaluation never narrower than the weights.
 
         Under autocast, narrow features would round the weights of the last map too, and log-odds with them.
         """
+        weight, bias = self.image.weight, self.image.bias
         if self.training:
-            return F.gelu(linear(v, self.image))
+            return F.gelu(grouped_linear(v, weight, bias))
         with full_precision(v):
-            return F.gelu(linear(v.to(self.image.weight.dtype), self.image))
+            return F.gelu(grouped_linear(v.to(weight.dtype), weight, bias))
 
 
 class ClassificationConditioner(nn.Module):
-    """Three stages (the first strided 5x5, the others strided 3x3 with CBAM and a residual block), then dense heads.
+    """Three stages (the first strided 5x5, the others strided 3x3 with CBAM and a residual block), then dense
+    heads.
 
     Args:
         config: the model.
@@ -115,63 +115,77 @@ class ClassificationConditioner(nn.Module):
         self.scale = DenseHead(features, channels * height * width)
         self.shift = DenseHead(features, channels * height * width)
 
-    def tables(self, labels: Tensor) -> Tables:
-        """Tables with one row per entry of `labels` (R,)."""
+    def label_params(self, labels: Tensor) -> LabelParams:
+        """The parameters that `labels` (R,) give the conditioner."""
         e = self.embedding(whole_groups(labels))
-        films = (
-            self.norm1.fold(e),
-            self.norm2.fold(e),
-            *self.residual2.fold(e),
-            self.norm3.fold(e),
-            *self.residual3.fold(e),
-        )
-        tables = Tables(films, (self.scale.table(e), self.shift.table(e)))
-        return tables if len(e) == len(labels) else first_rows(tables, len(labels))
+        films = tuple(norm.fold(e) for norm in norms(self))
+        params = LabelParams(films, (self.scale.table(e), self.shift.table(e)))
+        return params if len(e) == len(labels) else params.first(len(labels))
 
-    def draw_keys(self, batch: int, device: torch.device) -> Tensor | None:
-        """Keys (3, B) of its three dropouts from the default generator; None where nothing is dropped."""
+    def draw_seeds(self, batch: int, device: torch.device) -> Tensor | None:
+        """Seeds (3, B) of its three dropouts from the default generator; None where nothing is dropped."""
         if not self.training or self.dropout == 0:
             return None
-        return dropout_keys(3 * batch, device).view(3, batch)
+        return kernels.dropout_seeds(3 * batch, device).view(3, batch)
 
-    def encode(self, a: Tensor, tables: Tables, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Masked input (B, C, H, W) -> the features of the scale head and of the shift head, each (B, 64).
+    def encode(
+        self, a: Tensor, label_params: LabelParams, label_index: Tensor, seeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The features (B, 64) of the scale head and of the shift head.
 
-        `keys` are those of `draw_keys`: the same keys drop the same elements. `a` may hold one sample for several rows.
+        Args:
+            a: masked input (B, C, H, W); it may hold one image for several consecutive labels.
+            label_params: of R labels.
+            label_index: (B,) the entry of each sample.
+            seeds: those of `draw_seeds`; the same seeds drop the same elements.
         """
-        films = tables.films
-        drops = [None] * 3 if keys is None else [Drop(self.dropout, key) for key in keys]
-        v = self.norm1(spread(convolve(self.conv1, a), rows), films[0], rows, drop=drops[0])
-        v = self.cbam2(self.norm2(convolve(self.conv2, v), films[1], rows))
-        v = self.residual2(v, films[2:4], rows, drop=drops[1])
-        v = self.cbam3(self.norm3(convolve(self.conv3, v), films[4], rows))
-        v = self.residual3(v, films[5:7], rows, drop=drops[2]).flatten(1)
+        films = [Film(film, label_index) for film in label_params.films]
+        if seeds is not None:
+            for norm, seed in zip(DROPOUT_NORMS, seeds, strict=True):
+                films[norm] = films[norm]._replace(dropout=Dropout(self.dropout, seed))
+        v = encode_strided(self, a, films).flatten(1)
         return self.scale.features(v), self.shift.features(v)
 
-    def forward(self, a: Tensor, tables: Tables, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, a: Tensor, label_params: LabelParams, label_index: Tensor) -> tuple[Tensor, Tensor]:
         """Masked input (B, C, H, W) -> (raw log-scale, shift), each (B, C, H, W)."""
-        scale, shift = self.encode(a, tables, rows, self.draw_keys(a.shape[0], a.device))
+        seeds = self.draw_seeds(a.shape[0], a.device)
+        scale, shift = self.encode(a, label_params, label_index, seeds)
         return (
-            head_reference(a, scale, self.scale.image_out.weight, tables.heads[0], rows),
-            head_reference(a, shift, self.shift.image_out.weight, tables.heads[1], rows),
+            head_reference(a, scale, self.scale.image_out.weight, label_params.heads[0], label_index),
+            head_reference(a, shift, self.shift.image_out.weight, label_params.heads[1], label_index),
         )
 
-    def couple(
+    def transform(
         self,
         x: Tensor,
-        driven: tuple[Tensor, Tensor],
-        tables: Tables,
-        rows: Tensor,
-        passive: Passive,
+        params: tuple[Tensor, Tensor],
+        label_params: LabelParams,
+        label_index: Tensor,
+        mask: CouplingMask,
         bound: float,
         inverse: bool,
-        then: Then | None,
+        next_input: NextInput | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Couple x by what `encode` gave: (y, logdet (B,), the input of the conditioner that `then` names)."""
+        """Couple x by what `encode` gave: (y, logdet (B,), the input of the conditioner that `next_input`
+        names).
+        """
         weights = (self.scale.image_out.weight, self.shift.image_out.weight)
-        arguments = x, driven, weights, (tables.heads[0], tables.heads[1]), rows, passive.mask
-        if then is None:
-            return *kernels.coupling_head(*arguments, bound, inverse, passive.order), None
+        arguments = (
+            x,
+            params,
+            weights,
+            (label_params.heads[0], label_params.heads[1]),
+            label_index,
+            mask.passive,
+        )
+        if next_input is None:
+            return *kernels.coupling_head(*arguments, bound, inverse, mask.order), None
         return kernels.coupling_head_step(
-            *arguments, then.mask, bound, inverse, affine=then.affine, dtype=conditioner_dtype(x), order=passive.order
+            *arguments,
+            next_input.visible,
+            bound,
+            inverse,
+            affine=next_input.affine,
+            dtype=conditioner_dtype(x),
+            order=mask.order,
         )

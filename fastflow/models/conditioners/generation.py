@@ -1,4 +1,7 @@
-"""The generation conditioner: full resolution throughout. Source: MAGIC-Flow, published research code (widths, module order)."""
+"""The generation conditioner: full resolution throughout.
+
+Source: MAGIC-Flow, published research code (widths, module order).
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow import kernels
-from fastflow.models.conditioners.blocks import (
+from fastflow.kernels.cpu.convolution import convolve_to_few
+from fastflow.kernels.cpu.execution import on_cpu
+from fastflow.kernels.cpu.linear import linear_each, whole_groups
+from fastflow.kernels.cpu.pyramid import PyramidWeights
+from fastflow.kernels.pyramid import atrous_pyramid
+from fastflow.models.conditioners.label_params import (
+    CouplingMask,
+    Film,
+    LabelParams,
+    NextInput,
+    conditioner_dtype,
+)
+from fastflow.models.conditioners.leaves import (
     CBAM,
     EMBEDDING,
     BatchNormFiLM,
+    Conv,
     NormFiLM,
-    Passive,
+    PlaneConv,
     ResidualBlock,
-    Tables,
-    Then,
-    conditioner_dtype,
-    convolve,
-    first_rows,
     normed_conv,
-    on_cpu,
     one_hot_linear,
-    spread,
-    whole_groups,
 )
+from fastflow.models.conditioners.network import encode_full_resolution, norms
 from fastflow.models.config import FlowConfig, Shape
 
 DILATIONS = (6, 12, 18)
-
-
-def _for_each(weights: Tensor, shared: Tensor) -> Tensor:
-    """``weights[b] @ shared`` for each sample b; on a CPU as products of their own, whose rounding no other sample touches."""
-    return torch.bmm(weights, shared.expand(weights.shape[0], -1, -1)) if on_cpu(weights) else torch.matmul(weights, shared)
-
-
-def _linear(v: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of (B, inputs), on a CPU each sample for itself."""
-    if not on_cpu(v):
-        return F.linear(v, weight, bias)
-    out = _for_each(v[:, None], weight.t()).squeeze(1)
-    return out if bias is None else out + bias
 
 
 class GlobalFusion(nn.Module):
@@ -55,8 +51,8 @@ class GlobalFusion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean, x = kernels.average_pixels(x)
-        hidden = F.gelu(_linear(mean, self.down.weight, self.down.bias))
-        return x + _linear(hidden, self.up.weight, self.up.bias)[:, :, None, None]
+        hidden = F.gelu(linear_each(mean, self.down.weight, self.down.bias))
+        return x + linear_each(hidden, self.up.weight, self.up.bias)[:, :, None, None]
 
 
 class GlobalContext(nn.Module):
@@ -70,162 +66,57 @@ class GlobalContext(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean, x = kernels.average_pixels(x)
-        logits = _linear(F.relu(_linear(mean, self.down.weight)), self.up.weight)
-        # Whole groups of rows are whole vectors, whose elements the sigmoid rounds alike.
+        logits = linear_each(F.relu(linear_each(mean, self.down.weight)), self.up.weight)
+        # Whole groups of samples are whole vectors, whose elements the sigmoid rounds alike.
         gate = torch.sigmoid(whole_groups(logits))[: x.shape[0]] if on_cpu(x) else torch.sigmoid(logits)
         return x * (1.0 + gate)[:, :, None, None]
 
 
-def _seen(size: int, like: Tensor) -> Tensor:
-    """(9, size) of 0 and 1: which rows of an image each tap of the dilated kernels reads, three taps for each dilation.
-
-    Tap i of {-1, 0, 1} reads row r + i*d for every row r of the output; what lies outside of the image is padding.
-    """
-    row = torch.arange(size, device=like.device)
-    shifts = [i * d for d in DILATIONS for i in (-1, 0, 1)]
-    return torch.stack([(row >= shift) & (row < size + shift) for shift in shifts]).to(like.dtype)
-
-
-def _matrix(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """A convolution's kernels as a matrix (outputs, inputs * taps), and its bias."""
-    assert conv.bias is not None
-    return conv.weight.flatten(1), conv.bias
-
-
 class ASPP(nn.Module):
-    """Atrous spatial pyramid with squeeze-excite, neither the pyramid nor its gated form ever in memory at once.
-
-    With branches p_i = B_i * x + b_i, gates g_i and the last map's columns W_i, the result is ``sum W_i diag(g_i) p_i + b``:
-    a matrix per sample for each branch. The undilated branch is one with x itself.
-
-    A gate needs no more of a branch than its mean, which follows from the sums of x over the windows that the kernel's taps see.
-    On a CPU, each sample's last map is therefore put into the kernels of the branches, W_i diag(g_i) B_i, as long as that costs
-    less than the matrix products over pixels that it saves: three convolutions of x are left, and no branch is kept for backward.
-
-    Sources: Chen et al., 2017 (ASPP); Hu et al., 2018 (squeeze-excite).
-    """
+    """Atrous spatial pyramid with squeeze-excite, see `fastflow.kernels.pyramid`."""
 
     branches: Sequence[nn.Conv2d]
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # A ModuleList, declared as the sequence that it is.
+        # A ModuleList is declared as the sequence that it is.
         self.branches = nn.ModuleList(  # type: ignore[assignment]
-            [nn.Conv2d(channels, channels, 1), *(nn.Conv2d(channels, channels, 3, padding=d, dilation=d) for d in DILATIONS)]
+            [
+                Conv(channels, channels, 1),
+                *(Conv(channels, channels, 3, padding=d, dilation=d) for d in DILATIONS),
+            ]
         )
-        wide = (1 + len(DILATIONS)) * channels
-        hidden = max(1, wide // 16)
-        self.down = nn.Linear(wide, hidden)
-        self.up = nn.Linear(hidden, wide)
-        self.output = nn.Conv2d(wide, channels, 1)
+        pyramid_channels = (1 + len(DILATIONS)) * channels
+        hidden = max(1, pyramid_channels // 16)
+        self.down = nn.Linear(pyramid_channels, hidden)
+        self.up = nn.Linear(hidden, pyramid_channels)
+        self.output = nn.Conv2d(pyramid_channels, channels, 1)
+
+    def weights(self) -> PyramidWeights:
+        """Its weights, as the op takes them."""
+        point, *dilated = (_weight_and_bias(branch) for branch in self.branches)
+        down, up, output = (_weight_and_bias(layer) for layer in (self.down, self.up, self.output))
+        return PyramidWeights(point, tuple(dilated), DILATIONS, down, up, output)
 
     def forward(self, x: Tensor) -> Tensor:
-        channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-        # ATen computes a single small image with other code than a batch of them, which rounds differently in channels_last.
-        if not on_cpu(x) or channels * pixels <= 20480:
-            return self.mix_branches(x)
-        # Dilated convolutions of contiguous planes are up to three times slower on CPUs.
-        last = x.contiguous(memory_format=torch.channels_last)
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or pixels < 16 * channels or x.shape[0] == 0:
-            return self.mix_branches(last)
-        return self.mix_kernels(x, last)
-
-    def mix_branches(self, x: Tensor) -> Tensor:
-        """The branches, each mapped and added to the result: one product of a sample's matrix with its pixels for each."""
-        mean, x = kernels.average_pixels(x)
-        means = [_linear(mean, *_matrix(self.branches[0]))]
-        branches = []
-        for branch in self.branches[1:]:
-            mean, p = kernels.average_pixels(convolve(branch, x))
-            means.append(mean)
-            branches.append(p.flatten(2))
-        (first, *weights), bias = self._weights(means)
-        out = torch.baddbmm(bias[:, :, None], first, x.flatten(2))
-        for weight, p in zip(weights, branches, strict=True):
-            out = torch.baddbmm(out, weight, p)
-        return out.unflatten(2, x.shape[2:])
-
-    def mix_kernels(self, x: Tensor, last: Tensor) -> Tensor:
-        """A sample's three convolutions with the last map in their kernels. `last` is x in the layout for convolutions."""
-        with torch.autocast(x.device.type, enabled=False):
-            folded, bias = self._kernels(self._means(x.to(self.output.weight.dtype)))
-        samples = []
-        for b, image in enumerate(last.split(1)):
-            first, *rest = (
-                F.conv2d(image, kernel[b], None if i else bias[b], padding=d, dilation=d)
-                for i, (kernel, d) in enumerate(zip(folded, DILATIONS, strict=True))
-            )
-            for part in rest:
-                first = first.add_(part)
-            samples.append(first)
-        return samples[0] if len(samples) == 1 else torch.cat(samples)
-
-    def _means(self, x: Tensor) -> list[Tensor]:
-        """Mean over pixels of each branch, (B, C)."""
-        batch, channels, height, width = x.shape
-        rows, columns = (_seen(size, x).expand(batch * channels, -1, -1) for size in (height, width))
-        windows = torch.bmm(torch.bmm(rows, x.flatten(0, 1)), columns.mT).unflatten(0, (batch, channels)) / (height * width)
-        # A middle tap sees the whole image.
-        means = [_linear(windows[:, :, 1, 1], *_matrix(self.branches[0]))]
-        for i, branch in enumerate(self.branches[1:]):
-            taps = windows[:, :, 3 * i : 3 * i + 3, 3 * i : 3 * i + 3].flatten(1)
-            means.append(_linear(taps, *_matrix(branch)))
-        return means
-
-    def _kernels(self, means: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Each sample's kernels (B, C, C, 3, 3) of the three dilations, and its constant (B, C)."""
-        (first, *weights), bias = self._weights(means)
-        folded = []
-        for weight, branch in zip(weights, self.branches[1:], strict=True):
-            kernel, constant = _matrix(branch)
-            folded.append(_for_each(weight, kernel).unflatten(2, branch.weight.shape[1:]))
-            bias = bias + (weight * constant).sum(dim=2)
-        # A 1x1 convolution is the middle tap of any other.
-        folded[0] = folded[0] + F.pad(first[..., None, None], (1, 1, 1, 1))
-        return folded, bias
-
-    def _weights(self, means: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Each sample's maps (B, C, C), of x and of the three dilated branches, and its constant (B, C).
-
-        The constant lacks the biases of the dilated branches.
-        """
-        hidden = F.relu(_linear(torch.cat(means, dim=1), self.down.weight, self.down.bias))
-        gate = torch.sigmoid(_linear(hidden, self.up.weight, self.up.bias))
-        output, constant = _matrix(self.output)
-        first, *rest = (output * gate[:, None, :]).chunk(len(self.branches), dim=2)
-        point, point_bias = _matrix(self.branches[0])
-        # On a CPU, products with a single column round differently for a single sample.
-        offset = (first * point_bias).sum(dim=2) if on_cpu(first) else torch.matmul(first, point_bias[:, None]).squeeze(2)
-        return [_for_each(first, point), *rest], constant + offset
+        return atrous_pyramid(x, self.weights())
 
 
-def _planes(x: Tensor) -> Tensor:
-    """x with contiguous planes on a CPU, whose norms and poolings are several times faster over them."""
-    return x.contiguous() if on_cpu(x) else x
+def _weight_and_bias(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
+    assert layer.bias is not None
+    return layer.weight, layer.bias
 
 
-def _head(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution, or a 3x3 one to few channels.
+class HeadConv(nn.Conv2d):
+    """The last convolution, to as few channels as the stream has."""
 
-    On a CPU, where a convolution computes 16 output channels at least: one product for all taps, then a sum of their shifts.
-    """
-    size, outputs = conv.kernel_size[0], conv.out_channels
-    eager = not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if not on_cpu(x) or not eager or (size > 1 and outputs > 4) or x.shape[0] == 0:
-        return convolve(conv, x)
-    _, bias = _matrix(conv)
-    weight = conv.weight.permute(2, 3, 0, 1).flatten(0, 2)
-    # A product for each sample: of a batch of them, threads split a single one otherwise than several.
-    taps = torch.stack([torch.mm(weight, image) for image in x.flatten(2)]).unflatten(2, x.shape[2:]).unflatten(1, (-1, outputs))
-    out = bias[:, None, None]
-    for i, tap in enumerate(taps.unbind(1)):
-        down, right = size // 2 - i // size, size // 2 - i % size
-        out = out + F.pad(tap, (right, -right, down, -down))
-    return out
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve_to_few(x, *_weight_and_bias(self))
 
 
 class GenerationConditioner(nn.Module):
-    """Three stages at stride 1, each with CBAM, global context and an atrous pyramid, then convolutional heads.
+    """Three stages at stride 1, each with CBAM, global context and an atrous pyramid, then convolutional
+    heads.
 
     Args:
         config: the model; ``config.norm`` chooses the norm of its residual blocks.
@@ -239,62 +130,76 @@ class GenerationConditioner(nn.Module):
         f1, f2, f3 = config.widths[step]
         norm = BatchNormFiLM if config.norm == "batch" else NormFiLM
         self.embedding = nn.Linear(config.num_classes if step >= config.condition_from_step else 1, EMBEDDING)
-        self.conv1, self.norm1, self.cbam1 = normed_conv(channels, f1, 5), NormFiLM(f1), CBAM(f1)
+        self.conv1, self.norm1 = normed_conv(channels, f1, 5, kind=PlaneConv), NormFiLM(f1)
+        self.cbam1 = CBAM(f1)
         self.global1, self.aspp1 = GlobalFusion(f1), ASPP(f1)
-        self.conv2, self.norm2, self.cbam2 = normed_conv(f1, f2, 3), NormFiLM(f2), CBAM(f2)
+        self.conv2, self.norm2 = normed_conv(f1, f2, 3, kind=PlaneConv), NormFiLM(f2)
+        self.cbam2 = CBAM(f2)
         self.residual2, self.global2, self.aspp2 = ResidualBlock(f2, norm), GlobalContext(f2), ASPP(f2)
-        self.conv3, self.norm3, self.cbam3 = normed_conv(f2, f3, 3), NormFiLM(f3), CBAM(f3)
+        self.conv3, self.norm3 = normed_conv(f2, f3, 3, kind=PlaneConv), NormFiLM(f3)
+        self.cbam3 = CBAM(f3)
         self.residual3, self.global3, self.aspp3 = ResidualBlock(f3, norm), GlobalContext(f3), ASPP(f3)
-        self.scale = nn.Conv2d(f3, channels, 3, padding=1)
-        self.shift = nn.Conv2d(f3, channels, 1)
-        # With zero heads a new coupling is the identity, which keeps the first steps of training stable (Glow, section 3.3).
+        self.scale = HeadConv(f3, channels, 3, padding=1)
+        self.shift = HeadConv(f3, channels, 1)
+        # With zero heads a new coupling is the identity, which keeps training stable at first (Glow, section
+        # 3.3).
         for head in (self.scale, self.shift):
             nn.init.zeros_(head.weight)
             if head.bias is not None:
                 nn.init.zeros_(head.bias)
 
-    def tables(self, labels: Tensor) -> Tables:
-        """Tables with one row per entry of `labels` (R,)."""
+    def label_params(self, labels: Tensor) -> LabelParams:
+        """The parameters that `labels` (R,) give the conditioner."""
         # The published embedding activates twice.
         e = F.gelu(F.gelu(one_hot_linear(self.embedding, whole_groups(labels))))
-        norms = (self.norm1, self.norm2, self.norm3)
-        first, second, third = (norm.fold(e) for norm in norms)
-        tables = Tables((first, second, *self.residual2.fold(e), third, *self.residual3.fold(e)))
-        return tables if len(e) == len(labels) else first_rows(tables, len(labels))
+        params = LabelParams(tuple(norm.fold(e) for norm in norms(self)))
+        return params if len(e) == len(labels) else params.first(len(labels))
 
-    def draw_keys(self, batch: int, device: torch.device) -> Tensor | None:
+    def draw_seeds(self, batch: int, device: torch.device) -> Tensor | None:
         """None: nothing is dropped here."""
         return None
 
-    def encode(self, a: Tensor, tables: Tables, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Masked input (B, C, H, W) -> (raw log-scale, shift), each (B, C, H, W). `a` may hold one sample for several rows."""
-        films = tables.films
-        v = self.cbam1(self.norm1(spread(_planes(convolve(self.conv1, a)), rows), films[0], rows))
-        v = self.aspp1(self.global1(v))
-        v = self.cbam2(self.norm2(_planes(convolve(self.conv2, v)), films[1], rows))
-        v = self.aspp2(self.global2(self.residual2(v, films[2:4], rows)))
-        v = self.cbam3(self.norm3(_planes(convolve(self.conv3, v)), films[4], rows))
-        v = self.aspp3(self.global3(self.residual3(v, films[5:7], rows)))
-        return _head(v, self.scale), _head(v, self.shift)
+    def encode(
+        self, a: Tensor, label_params: LabelParams, label_index: Tensor, seeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(raw log-scale, shift), each (B, C, H, W).
 
-    def forward(self, a: Tensor, tables: Tables, rows: Tensor) -> tuple[Tensor, Tensor]:
+        Args:
+            a: masked input (B, C, H, W); it may hold one image for several consecutive labels.
+            label_params: of R labels.
+            label_index: (B,) the entry of each sample.
+            seeds: those of `draw_seeds`.
+        """
+        v = encode_full_resolution(self, a, [Film(film, label_index) for film in label_params.films])
+        return self.scale(v), self.shift(v)
+
+    def forward(self, a: Tensor, label_params: LabelParams, label_index: Tensor) -> tuple[Tensor, Tensor]:
         """As `encode`."""
-        return self.encode(a, tables, rows, None)
+        return self.encode(a, label_params, label_index, None)
 
-    def couple(
+    def transform(
         self,
         x: Tensor,
-        driven: tuple[Tensor, Tensor],
-        tables: Tables,
-        rows: Tensor,
-        passive: Passive,
+        params: tuple[Tensor, Tensor],
+        label_params: LabelParams,
+        label_index: Tensor,
+        mask: CouplingMask,
         bound: float,
         inverse: bool,
-        then: Then | None,
+        next_input: NextInput | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Couple x by what `encode` gave: (y, logdet (B,), the input of the conditioner that `then` names)."""
-        if then is None:
-            return *kernels.affine_coupling(x, *driven, passive.mask, bound, inverse), None
+        """Couple x by what `encode` gave: (y, logdet (B,), the input of the conditioner that `next_input`
+        names).
+        """
+        if next_input is None:
+            return *kernels.affine_coupling(x, *params, mask.passive, bound, inverse), None
         return kernels.coupling_step(
-            x, *driven, passive.mask, then.mask, bound, inverse, affine=then.affine, dtype=conditioner_dtype(x)
+            x,
+            *params,
+            mask.passive,
+            next_input.visible,
+            bound,
+            inverse,
+            affine=next_input.affine,
+            dtype=conditioner_dtype(x),
         )

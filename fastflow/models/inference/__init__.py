@@ -1,0 +1,3 @@
+"""Models prepared for scoring: constants folded out of their parameters, engines that run them, and the
+scorer.
+"""

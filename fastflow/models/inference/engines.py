@@ -1,0 +1,256 @@
+"""Engines that score blocks of images under labels in two parts, of which the first knows no labels."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.fx.experimental._config
+from torch import Tensor
+
+from fastflow import kernels
+from fastflow.models.flow import Flow
+from fastflow.models.inference import planes as plane_walk
+from fastflow.models.inference.fold import fold
+from fastflow.models.inference.leaves import ClassificationNet
+from fastflow.models.inference.steps import FoldedHalfCoupling, FoldedStep
+from fastflow.models.step import Walk
+
+
+class State(NamedTuple):
+    """Images on their way, with whatever no label changes computed once per image.
+
+    Attributes:
+        planes: of the images.
+        terms: (B,) parts of log p(x|y) so far, in float64.
+    """
+
+    planes: tuple[Tensor, ...]
+    terms: list[Tensor]
+
+
+class Engine(Protocol):
+    """Scores blocks of images in two parts, of which the first knows no labels."""
+
+    def start(self, x: Tensor) -> State:
+        """Everything before the first op that knows a label, for images (B, C, H, W)."""
+
+    def finish(self, state: State, first: int, last: int) -> Tensor:
+        """Log-likelihoods (B, last - first), float64, of labels `first` to `last` (exclusive)."""
+
+
+class Eager:
+    """The model's own modules on their kernels, with everything that no image changes computed once.
+
+    A sample's bits depend on neither its batch nor the number of labels beside it. Built where gradients are
+    recorded, it is differentiable.
+    """
+
+    def __init__(self, model: Flow) -> None:
+        config = model.config
+        self.device, self.free = model.device, config.condition_from_step
+        self.flow = model.condition(torch.arange(config.num_classes, device=model.device))
+        self.constant = torch.stack([step.mixing_logdet() for step in self.flow.steps]).sum()
+        self._label_index: dict[tuple[int, int, int], Tensor] = {}
+
+    def label_index(self, batch: int, first: int, last: int) -> Tensor:
+        """The label of each sample: `first` to `last` for each of `batch` images.
+
+        It is kept, since ops check the values of a tensor once.
+        """
+        key = batch, first, last
+        if key not in self._label_index:
+            self._label_index[key] = torch.arange(first, last, device=self.device).repeat(batch)
+        return self._label_index[key]
+
+    def start(self, x: Tensor) -> State:
+        """See `Engine.start`."""
+        walk = self.flow.forward(x, self.label_index(len(x), 0, 1), last=self.free)
+        h, masked = (
+            (walk.h, walk.masked) if walk.masked is not None else self.flow.steps[self.free].mix(walk.h)
+        )
+        return State((h, masked), self._terms(walk, 0))
+
+    def finish(self, state: State, first: int, last: int) -> Tensor:
+        """See `Engine.finish`."""
+        (h, masked), labels = state.planes, last - first
+        batch = len(h)
+        # The first conditioner takes its input once per image, and repeats it where it first knows a label.
+        h = h.repeat_interleave(labels, dim=0)
+        walk = self.flow.forward(h, self.label_index(batch, first, last), masked, self.free)
+        terms = self._terms(walk, self.free)
+        terms += [_prior(walk.h), *(term.repeat_interleave(labels) for term in state.terms)]
+        return (torch.stack(terms).sum(dim=0) + self.constant).view(batch, labels)
+
+    def _terms(self, walk: Walk, first: int) -> list[Tensor]:
+        """Log-determinants and log-densities of the blocks that were split off, in the order of the steps."""
+        terms, blocks = [], iter(walk.blocks)
+        for i, logdet in enumerate(walk.terms, first):
+            terms.append(logdet.double())
+            if self.flow.steps[i].step.split:
+                terms.append(_prior(next(blocks)))
+        return terms
+
+
+def _prior(block: Tensor) -> Tensor:
+    return kernels.latent_prior(block.flatten(1)).double()
+
+
+class Compiled:
+    """Folded couplings compiled by Inductor: one graph for all steps of one shape, for any number of samples
+    and labels.
+
+    Graphs of generation conditioners are compiled again for some numbers of samples. Compiling takes about 20
+    seconds a graph (the paper preset has 13) with a cold cache; Inductor keeps its code on disk.
+    """
+
+    def __init__(self, model: Flow, dtype: torch.dtype) -> None:
+        self.device = model.device
+        if self.device.type == "cpu":
+            _check_compiler()
+        config = model.config
+        self.free = config.condition_from_step
+        labels = torch.arange(config.num_classes, device=self.device)
+        self.model = fold(model, model.condition(labels), dtype)
+        for half in (half for step in self.model.steps for half in step.halves):
+            torch._dynamo.mark_dynamic(half.films, 0)
+            if isinstance(half.net, ClassificationNet):
+                torch._dynamo.mark_dynamic(half.net.heads.table, 0)
+        options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+        self.run = torch.compile(plane_walk.run_half, options=options)
+
+    def start(self, x: Tensor) -> State:
+        """See `Engine.start`."""
+        label_index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        with _settings():
+            image = plane_walk.to_planes(x.permute(0, 2, 3, 1), self.model.phases)
+            walk = self._walk((image,), label_index, self.model.steps[: self.free])
+            mixed = plane_walk.run_mix(walk.planes, self.model.steps[self.free], self.model.phases)
+        return State(mixed, plane_walk.density_terms(walk))
+
+    def finish(self, state: State, first: int, last: int) -> Tensor:
+        """See `Engine.finish`."""
+        batch, labels = len(state.planes[0]), last - first
+        image = torch.arange(batch, device=self.device).repeat_interleave(labels)
+        label_index = torch.arange(first, last, device=self.device).repeat(batch)
+        with _settings():
+            walk = self._walk(state.planes, label_index, self.model.steps[self.free :], image)
+        terms = plane_walk.density_terms(walk)
+        terms += [plane_walk.square_sum(walk.planes).double(), *(term[image] for term in state.terms)]
+        return (torch.stack(terms).sum(dim=0) + self.model.constant).view(batch, labels)
+
+    def _walk(
+        self,
+        planes: plane_walk.Planes,
+        label_index: Tensor,
+        steps: tuple[FoldedStep, ...],
+        image: Tensor | None = None,
+    ) -> plane_walk.PlaneWalk:
+        def at_split(i: int, planes: plane_walk.Planes) -> Tensor | None:
+            split = steps[i].split
+            return None if split is None else plane_walk.square_sum(planes, split)
+
+        return plane_walk.walk_planes(
+            planes, label_index, steps, self.model.phases, self._half, at_split, image
+        )
+
+    def _half(
+        self,
+        passive: Tensor,
+        moved: Tensor,
+        label_index: Tensor,
+        half: FoldedHalfCoupling,
+        image: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        count = len(label_index)
+        # Graphs are compiled for any number of samples above one, and for one tensor of planes or for two.
+        if len(passive) == 1:
+            both = passive is moved
+            passive = passive.expand(2, *passive.shape[1:]).contiguous()
+            moved = passive if both else moved.expand(2, *moved.shape[1:]).contiguous()
+        if count == 1:
+            label_index = label_index.expand(2).contiguous()
+            image = None if image is None else image.expand(2).contiguous()
+        for value in (passive, moved, label_index, *(() if image is None else (image,))):
+            torch._dynamo.mark_dynamic(value, 0)
+        moved, logdet = self.run(passive, moved, label_index, half, self.model.bound, image)
+        return moved[:count], logdet[:count]
+
+
+def _settings() -> AbstractContextManager[Any]:
+    """Settings of the compiler for one graph that serves any number of samples and labels."""
+    stack = ExitStack()
+    # Weights differ from step to step, which must not make their shapes dynamic; there is a graph for each
+    # shape.
+    limits: dict[str, Any] = {"recompile_limit": 512, "accumulated_recompile_limit": 4096}
+    stack.enter_context(torch._dynamo.config.patch({"automatic_dynamic_shapes": False, **limits}))
+    # As many samples as labels, or images, are a coincidence.
+    stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))  # type: ignore[attr-defined]
+    return stack
+
+
+def _check_compiler() -> None:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise RuntimeError(
+            "engine='compile' needs a C++ compiler on a CPU (g++ or clang++ on the path, or CXX); "
+            "engine='eager' needs none"
+        ) from error
+
+
+class CudaGraphs:
+    """Passes of `Eager` captured as CUDA graphs, one for each number of images, a power of two."""
+
+    def __init__(self, eager: Eager) -> None:
+        self.eager = eager
+        self.graphs: dict[tuple[int, int, int], tuple[Tensor, Tensor, torch.cuda.CUDAGraph]] = {}
+        self.pool: Any = None
+
+    def start(self, x: Tensor) -> State:
+        """See `Engine.start`."""
+        return State((x,), [])
+
+    def finish(self, state: State, first: int, last: int) -> Tensor:
+        """See `Engine.finish`."""
+        x = state.planes[0]
+        bucket = 1 << (len(x) - 1).bit_length()
+        key = bucket, first, last
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(x, bucket, first, last)
+        images, scores, graph = self.graphs[key]
+        images[: len(x)].copy_(x)
+        # The last image fills a bucket up: its numbers are as harmless as it is.
+        images[len(x) :].copy_(x[-1:])
+        graph.replay()
+        return scores[: len(x)].clone()
+
+    def _capture(
+        self, x: Tensor, bucket: int, first: int, last: int
+    ) -> tuple[Tensor, Tensor, torch.cuda.CUDAGraph]:
+        images = x[-1:].expand(bucket, *x.shape[1:]).clone()
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            # Kernels compile and allocations settle before the capture, which may do neither.
+            for _ in range(2):
+                self.eager.finish(self.eager.start(images), first, last)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            scores = self.eager.finish(self.eager.start(images), first, last)
+        self.pool = graph.pool() if self.pool is None else self.pool
+        return images, scores, graph
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes products in bfloat16, and not only stores it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(bool(known.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))

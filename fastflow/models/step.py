@@ -1,0 +1,291 @@
+"""A flow step, and the same step conditioned on labels: everything that no image changes, computed before the
+first image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import kernels
+from fastflow.errors import UninitializedModelError
+from fastflow.models.conditioners.label_params import LabelParams, NextInput, conditioner_dtype
+from fastflow.models.config import FlowConfig, Shape
+from fastflow.models.coupling import AffineCoupling, Seeds
+from fastflow.models.layers import ActNorm, InvertibleConv1x1
+
+
+class Mixing(NamedTuple):
+    """ActNorm and the 1x1 convolution of a step as one affine map of the channels.
+
+    Attributes:
+        weight: (C, C).
+        bias: (C,), added after the product.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+class FlowStep(nn.Module):
+    """ActNorm, invertible 1x1 convolution, coupling; with the squeeze before them where the layout has one.
+
+    Args:
+        config: the model.
+        step: index of this step.
+        shape: (C, H, W) that the step transforms, after its squeeze.
+        mask: (C, H, W) bool, True = passive in the first half.
+    """
+
+    def __init__(self, config: FlowConfig, step: int, shape: Shape, mask: Tensor) -> None:
+        super().__init__()
+        self.squeeze = step in config.squeeze_before
+        self.split = step in config.split_after
+        self.uses_label = step >= config.condition_from_step
+        self.pixels = shape[1] * shape[2]
+        self.actnorm = ActNorm(shape[0])
+        self.conv = InvertibleConv1x1(shape[0])
+        self.coupling = AffineCoupling(config, step, shape, mask)
+
+    def initialize(self, x: Tensor) -> None:
+        """Set ActNorm from the step's first batch x (B, C', H', W'); nothing where it is set.
+
+        Raises:
+            UninitializedModelError: it is not set and the step is not in training mode.
+        """
+        if self.actnorm.ready:
+            return
+        if not self.training:
+            raise UninitializedModelError
+        self.actnorm.initialize(kernels.squeeze2x2(x) if self.squeeze else x)
+
+    def mixing(self, dtype: torch.dtype) -> Mixing:
+        """The affine map of the channels, computed in float64."""
+        weight = self.conv.weight()
+        scale = self.actnorm.log_scale.double().exp()
+        bias = weight @ self.actnorm.bias.double()
+        return Mixing((weight * scale).to(dtype), bias.to(dtype))
+
+    def inverse_matrix(self, dtype: torch.dtype) -> Tensor:
+        """The inverse (C, C) of the matrix of `mixing`, from the factors of the 1x1 convolution."""
+        scale = self.actnorm.log_scale.double().exp()
+        return (self.conv.inverse_weight() / scale[:, None]).to(dtype)
+
+    def mixing_logdet(self) -> Tensor:
+        """Log-determinant of ActNorm and convolution, a scalar in float64 that no sample or label changes."""
+        total: Tensor = self.actnorm.log_scale.double().sum() + self.conv.log_s.double().sum()
+        return self.pixels * total
+
+    def affine(self, inverse: bool = False) -> Tensor | None:
+        """The mix of a step of one channel as (2,), a factor and a constant; None where the mix is more than
+        that.
+
+        The coupling before such a step applies it while its result is at hand. With `inverse`, they are the
+        factor and the constant of `unmix`.
+        """
+        if self.conv.log_s.numel() != 1 or self.squeeze or not self.actnorm.ready:
+            return None
+        weight = self.conv.weight().reshape(1)
+        scale = self.actnorm.log_scale.double().exp()
+        factor = self.conv.inverse_weight().reshape(1) / scale if inverse else weight * scale
+        return torch.cat((factor, weight * self.actnorm.bias.double())).to(self.actnorm.bias.dtype)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Squeeze, ActNorm and convolution: x (B, C', H', W') -> (B, C, H, W).
+
+        The first training batch sets ActNorm.
+        """
+        self.initialize(x)
+        return kernels.channel_mix(x, *self.mixing(x.dtype), squeeze=self.squeeze)
+
+    def unmix(self, y: Tensor) -> Tensor:
+        """Inverse of `mix`."""
+        if not self.actnorm.ready:
+            raise UninitializedModelError
+        return kernels.channel_unmix(y, *self.mixing(y.dtype), self.squeeze, self.inverse_matrix(y.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionedStep:
+    """A step given labels.
+
+    Attributes:
+        step: the step.
+        label_params: of each conditioner, for R labels, or for one where the step ignores the label.
+        mixing: the affine map of the channels; None as long as ActNorm waits for its first batch, and where
+            the coupling before the step applies it.
+        logdet: of that map, a scalar in float64; None as long as ActNorm waits for its first batch.
+        inverse_matrix: of `mixing`, where the inverse was asked for.
+        next_input: what the coupling does of the next step in the forward direction.
+        previous_input: what the inverse coupling does of its own inverse mix, for the step before it.
+    """
+
+    step: FlowStep
+    label_params: list[LabelParams]
+    mixing: Mixing | None = None
+    logdet: Tensor | None = None
+    inverse_matrix: Tensor | None = None
+    next_input: NextInput | None = None
+    previous_input: NextInput | None = None
+
+    def mixing_logdet(self) -> Tensor:
+        """Log-determinant of ActNorm and convolution, a scalar in float64; after the first batch."""
+        return self.step.mixing_logdet() if self.logdet is None else self.logdet
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mix of x, and the result as the first conditioner of the coupling sees it."""
+        self.step.initialize(x)
+        mixing = self.step.mixing(x.dtype) if self.mixing is None else self.mixing
+        return kernels.channel_mix_masked(
+            x, *mixing, self.step.coupling.mask, self.step.squeeze, dtype=conditioner_dtype(x)
+        )
+
+    def forward(
+        self, h: Tensor, masked: Tensor | None, label_index: Tensor, seeds: Seeds | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The step.
+
+        Args:
+            h: (B, C', H', W'), or the mixed (B, C, H, W) where `masked` is given.
+            masked: what the first conditioner reads, where the step before has written it.
+            label_index: (B,).
+            seeds: of the dropouts, fresh ones when None.
+
+        Returns:
+            `(h, logdet, masked)`: the result, the coupling's log-determinant (B,), and the input of the next
+            step's first conditioner where it is written already; h is then mixed by the next step.
+        """
+        if masked is None:
+            h, masked = self.mix(h)
+        return self.step.coupling(
+            h, masked, self.label_params, label_index, next_input=self.next_input, seeds=seeds
+        )
+
+    def forward_with_map(self, h: Tensor, label_index: Tensor) -> tuple[Tensor, Tensor]:
+        """The step on h (B, C', H', W'), its log-determinant still on its elements: (h, (B, C, H, W))."""
+        self.step.initialize(h)
+        mixing = self.step.mixing(h.dtype) if self.mixing is None else self.mixing
+        h = kernels.channel_mix(h, *mixing, squeeze=self.step.squeeze)
+        return self.step.coupling.forward_with_map(h, self.label_params, label_index)
+
+    def inverse(self, h: Tensor, masked: Tensor | None, label_index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inverse step: (h, the input of the previous step's second conditioner if it is written)."""
+        if masked is None:
+            # The second half's conditioner goes first; it sees what the first half moves.
+            masked = h.masked_fill(self.step.coupling.mask, 0.0).to(conditioner_dtype(h))
+        h, _, masked = self.step.coupling(
+            h, masked, self.label_params, label_index, inverse=True, next_input=self.previous_input
+        )
+        if self.previous_input is None:
+            assert self.mixing is not None and self.inverse_matrix is not None
+            h = kernels.channel_unmix(h, *self.mixing, self.step.squeeze, self.inverse_matrix)
+        return h, masked
+
+
+def condition_step(steps: Sequence[FlowStep], i: int, labels: Tensor) -> ConditionedStep:
+    """Step i given `labels` (R,), for the forward direction; its mix is left to the first image."""
+    return ConditionedStep(steps[i], _label_params(steps[i], labels), next_input=_next_input(steps, i))
+
+
+def condition_steps(
+    steps: Sequence[FlowStep], labels: Tensor, dtype: torch.dtype, inverse: bool = False
+) -> list[ConditionedStep]:
+    """All steps given `labels` (R,), for one direction, in one call.
+
+    It computes mixing matrices, constants, log-determinants and label parameters.
+
+    Args:
+        steps: of the flow.
+        labels: (R,) int64.
+        dtype: of the stream.
+        inverse: prepare the inverse direction instead of the forward one.
+    """
+    if inverse:
+        return [_conditioned_inverse(steps, i, labels, dtype) for i in range(len(steps))]
+    conditioned = [condition_step(steps, i, labels) for i in range(len(steps))]
+    applied_before = [False, *(one.next_input is not None for one in conditioned[:-1])]
+    return [
+        _with_mixing(one, dtype, applied) if one.step.actnorm.ready else one
+        for one, applied in zip(conditioned, applied_before, strict=True)
+    ]
+
+
+def _with_mixing(one: ConditionedStep, dtype: torch.dtype, applied_before: bool) -> ConditionedStep:
+    # A step of one channel that the coupling before it applies needs no map of its own.
+    mixing = None if applied_before else one.step.mixing(dtype)
+    return dataclasses.replace(one, mixing=mixing, logdet=one.step.mixing_logdet())
+
+
+def _conditioned_inverse(
+    steps: Sequence[FlowStep], i: int, labels: Tensor, dtype: torch.dtype
+) -> ConditionedStep:
+    step, previous = steps[i], _previous_input(steps, i)
+    params = _label_params(step, labels)
+    if previous is not None:
+        return ConditionedStep(step, params, previous_input=previous)
+    return ConditionedStep(step, params, step.mixing(dtype), inverse_matrix=step.inverse_matrix(dtype))
+
+
+def _label_params(step: FlowStep, labels: Tensor) -> list[LabelParams]:
+    if not step.uses_label:
+        labels = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    return step.coupling.label_params(labels)
+
+
+def _next_input(steps: Sequence[FlowStep], i: int) -> NextInput | None:
+    if i + 1 >= len(steps) or steps[i].split:
+        return None
+    affine = steps[i + 1].affine()
+    return None if affine is None else NextInput(steps[i + 1].coupling.mask, affine)
+
+
+def _previous_input(steps: Sequence[FlowStep], i: int) -> NextInput | None:
+    if i == 0 or steps[i - 1].split:
+        return None
+    affine = steps[i].affine(inverse=True)
+    return None if affine is None else NextInput(~steps[i - 1].coupling.mask, affine)
+
+
+# How a walk runs a step: (index, h, masked input of its first conditioner or None) -> (h, term, masked input
+# of the next).
+RunStep = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+
+
+class Walk(NamedTuple):
+    """The results of steps on images.
+
+    Attributes:
+        h: the stream (B, C, H, W).
+        masked: the input of the next conditioner where it is written already; h is then mixed by the next
+            step.
+        terms: of each step: the coupling's log-determinant (B,), or whatever else the walk's `run` returned.
+        blocks: split off, in the order of the steps.
+    """
+
+    h: Tensor
+    masked: Tensor | None
+    terms: list[Tensor]
+    blocks: list[Tensor]
+
+
+def walk_forward(
+    steps: Sequence[FlowStep],
+    h: Tensor,
+    run: RunStep,
+    masked: Tensor | None = None,
+    first: int = 0,
+    last: int | None = None,
+) -> Walk:
+    """The steps from `first` on, before `last`, each by `run`, with the splits between them."""
+    terms, blocks = [], []
+    for i in range(first, len(steps) if last is None else last):
+        h, term, masked = run(i, h, masked)
+        terms.append(term)
+        if steps[i].split:
+            h, block = h.chunk(2, dim=1)
+            blocks.append(block)
+    return Walk(h, masked, terms, blocks)
