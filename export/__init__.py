@@ -1,4 +1,4 @@
-"""Export to ONNX, and what runs an export. Names are imported on first use: running one must not load PyTorch."""
+"""Export to ONNX, and running an export. Names are imported on first use: running must not load PyTorch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""From a graph's module to an ONNX model: each part is traced once, as a function, and put where it is called.
+"""From a graph's module to an ONNX model: each part is traced once, as a function, and inlined in callers.
 
-Tracing with a batch of any size takes seconds for each half of a coupling; the halves of one shape differ by their tensors only.
-Of the exporter's own clean-up only the passes that these graphs need are run: its rewriting rules take most of an export's time
-and find nothing to do.
+Tracing with a batch of any size takes seconds for each half of a coupling, and the halves of one shape differ
+by their tensors only. Only those passes of the exporter's clean-up are run that these graphs need: its
+rewriting rules take most of an export's time and find nothing to do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 
 from .graphs import Graph, Part, Parts
 
-# Of what graphs are traced with: a batch of one would be taken for a constant.
+# Graphs are traced with this batch size; a batch of one would be taken for a constant.
 EXAMPLE_BATCH = 3
 
 
@@ -29,8 +29,8 @@ def trace(graph: Graph, functions: dict[Any, ir.Function], opset: int) -> ir.Mod
     """An ONNX model of a graph, its batch dynamic.
 
     Args:
-        graph: whose `parts` collects what is traced by itself.
-        functions: those of parts that other graphs traced already; more are added.
+        graph: the graph; its `parts` collects the parts that are traced by themselves.
+        functions: functions of the parts that other graphs traced already; more are added.
         opset: version of ONNX' operators.
 
     Raises:
@@ -51,7 +51,12 @@ def trace(graph: Graph, functions: dict[Any, ir.Function], opset: int) -> ir.Mod
 
 
 def _export(
-    module: nn.Module, example: tuple[Any, ...], shapes: Any, opset: int, inputs: Any = None, outputs: Any = None
+    module: nn.Module,
+    example: tuple[Any, ...],
+    shapes: Any,
+    opset: int,
+    inputs: Any = None,
+    outputs: Any = None,
 ) -> ir.Model:
     with _quiet():
         program = torch.onnx.export(
@@ -71,7 +76,7 @@ def _export(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without notes about packages that are not needed, and about the exporter's own use of PyTorch."""
+    """Silence notes about packages that are not needed, and about the exporter's own use of PyTorch."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -84,17 +89,18 @@ def _quiet() -> Iterator[None]:
 
 
 def _function(part: Part, name: str, opset: int) -> ir.Function:
-    """A part as an ONNX function of (planes, rows, [image,] tensors...)."""
-    passive, rows, image, tensors = part.example(EXAMPLE_BATCH)
+    """A part as an ONNX function of (planes, label_index, [image_index,] tensors...)."""
+    planes, label_index, image_index, tensors = part.example(EXAMPLE_BATCH)
     batch = torch.export.Dim("batch", min=1)
-    spread = torch.export.Dim("rows", min=1) if part.spread else batch
+    # Planes that come once per image have another first dimension than the pairs of an image and a label.
+    pairs = batch if image_index is None else torch.export.Dim("pairs", min=1)
     fixed: tuple[dict[int, Any], ...] = tuple({} for _ in tensors)
-    shapes = [{0: batch}, {0: spread}, {0: spread} if part.spread else None, fixed]
-    model = _export(part, (passive, rows, image, tensors), shapes, opset)
+    shapes = [{0: batch}, {0: pairs}, None if image_index is None else {0: pairs}, fixed]
+    model = _export(part, (planes, label_index, image_index, tensors), shapes, opset)
     onnxscript.optimizer.fold_constants(model)
     passes.RemoveUnusedNodesPass()(model)
     graph = model.graph
-    # A function has no initializers.
+    # Constants become nodes, because a function has no initializers.
     for value in list(graph.initializers.values()):
         assert value.const_value is not None
         node = ir.Node("", "Constant", inputs=[], attributes=[ir.AttrTensor("value", value.const_value)])
@@ -106,9 +112,10 @@ def _function(part: Part, name: str, opset: int) -> ir.Function:
 
 
 def _forget_symbols(graph: ir.Graph) -> None:
-    """Of a function's body, so that one name does not stand for the images of one call and the labels of another.
+    """Drop names of dimensions in a body: one name would stand for images in one call and labels in another.
 
-    ONNX Runtime takes dimensions of one name for equal and puts such tensors in the same memory, one after the other.
+    ONNX Runtime takes dimensions of one name for equal and puts such tensors in the same memory, one after
+    the other.
     """
     values = (*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs))
     for value in values:
@@ -137,8 +144,10 @@ def _clean(model: ir.Model) -> None:
 
 
 def _check_batch(model: ir.Model) -> None:
-    """A batch that was exported as a number is wrong for every other, without a word."""
+    """Refuse a batch that was exported as a number: it would be wrong for others, without a word."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         first = value.shape[0] if value.shape is not None and len(value.shape) else None
         if not isinstance(first, ir.SymbolicDim) or first.value != "batch":
-            raise RuntimeError(f"{value.name} of the graph must have a first dimension 'batch', it has shape {value.shape}")
+            raise RuntimeError(
+                f"{value.name} of the graph must have a first dimension 'batch', it has shape {value.shape}"
+            )

@@ -1,7 +1,7 @@
-"""A model as a folder that ONNX Runtime runs: graphs that share their weights, what they need to know, and a small program.
+"""A model as a folder that ONNX Runtime runs: graphs that share weights, a document, and a small program.
 
-The folder is made in a temporary one beside it and renamed when the graphs have been compared with the model; `export.json`
-lists every file with its hash.
+The folder is made in a temporary one beside it and renamed when the graphs have been compared with the model.
+`export.json` lists every file with its hash.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from fastflow import __version__
 from fastflow._files import replacing_folder, write_text
 from fastflow.data.preprocess import GREY_LEVEL
+from fastflow.decision import check_prior
 from fastflow.errors import ExportError, OutputFolderError
 from fastflow.models.checkpoint import CONFIG
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.training.calibration import check_prior
+from fastflow.runtime.export_folder import DOCUMENT, FORMAT
 
-from ._folder import DOCUMENT, FORMAT
 from ._trace import trace
 from .bundle import write_bundle
 from .graphs import GRAPHS, PRECISIONS, Parts, fold
@@ -35,24 +35,24 @@ from .verify import Parity, verify
 
 WEIGHTS, BUNDLE = "weights.data", "runtime.pyz"
 OPSETS = (21,)
-# PyTorch's exporter has had opset 21, and nodes that stand for something else, since.
+# Older exporters of PyTorch have neither opset 21 nor nodes that stand for another function.
 OLDEST_TORCH = (2, 8)
-# Tensors of fewer bytes stay in the graph.
+# A tensor of fewer bytes stays in the graph.
 EXTERNAL_BYTES = 1024
 # Runtimes map external data into memory, from multiples of a page.
 PAGE = 4096
-# Of `export.json`, what does not go into every graph's own metadata: it is about the folder, or long.
+# These keys of `export.json` are about the folder, or long, and stay out of the metadata of the graphs.
 NOT_IN_GRAPHS = ("sha256", "graphs", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was exported.
+    """The result of an export.
 
     Attributes:
-        folder: where it is.
-        sizes: bytes of each file.
-        checkpoint_bytes: of the model's weights file.
+        folder: the export folder.
+        sizes: bytes of each of its files.
+        checkpoint_bytes: bytes of the model's weights file.
         parity: how the graphs compare with the model; None where they were not compared.
     """
 
@@ -81,20 +81,25 @@ def export_onnx(
     Args:
         model: a model folder.
         out: folder to write, new, empty, or with `overwrite` an earlier export.
-        graphs: which graphs, of ``"score"``, ``"sample"``, ``"latent"`` and ``"attribution"``. They share one file of weights.
+        graphs: which graphs, of ``"score"``, ``"sample"``, ``"latent"`` and ``"attribution"``. They share one
+            file of weights.
         precision: see `fastflow.export.graphs.fold`.
         opset: version of ONNX' operators; 21.
         prior: (K,) probabilities of the labels that predictions of the export start from; uniform when None.
-        images: (N, C, H, W) uint8 to compare on; coronal slices of the heads that ship with the package when None.
-        limit: largest error of a log-odds in nats that is accepted; `fastflow.export.verify.LIMITS` of the precision when None.
-        check: compare. Without it the export says that nothing is known of its errors.
+        images: (N, C, H, W) uint8 to compare on; coronal slices of the heads that ship with the package when
+            None.
+        limit: largest error of a log-odds in nats that is accepted; `fastflow.export.verify.LIMITS` of the
+            precision when None.
+        check: compare the graphs with the model. Without it the export says that nothing is known of its
+            errors.
         overwrite: replace an earlier export.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (name of the stage, steps done, steps in all).
 
     Raises:
         CheckpointError: the model folder is not usable.
         OutputFolderError: `out` holds something else, or anything where `overwrite` is not set.
-        ExportError: the graphs differ from the model by more than the limit, or PyTorch is too old. Nothing is left of them.
+        ExportError: the graphs differ from the model by more than the limit, or PyTorch is too old. Nothing
+            is left of them.
         ValueError: an argument does not fit; the message names it.
     """
     _check_arguments(graphs, precision, opset)
@@ -111,9 +116,13 @@ def export_onnx(
         _write(models, document, folder)
         parity = None
         if check:
-            parity = verify(folder, flow, images, limit=limit, progress=lambda done, total: tell("compare", done, total))
+            parity = verify(
+                folder, flow, images, limit=limit, progress=lambda done, total: tell("compare", done, total)
+            )
             if not parity.passed:
-                raise ExportError(f"{out}: not written, because the graphs differ from the model: {parity.failure}")
+                raise ExportError(
+                    f"{out}: not written, because the graphs differ from the model: {parity.failure}"
+                )
             document["parity"] = parity.to_dict()
             _write(models, document, folder)
     sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
@@ -123,17 +132,21 @@ def export_onnx(
 
 def _check_arguments(graphs: Sequence[str], precision: str, opset: int) -> None:
     if not graphs or len(set(graphs)) < len(graphs) or not set(graphs) <= set(GRAPHS):
-        raise ValueError(f"graphs must be some of {', '.join(GRAPHS)}, each once, got {', '.join(graphs) or 'none'}")
+        raise ValueError(
+            f"graphs must be some of {', '.join(GRAPHS)}, each once, got {', '.join(graphs) or 'none'}"
+        )
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if opset not in OPSETS:
         raise ValueError(f"opset must be {' or '.join(map(str, OPSETS))}, got {opset}")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-        raise ExportError(f"export needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}")
+        raise ExportError(
+            f"export needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}"
+        )
 
 
 def check_place(out: Path, overwrite: bool) -> None:
-    """See that an export can be put into a folder.
+    """Check that an export can be put into a folder.
 
     Raises:
         OutputFolderError: it holds something else, or an earlier export where `overwrite` is not set.
@@ -144,16 +157,22 @@ def check_place(out: Path, overwrite: bool) -> None:
         raise OutputFolderError(f"{out}: must be a folder, it is a file")
     here = sorted(path.name for path in out.iterdir())
     if here and not (out / DOCUMENT).is_file():
-        raise OutputFolderError(f"{out}: holds other files, such as {here[0]!r}; an export needs a folder of its own")
+        raise OutputFolderError(
+            f"{out}: holds other files, such as {here[0]!r}; an export needs a folder of its own"
+        )
     if here and not overwrite:
-        raise OutputFolderError(f"{out}: holds an earlier export; replace it (--overwrite) or name another folder")
+        raise OutputFolderError(
+            f"{out}: holds an earlier export; replace it (--overwrite) or name another folder"
+        )
 
 
-def _describe(model: MagicFlow, folder: Path, precision: str, opset: int, prior: Sequence[float] | None) -> dict[str, Any]:
-    """`export.json`, but for what is known last."""
+def _describe(
+    model: MagicFlow, folder: Path, precision: str, opset: int, prior: Sequence[float] | None
+) -> dict[str, Any]:
+    """The content of `export.json`, without the keys that are known only when the graphs are written."""
     config, classes = model.config, model.config.num_classes
-    # A prior that does not fit must not wait for the graphs.
-    start = check_prior([1.0 / classes] * classes if prior is None else prior, classes)
+    # A prior that does not fit is reported before the graphs are traced.
+    checked_prior = check_prior([1.0 / classes] * classes if prior is None else prior, classes)
     content = (folder / CONFIG).read_bytes()
     return {
         "format": FORMAT,
@@ -166,7 +185,7 @@ def _describe(model: MagicFlow, folder: Path, precision: str, opset: int, prior:
         "input_shape": list(config.input_shape),
         "dims": config.num_dims,
         "temperature": model.temperature,
-        "prior": start.tolist(),
+        "prior": checked_prior.tolist(),
         "preprocess": model.metadata.get("preprocess"),
         "scaling": {"scale": GREY_LEVEL, "offset": -1.0},
         "config": config.to_dict(),
@@ -188,12 +207,12 @@ def _trace_all(
     return models
 
 
-# -- files ----------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 def write_weights(models: Iterable[ir.Model], folder: Path) -> None:
     """Move the large constants of all models into one file, each once however many graphs hold it."""
-    places: dict[bytes, tuple[int, int]] = {}
+    offsets: dict[bytes, int] = {}
     with open(folder / WEIGHTS, "wb") as stream:
         for model in models:
             for value in model.graph.initializers.values():
@@ -202,26 +221,25 @@ def write_weights(models: Iterable[ir.Model], folder: Path) -> None:
                     continue
                 content = tensor.tobytes()
                 digest = hashlib.sha256(content).digest()
-                if digest not in places:
+                if digest not in offsets:
                     stream.write(b"\0" * (-stream.tell() % PAGE))
-                    places[digest] = stream.tell(), len(content)
+                    offsets[digest] = stream.tell()
                     stream.write(content)
-                offset, length = places[digest]
                 value.const_value = ir.ExternalTensor(
                     WEIGHTS,
-                    offset,
-                    length,
+                    offsets[digest],
+                    len(content),
                     tensor.dtype,
                     shape=ir.Shape(list(tensor.numpy().shape)),
                     name=value.name or "",
                     base_dir=folder,
                 )
-    if not places:
+    if not offsets:
         (folder / WEIGHTS).unlink()
 
 
 def _write(models: dict[str, ir.Model], document: dict[str, Any], folder: Path) -> None:
-    """The graphs with their metadata, and last the document that lists them."""
+    """Write the graphs with their metadata, and last the document that lists them."""
     weights = folder / WEIGHTS
     digests = {WEIGHTS: file_hash(weights)} if weights.exists() else {}
     known = {key: value for key, value in document.items() if key not in NOT_IN_GRAPHS}

@@ -1,7 +1,7 @@
-"""Do the graphs of an export decide as the model does? Compared are log-odds, since these decide, on real slices.
+"""Do the graphs of an export decide as the model does? Log-odds are compared, on real slices: they decide.
 
-What is compared with is the model in float64. Its own float32 is measured beside the graphs, so that one sees what of an error is
-the price of float32 and what comes from the export.
+The reference is the model in float64. The model in float32 is measured beside the graphs: this shows which
+part of an error is the price of float32, and which comes from the export.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
-from fastflow.data.anatomy import HEADS, load_head
-from fastflow.data.preprocess import Preprocess, pad_evenly, to_unit_range
-from fastflow.data.slices import coronal_slices, read_image
-from fastflow.errors import ExportError, VolumeError
+from fastflow.data.preprocess import to_unit_range
+from fastflow.errors import ExportError
 from fastflow.models.checkpoint import CONFIG
-from fastflow.models.folded import LOG_2PI
+from fastflow.models.flow import Flow
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import LabelScorer, score_slices
+from fastflow.numerics import LOG_2PI
+from fastflow.runtime.export_folder import Export, read_export
+from fastflow.runtime.scorer import OnnxScorer
+from fastflow.runtime.sessions import import_onnxruntime, is_memory_error, open_session
 
-from ._folder import Export, read_export
-from ._session import import_onnxruntime, is_memory_error, open_session
-from .runtime import OnnxScorer
+from .images import SLICES as SLICES
+from .images import anatomy_slices
+from .images import load_images as load_images
 
-# Nats of a log-odds, by precision.
+# Largest errors of a log-odds in nats, by precision.
 LIMITS = {"float32": 0.02, "mixed": 0.1}
-# Of the [-1, 1] that 256 grey levels take: half a level, so that an 8-bit picture is off by one at the most.
+# Half a grey level where 256 levels span [-1, 1], so that an 8-bit picture is off by one level at the most.
 PIXEL_LIMIT = 1.0 / 255.0
-BATCHES = (1, 2, 3, 5)
-SLICES = 16
-# Images that go through the graphs that are no scorer, each under every label.
-FEW = 2
-# Root mean square, relative to the latent's own: one whose elements stand elsewhere is off by about 1.4.
+# Root mean square, relative to the latent's own; a latent with its elements in wrong places is off by about
+# 1.4.
 LATENT_LIMIT = 0.01
+BATCH_SIZES = (1, 2, 3, 5)
+# This many images go through the graphs other than the scorer, each under every label.
+MAX_LABELLED_IMAGES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +52,18 @@ class Parity:
     """How graphs compare with their model in float64.
 
     Attributes:
-        images: how many were compared, and ``source`` of what.
-        source: ``"given"`` or ``"packaged anatomy"``.
-        limit: of the errors of log-odds, nats.
-        graphs: for each graph its errors: ``log_odds_error`` (nats; the largest, over images and pairs of labels), of ``score``
-            also its root mean square, ``agreement`` (share of images whose likeliest label is the model's) and
-            ``batch_difference`` (nats; between the same image in batches of other sizes); of ``sample`` the ``pixel_error``
-            in [-1, 1], of ``latent`` the ``latent_error`` (root mean square, relative), of ``attribution`` the ``map_error``
-            (nats, of an element).
-        float32: the same of the PyTorch model in float32.
+        images: number of images compared.
+        source: where they come from, ``"given"`` or ``"packaged anatomy"``.
+        limit: largest accepted error of log-odds, nats.
+        graphs: for each graph its errors: ``log_odds_error`` (nats; the largest, over images and pairs of
+            labels). ``score`` also has its root mean square, ``agreement`` (share of images whose likeliest
+            label is the model's) and ``batch_difference`` (nats; between the same image in batches of other
+            sizes); ``sample`` has the ``pixel_error`` in [-1, 1], ``latent`` the ``latent_error`` (root mean
+            square, relative), ``attribution`` the ``map_error`` (nats, of an element).
+        float32: the same errors of the PyTorch model in float32.
         smallest_gap: nats between the two likeliest labels, the smallest of the images.
-        provider: of ONNX Runtime, which computed the graphs.
-        onnxruntime: its version.
+        provider: the provider of ONNX Runtime that computed the graphs.
+        onnxruntime: the version of ONNX Runtime.
     """
 
     images: int
@@ -76,20 +77,30 @@ class Parity:
 
     @property
     def failure(self) -> str:
-        """What is out of its limit, in words; empty where nothing is."""
+        """The errors beyond their limits, in words; empty where there are none."""
         found = []
         for name, errors in self.graphs.items():
-            # Not "greater", or NaN would pass.
-            if not errors.get("log_odds_error", 0.0) <= self.limit:
-                found.append(f"{name}: log-odds are off by {errors['log_odds_error']:.3g} nats, {self.limit:g} are accepted")
-            if not errors.get("batch_difference", 0.0) <= self.limit:
-                found.append(f"{name}: batches of other sizes differ by {errors['batch_difference']:.3g} nats")
-            if not errors.get("agreement", 1.0) >= 1.0:
-                found.append(f"{name}: the likeliest label is the model's in {errors['agreement']:.2%} of {self.images} images")
-            for key, limit in (("pixel_error", PIXEL_LIMIT), ("latent_error", LATENT_LIMIT), ("map_error", self.limit)):
-                if not errors.get(key, 0.0) <= limit:
-                    what = key.replace("_", " ")
-                    found.append(f"{name}: its {what} is {errors[key]:.3g}, {limit:.3g} is accepted")
+            # "Not less or equal" in place of "greater", so that NaN does not pass.
+            error = errors.get("log_odds_error", 0.0)
+            if not error <= self.limit:
+                found.append(f"{name}: log-odds are off by {error:.3g} nats, {self.limit:g} are accepted")
+            error = errors.get("batch_difference", 0.0)
+            if not error <= self.limit:
+                found.append(f"{name}: batches of other sizes differ by {error:.3g} nats")
+            share = errors.get("agreement", 1.0)
+            if not share >= 1.0:
+                found.append(
+                    f"{name}: the likeliest label is the model's in {share:.2%} of {self.images} images"
+                )
+            for key, limit in (
+                ("pixel_error", PIXEL_LIMIT),
+                ("latent_error", LATENT_LIMIT),
+                ("map_error", self.limit),
+            ):
+                error = errors.get(key, 0.0)
+                if not error <= limit:
+                    kind = key.replace("_", " ")
+                    found.append(f"{name}: its {kind} is {error:.3g}, {limit:.3g} is accepted")
         return "; ".join(found)
 
     @property
@@ -115,17 +126,18 @@ def verify(
 
     Args:
         folder: the export.
-        model: the model that it is of, or its folder.
+        model: the model that was exported, or its folder.
         images: (N, C, H, W) uint8, N >= 1; coronal slices of the heads that ship with the package when None.
         limit: largest error of a log-odds in nats; that of the precision in `LIMITS` when None.
-        providers: see `fastflow.export.runtime.OnnxScorer`.
+        providers: see `fastflow.runtime.scorer.OnnxScorer`.
         progress: called with the number of comparisons done and their total.
 
     Returns:
         The errors; `Parity.passed` says whether they are within their limits.
 
     Raises:
-        ExportError: the folder is no export, or damaged, or of another model, or a graph is not valid ONNX or fails when run.
+        ExportError: the folder is no export, or damaged, or of another model, or a graph is not valid ONNX or
+            fails when run.
         ValueError: the images or the limit do not fit.
     """
     folder = Path(folder)
@@ -143,51 +155,38 @@ def verify(
     graphs: dict[str, str] = document["graphs"]
     paths = {name: _check_graph(export, name) for name in graphs}
     tell = progress or (lambda done, total: None)
-    tell(0, len(graphs) + 1)
+    steps = len(graphs) + 1
+    tell(0, steps)
     exact = LabelScorer(copy.deepcopy(model).double(), engine="eager")
     want = score_slices(exact, images)
     float32 = compare(score_slices(model, images), want)
     errors: dict[str, dict[str, float]] = {}
     provider = ""
     for done, name in enumerate(graphs, start=1):
-        tell(done, len(graphs) + 1)
+        tell(done, steps)
         if name == "score":
             scorer = OnnxScorer(folder, providers)
             errors[name], provider = _compare_scores(scorer, images, want), scorer.provider
         else:
-            graph = _Runnable(paths[name], providers)
-            errors[name], provider = _COMPARE[name](graph, exact.model, images[:FEW], want[:FEW]), graph.provider
-    tell(len(graphs) + 1, len(graphs) + 1)
+            graph, few = _GraphRunner(paths[name], providers), slice(MAX_LABELLED_IMAGES)
+            errors[name] = _COMPARISONS[name](graph, exact.model, images[few], want[few])
+            provider = graph.provider
+    tell(steps, steps)
     ranked = np.sort(want, axis=1)
     gap = float((ranked[:, -1] - ranked[:, -2]).min()) if want.shape[1] > 1 else float("inf")
-    return Parity(len(images), source, limit, errors, float32, gap, provider, import_onnxruntime().__version__)
+    version = import_onnxruntime().__version__
+    return Parity(len(images), source, limit, errors, float32, gap, provider, version)
 
 
 def compare(got: NDArray[np.float64], want: NDArray[np.float64]) -> dict[str, float]:
-    """Errors of log-likelihoods (N, K) as they matter: of the log-odds between any two labels, in nats; and agreement."""
+    """Errors of the log-odds between any two labels, in nats, and agreement, of log-likelihoods (N, K)."""
     error = got - want
-    spread = error.max(axis=1) - error.min(axis=1)
+    log_odds_error = error.max(axis=1) - error.min(axis=1)
     return {
-        "log_odds_error": float(spread.max()),
-        "log_odds_error_rms": float(np.sqrt((spread**2).mean())),
+        "log_odds_error": float(log_odds_error.max()),
+        "log_odds_error_rms": float(np.sqrt((log_odds_error**2).mean())),
         "agreement": float((got.argmax(axis=1) == want.argmax(axis=1)).mean()),
     }
-
-
-def anatomy_slices(shape: Sequence[int], count: int = SLICES) -> NDArray[np.uint8]:
-    """Coronal slices of the heads that ship with the package, stretched to an image size: (count, C, H, W) uint8."""
-    channels, height, width = shape
-    each = -(-count // len(HEADS))
-    slices = []
-    for name in HEADS:
-        t1 = load_head(name).t1
-        middle = t1.shape[1] // 2
-        planes = coronal_slices(t1, [middle + 3 * (i - each // 2) for i in range(each)])
-        scaled = np.clip(planes * (255.0 / np.percentile(t1[t1 > 0], 99.9)), 0.0, 255.0)
-        factor = min(height / planes.shape[1], width / planes.shape[2])
-        stretched = ndimage.zoom(scaled, (1.0, factor, factor), order=1)[:, :height, :width]
-        slices.append(pad_evenly(np.rint(stretched).astype(np.uint8), (height, width)))
-    return np.repeat(np.concatenate(slices)[:count, None], channels, axis=1)
 
 
 def _check_model(document: dict[str, Any], model: MagicFlow | str | PathLike[str], folder: Path) -> MagicFlow:
@@ -196,7 +195,10 @@ def _check_model(document: dict[str, Any], model: MagicFlow | str | PathLike[str
     loaded = MagicFlow.load(model)
     recorded = json.loads((Path(model) / CONFIG).read_text(encoding="utf-8"))["sha256"]
     if recorded != document["weights_sha256"]:
-        raise ExportError(f"{folder} is an export of weights {document['weights_sha256'][:16]}, but {model} has {recorded[:16]}")
+        raise ExportError(
+            f"{folder} is an export of weights {document['weights_sha256'][:16]}, "
+            f"but {model} has {recorded[:16]}"
+        )
     return loaded
 
 
@@ -204,19 +206,21 @@ def _check_graph(export: Export, name: str) -> Path:
     """A graph's file, whose hash and form have been checked."""
     path = export.file(name)
     try:
-        # By its path, or external data would not be found.
+        # The checker finds external data only where it is given the path.
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise ExportError(f"{path} is not a valid ONNX graph: {error}") from error
     return path
 
 
-def _compare_scores(scorer: OnnxScorer, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
-    few = images[: max(BATCHES)]
+def _compare_scores(
+    scorer: OnnxScorer, images: NDArray[np.uint8], want: NDArray[np.float64]
+) -> dict[str, float]:
+    few = images[: max(BATCH_SIZES)]
     try:
         got = scorer.score(images)
-        # The same image in batches of all sizes, each from the start.
-        others = [scorer.run(to_unit_range(few[:size])) for size in BATCHES if size <= len(few)]
+        # The same images in batches of each size, each batch from the first image on.
+        others = [scorer.run(to_unit_range(few[:size])) for size in BATCH_SIZES if size <= len(few)]
     except RuntimeError as error:
         raise ExportError(str(error)) from error
     differences = [got[: len(other)] - other for other in others]
@@ -224,18 +228,18 @@ def _compare_scores(scorer: OnnxScorer, images: NDArray[np.uint8], want: NDArray
     return {**compare(got, want), "batch_difference": batch}
 
 
-def _every_label(model: MagicFlow, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Images as rows, one for each label, and the labels."""
+def _every_label(model: Flow, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Each image once for each label, (N K, C, H, W), and these labels, (N K,)."""
     labels = model.config.num_classes
     return np.repeat(to_unit_range(images), labels, axis=0), np.tile(np.arange(labels), len(images))
 
 
-class _Runnable:
-    """A graph that is run as it is.
+class _GraphRunner:
+    """Runs a graph of any inputs and outputs.
 
     Args:
         path: its file.
-        providers: see `fastflow.export.runtime.OnnxScorer`.
+        providers: see `fastflow.runtime.scorer.OnnxScorer`.
     """
 
     def __init__(self, path: Path, providers: str | Sequence[str]) -> None:
@@ -243,105 +247,70 @@ class _Runnable:
         self._session = open_session(path, providers)
         self.provider: str = self._session.get_providers()[0]
 
-    def __call__(self, **rows: NDArray[Any]) -> list[NDArray[Any]]:
-        """Outputs for rows.
+    def __call__(self, **inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """The outputs for inputs by name, (N, ...) each.
 
         Raises:
             ExportError: ONNX Runtime fails.
             MemoryError: it needs more memory than there is.
         """
         try:
-            return list(self._session.run(None, rows))
+            return list(self._session.run(None, inputs))
         except Exception as error:
-            # Of classes that have no other base.
+            # ONNX Runtime's errors have no base class but Exception.
             message = f"{self._path}: ONNX Runtime cannot run it: {error}"
             raise (MemoryError if is_memory_error(error) else ExportError)(message) from error
 
-    def in_batches(self, **rows: NDArray[Any]) -> list[NDArray[Any]]:
-        """The same, in batches of all sizes."""
-        found, first, count = [], 0, len(next(iter(rows.values())))
-        for size in itertools.cycle(BATCHES):
+    def in_batches(self, **inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """The same outputs, computed in batches of all sizes."""
+        outputs, first, count = [], 0, len(next(iter(inputs.values())))
+        for size in itertools.cycle(BATCH_SIZES):
             if first >= count:
                 break
-            found.append(self(**{name: values[first : first + size] for name, values in rows.items()}))
+            batch = {name: values[first : first + size] for name, values in inputs.items()}
+            outputs.append(self(**batch))
             first += size
-        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+        return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 
-def _compare_latent(graph: _Runnable, model: MagicFlow, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
+def _compare_latent(
+    graph: _GraphRunner, model: Flow, images: NDArray[np.uint8], want: NDArray[np.float64]
+) -> dict[str, float]:
     x, y = _every_label(model, images)
     z, logdet = graph.in_batches(image=x, label=y)
-    wide = z.astype(np.float64)
-    log_probs = logdet - 0.5 * (wide**2 + LOG_2PI).sum(axis=1)
+    z = z.astype(np.float64)
+    log_probs = logdet - 0.5 * (z**2 + LOG_2PI).sum(axis=1)
     with torch.no_grad():
         exact = model(torch.from_numpy(x[:1]).double(), torch.from_numpy(y[:1]))[0].numpy()
     return {
         "log_odds_error": compare(log_probs.reshape(want.shape), want)["log_odds_error"],
-        "latent_error": float(np.sqrt(((wide[:1] - exact) ** 2).mean() / (exact**2).mean())),
+        "latent_error": float(np.sqrt(((z[:1] - exact) ** 2).mean() / (exact**2).mean())),
     }
 
 
-def _compare_map(graph: _Runnable, model: MagicFlow, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
+def _compare_map(
+    graph: _GraphRunner, model: Flow, images: NDArray[np.uint8], want: NDArray[np.float64]
+) -> dict[str, float]:
     x, y = _every_label(model, images)
-    spread, constant = graph.in_batches(image=x, label=y)
-    log_probs = spread.astype(np.float64).sum(axis=(1, 2, 3)) + constant
+    attribution, constant = graph.in_batches(image=x, label=y)
+    log_probs = attribution.astype(np.float64).sum(axis=(1, 2, 3)) + constant
     with torch.no_grad():
         exact = model.attribution(torch.from_numpy(x[:1]).double(), torch.from_numpy(y[:1]))[0].numpy()
     return {
         "log_odds_error": compare(log_probs.reshape(want.shape), want)["log_odds_error"],
-        "map_error": float(np.abs(spread[:1] - exact).max()),
+        "map_error": float(np.abs(attribution[:1] - exact).max()),
     }
 
 
-def _compare_sample(graph: _Runnable, model: MagicFlow, images: NDArray[np.uint8], want: NDArray[np.float64]) -> dict[str, float]:
+def _compare_sample(
+    graph: _GraphRunner, model: Flow, images: NDArray[np.uint8], want: NDArray[np.float64]
+) -> dict[str, float]:
     x = to_unit_range(images)
     y = np.arange(len(x)) % model.config.num_classes
     with torch.no_grad():
         z = model(torch.from_numpy(x).double(), torch.from_numpy(y))[0].float().numpy()
-    # Together, and in other batches.
-    found = (graph(z=z, label=y)[0], graph.in_batches(z=z, label=y)[0])
-    return {"pixel_error": max(float(np.abs(image - x).max()) for image in found)}
+    decoded = (graph(z=z, label=y)[0], graph.in_batches(z=z, label=y)[0])
+    return {"pixel_error": max(float(np.abs(image - x).max()) for image in decoded)}
 
 
-_COMPARE = {"latent": _compare_latent, "attribution": _compare_map, "sample": _compare_sample}
-
-
-def load_images(
-    paths: Sequence[str],
-    preprocess: Preprocess,
-    count: int = SLICES,
-    warn: Callable[[str], None] | None = None,
-) -> NDArray[np.uint8]:
-    """Slices of scans, spread evenly over all that there are.
-
-    Args:
-        paths: volumes or PNG files, one at least.
-        preprocess: that of the model.
-        count: slices, at most.
-        warn: called with what is wrong with a file that cannot be used; another takes its place.
-
-    Returns:
-        (N, 1, H, W) uint8, N <= count.
-
-    Raises:
-        VolumeError: none of the files can be used; the error is that of the first.
-    """
-    # A permutation that any beginning of is spread evenly, and the same every time.
-    order = sorted(range(len(paths)), key=lambda i: (i * 0.6180339887498949) % 1.0)
-    slices: list[NDArray[np.uint8]] = []
-    first: VolumeError | None = None
-    for i in order:
-        if len(slices) == count:
-            break
-        try:
-            found = read_image(paths[i], preprocess).images
-        except VolumeError as error:
-            first = first or error
-            if warn is not None:
-                warn(str(error))
-        else:
-            # One of each scan: its neighbours are much like it.
-            slices.append(found[len(found) // 2])
-    if first is not None and not slices:
-        raise first
-    return np.stack(slices)
+_COMPARISONS = {"latent": _compare_latent, "attribution": _compare_map, "sample": _compare_sample}

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 Images = Annotated[
     list[Path] | None,
-    typer.Option("--images", help="Scans to compare on: files, folders, manifests. By default the package's heads."),
+    typer.Option(
+        "--images", help="Scans to compare on: files, folders, manifests. By default the package's heads."
+    ),
 ]
 Split = Annotated[str | None, typer.Option(help="Take only this split of manifests.")]
 Slices = Annotated[int, typer.Option("--slices", min=1, help="How many slices of --images to compare on.")]
 Limit = Annotated[
-    float | None, typer.Option(help="Largest error of a log-odds in nats; 0.02 by default, 0.1 with mixed precision.")
+    float | None,
+    typer.Option(help="Largest error of a log-odds in nats; 0.02 by default, 0.1 with mixed precision."),
 ]
 
 
@@ -33,9 +36,13 @@ def export(
     graphs: Annotated[str, typer.Option(help="Which graphs, of score, sample, latent, attribution.")] = (
         "score,sample,latent,attribution"
     ),
-    precision: Annotated[Precision, typer.Option(help="mixed: conditioners in float16, for GPUs.")] = Precision.float32,
+    precision: Annotated[
+        Precision, typer.Option(help="mixed: conditioners in float16, for GPUs.")
+    ] = Precision.float32,
     opset: Annotated[int, typer.Option(help="Version of ONNX' operators.")] = 21,
-    prior: Annotated[str | None, typer.Option(help="Probabilities of the labels in the model's order, e.g. 0.5,0.3,0.2.")] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="Probabilities of the labels in the model's order, e.g. 0.5,0.3,0.2.")
+    ] = None,
     triton_server: Annotated[
         Path | None, typer.Option(help="Write a model repository for NVIDIA Triton Inference Server as well.")
     ] = None,
@@ -43,12 +50,14 @@ def export(
     split: Split = None,
     slices: Slices = 16,
     limit: Limit = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the graphs with the model first.")] = True,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare the graphs with the model first.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Export a model to ONNX: graphs, their weights, and a program that runs them without PyTorch.
 
-    The graphs are compared with the model first; where log-odds differ by more than the limit, nothing is written.
+    The graphs are compared with the model first; beyond the limit for log-odds, nothing is written.
 
     Exit codes: 0 exported; 2 wrong usage, bad input, or graphs that differ from the model.
 
@@ -60,7 +69,7 @@ def export(
     from fastflow.export.onnx import check_place, export_onnx
     from fastflow.export.triton_server import check_repository, write_model_repository
 
-    # What is wrong with the folders must not wait for the graphs.
+    # A folder that cannot be written is reported before the graphs are traced.
     check_place(out, overwrite)
     if triton_server is not None:
         check_repository(triton_server, overwrite=overwrite)
@@ -81,7 +90,8 @@ def export(
         )
     for name, size in done.sizes.items():
         typer.echo(f"{done.folder / name}\t{size / 2**20:.2f} MiB")
-    typer.echo(f"{sum(done.sizes.values()) / 2**20:.1f} MiB in all, the checkpoint has {done.checkpoint_bytes / 2**20:.1f} MiB")
+    total, checkpoint = sum(done.sizes.values()) / 2**20, done.checkpoint_bytes / 2**20
+    typer.echo(f"{total:.1f} MiB in all, the checkpoint has {checkpoint:.1f} MiB")
     if done.parity is None:
         warn("the graphs were not compared with the model; `fastflow verify` does it")
     else:
@@ -127,16 +137,18 @@ def describe(parity: Parity) -> str:
     """The comparison in a few lines."""
     lines = [
         f"compared with the model in float64 on {parity.images} slices ({parity.source}), "
-        f"ONNX Runtime {parity.onnxruntime} on {parity.provider.removesuffix('ExecutionProvider')}; smallest gap between two "
-        f"labels {parity.smallest_gap:.3g} nats, limit {parity.limit:g}"
+        f"ONNX Runtime {parity.onnxruntime} on {parity.provider.removesuffix('ExecutionProvider')}; "
+        f"smallest gap between two labels {parity.smallest_gap:.3g} nats, limit {parity.limit:g}"
     ]
     for name, errors in {**parity.graphs, "PyTorch float32": parity.float32}.items():
-        lines.append(f"  {name}\t" + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in errors.items()))
+        lines.append(
+            f"  {name}\t" + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in errors.items())
+        )
     return "\n".join(lines)
 
 
 def _load(model: Path, sources: list[Path] | None, split: str | None, count: int) -> NDArray[np.uint8] | None:
-    """Slices of scans, spread over all that there are."""
+    """Slices of scans, spread over all scans; None where no scans are given."""
     if not sources:
         return None
     from fastflow.archive.classify import preprocess_of

@@ -1,4 +1,4 @@
-"""An export folder made by hand: a linear score graph with weights beside it, whose scores NumPy can compute as well."""
+"""An export made by hand: a linear score graph with its weights, whose scores NumPy can compute as well."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 CLASSES = ("flat", "striped")
 SHAPE = (1, 16, 16)
 DIMS = 256
-# As the tiny model takes the scans of `tests/conftest.py`.
+# The tiny model takes the scans of `tests/conftest.py` so.
 PREPROCESS = {
     "size": [16, 16],
     "slices": "center+-1",
@@ -30,12 +30,19 @@ def weights(seed: int = 0) -> NDArray[np.float32]:
     """(D, K): the second label likes stripes across columns."""
     rng = np.random.default_rng(seed)
     stripes = np.broadcast_to(np.where(np.arange(16) % 2, -1.0, 1.0), (16, 16)).reshape(-1)
-    return (0.01 * rng.normal(size=(DIMS, 2)) + 0.1 * np.stack([-stripes, stripes], axis=1)).astype(np.float32)
+    return (0.01 * rng.normal(size=(DIMS, 2)) + 0.1 * np.stack([-stripes, stripes], axis=1)).astype(
+        np.float32
+    )
 
 
 def expected(images: NDArray[Any], seed: int = 0) -> NDArray[np.float64]:
     """Scores of float images in float64, (B, K)."""
     return images.reshape(len(images), -1).astype(np.float64) @ weights(seed).astype(np.float64) - 300.0
+
+
+def images(count: int, seed: int = 0) -> NDArray[np.float32]:
+    """Images of noise, (count, 1, 16, 16)."""
+    return np.random.default_rng(seed).uniform(-1.0, 1.0, (count, *SHAPE)).astype(np.float32)
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def document(**changes: Any) -> dict[str, Any]:
 
 
 def metadata(values: Mapping[str, Any], weights_digest: str) -> dict[str, str]:
-    """What an exporter puts into the score graph."""
+    """The metadata that an exporter puts into the score graph."""
     own = {key: value for key, value in values.items() if key not in ("graphs", "sha256", "validation")}
     own |= {"graph": "score", "weights": {"file": "weights.data", "sha256": weights_digest}}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in own.items()}
@@ -89,7 +96,10 @@ def score_graph(
         "score",
         [helper.make_tensor_value_info(image, TensorProto.FLOAT, [batch, *shape])],
         [helper.make_tensor_value_info("log_probs", output, [batch, 2])],
-        [numpy_helper.from_array(weights(seed), "weight"), numpy_helper.from_array(np.array(-300.0, dtype=kind), "constant")],
+        [
+            numpy_helper.from_array(weights(seed), "weight"),
+            numpy_helper.from_array(np.array(-300.0, dtype=kind), "constant"),
+        ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
@@ -99,15 +109,18 @@ def digest(path: Path) -> str:
 
 
 def write_export(
-    folder: Path, graph: onnx.ModelProto | None = None, props: Mapping[str, str | None] | None = None, **changes: Any
+    folder: Path,
+    graph: onnx.ModelProto | None = None,
+    props: Mapping[str, str | None] | None = None,
+    **changes: Any,
 ) -> Path:
     """Write an export.
 
     Args:
-        folder: where; made if missing.
-        graph: in the place of `score_graph`.
-        props: metadata of the graph that are other than those of the document; None takes a key away.
-        changes: of the document.
+        folder: the folder; made if missing.
+        graph: takes the place of `score_graph`.
+        props: metadata of the graph that differ from those of the document; None takes a key away.
+        changes: keys of the document that differ from `document`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     graph = score_graph() if graph is None else graph

@@ -25,11 +25,17 @@ def commands() -> list[str]:
 
 def run(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {
-        **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")},
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "TRITON_INTERPRET")
+        },
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         **variables,
     }
-    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
+    return subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500
+    )
 
 
 def test_the_guide_begins_with_three_commands():
@@ -56,7 +62,9 @@ def test_three_commands_lead_from_a_model_to_a_prediction_without_torch(model_fo
     done = run(install, there, PIP_CONSTRAINT=str(ROOT / "constraints.txt"))
     assert done.returncode == 0, done.stderr
     packages = json.loads(run("env/bin/python -m pip list --format json", there).stdout)
-    assert {"torch", "triton", "fastflow", "scipy", "pillow", "typer"}.isdisjoint(package["name"] for package in packages)
+    assert {"torch", "triton", "fastflow", "scipy", "pillow", "typer"}.isdisjoint(
+        package["name"] for package in packages
+    )
     done = run(classify, there)
     assert done.returncode == 0, done.stderr
     assert "CPUExecutionProvider" in done.stderr

@@ -1,189 +1,58 @@
-"""Model repositories are checked with the schema of the server's own client, and by doing what the server does with them."""
+"""Model repositories, checked by doing with them what the server does."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import itertools
 import json
 import os
+import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from fastflow.export import triton_server
-from fastflow.export.triton_server import GRAPHS, Serving, write_model_repository
-from google.protobuf import text_format
-from hypothesis import given
-from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from fastflow.export.triton_server import GRAPHS, write_model_repository
+from onnx import TensorProto, numpy_helper
 
 from fastflow.errors import ExportError, OutputFolderError
-
-NAMES = ["AD", 'said "so"\\', "gesund \N{LATIN SMALL LETTER A WITH DIAERESIS}", ""]
-SHAPE = (1, 2, 3)
-DIMS = 6
-# Type and row shape of what goes in and out of each graph.
-SIGNATURES = {
-    "score": ({"image": ("FP32", SHAPE)}, {"log_probs": ("FP64", (len(NAMES),))}),
-    "latent": (
-        {"image": ("FP32", SHAPE), "label": ("INT64", ())},
-        {"z": ("FP32", (DIMS,)), "logdet": ("FP64", ())},
-    ),
-    "sample": ({"z": ("FP32", (DIMS,)), "label": ("INT64", ())}, {"image": ("FP32", SHAPE)}),
-    "attribution": (
-        {"image": ("FP32", SHAPE), "label": ("INT64", ())},
-        {"map": ("FP32", SHAPE), "constant": ("FP64", ())},
-    ),
-}
-ELEMENTS = {"FP32": TensorProto.FLOAT, "FP64": TensorProto.DOUBLE, "INT64": TensorProto.INT64}
-NODES = {
-    "score": [
-        helper.make_node("Flatten", ["image"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weight"], ["product"]),
-        helper.make_node("Cast", ["product"], ["log_probs"], to=TensorProto.DOUBLE),
-    ],
-    "latent": [
-        helper.make_node("Flatten", ["image"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "square"], ["z"]),
-        helper.make_node("Cast", ["label"], ["logdet"], to=TensorProto.DOUBLE),
-    ],
-    "sample": [
-        helper.make_node("Cast", ["label"], ["number"], to=TensorProto.FLOAT),
-        helper.make_node("Unsqueeze", ["number", "axis"], ["column"]),
-        helper.make_node("Add", ["z", "column"], ["shifted"]),
-        helper.make_node("Reshape", ["shifted", "shape"], ["image"]),
-    ],
-    "attribution": [
-        helper.make_node("Identity", ["image"], ["map"]),
-        helper.make_node("Cast", ["label"], ["constant"], to=TensorProto.DOUBLE),
-    ],
-}
-RANDOM = np.random.default_rng(0)
-CONSTANTS = {
-    "score": {"weight": RANDOM.standard_normal((DIMS, len(NAMES))).astype(np.float32)},
-    "latent": {"square": RANDOM.standard_normal((DIMS, DIMS)).astype(np.float32)},
-    "sample": {"axis": np.array([1]), "shape": np.array([-1, *SHAPE])},
-    "attribution": {},
-}
-
-
-def make_graph(graph: str, batch: str | int = "batch") -> onnx.ModelProto:
-    ins, outs = (
-        [helper.make_tensor_value_info(name, ELEMENTS[kind], [batch, *dims]) for name, (kind, dims) in part.items()]
-        for part in SIGNATURES[graph]
-    )
-    constants = [numpy_helper.from_array(value, name) for name, value in CONSTANTS[graph].items()]
-    built = helper.make_graph(NODES[graph], graph, ins, outs, constants)
-    return helper.make_model(built, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-
-
-def make_export(folder: Path, kept: tuple[str, ...] = GRAPHS, **changes: Any) -> Path:
-    """An export with external weights where there are float constants. None as a change takes a key out."""
-    folder.mkdir(parents=True)
-    data = bytearray()
-    for graph in kept:
-        model = make_graph(graph)
-        for tensor in model.graph.initializer:
-            if tensor.data_type == TensorProto.FLOAT:
-                onnx.external_data_helper.set_external_data(tensor, "weights.data", len(data), len(tensor.raw_data))
-                data += tensor.raw_data
-                tensor.ClearField("raw_data")
-        (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
-    (folder / "weights.data").write_bytes(data)
-    document = {
-        "format": 1,
-        "fastflow_version": "0.1",
-        "model_hash": "0123456789abcdef",
-        "weights_sha256": "f" * 64,
-        "precision": "float32",
-        "graphs": {graph: f"{graph}.onnx" for graph in kept},
-        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()},
-        "class_names": NAMES,
-        "input_shape": SHAPE,
-        "dims": DIMS,
-        "temperature": 5.5,
-        "prior": [0.25] * 4,
-        "preprocess": {"size": SHAPE[1:]},
-        "validation": {},
-        "scaling": {"scale": 2 / 255, "offset": -1},
-    }
-    document = {key: value for key, value in (document | changes).items() if value is not None}
-    (folder / "export.json").write_text(json.dumps(document), encoding="utf-8")
-    return folder
+from tests.export.served import (
+    CONSTANTS,
+    NAMES,
+    SCHEMA,
+    SHAPE,
+    expected_config,
+    make_export,
+    make_graph,
+    parse,
+)
 
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
+    """An export to tamper with."""
     return make_export(tmp_path / "export")
 
 
-def load_schema() -> ModuleType:
-    """The client's schema, without the client: its package would import grpc, which keeps protobuf at older versions."""
-    package = importlib.util.find_spec("tritonclient")
-    assert package is not None and package.submodule_search_locations
-    path = Path(package.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
-    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def shared_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export. Do not write into it."""
+    return make_export(tmp_path_factory.mktemp("served") / "export")
 
 
-SCHEMA = load_schema()
-
-
-def parse(model: Path) -> Any:
-    return text_format.Parse((model / "config.pbtxt").read_text(encoding="utf-8"), SCHEMA.ModelConfig())
+@pytest.fixture(scope="module")
+def repository(shared_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository of `shared_export`. Do not write into it."""
+    return write_model_repository(shared_export, tmp_path_factory.mktemp("served") / "models", max_batch=5)
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def expected(graph: str, sizes: tuple[int, ...], max_batch: int, count: int, kind: str) -> Any:
-    """The configuration that a graph should have, field by field."""
-    config = SCHEMA.ModelConfig(name=f"magic_flow_{graph}", backend="onnxruntime", max_batch_size=max_batch)
-    for part, target in zip(SIGNATURES[graph], (config.input, config.output), strict=True):
-        for name, (data_type, dims) in part.items():
-            tensor = target.add(name=name, data_type=f"TYPE_{data_type}", dims=dims or (1,))
-            if not dims:
-                tensor.reshape.SetInParent()
-    if graph == "score":
-        config.output[0].label_filename = "labels.txt"
-    config.version_policy.latest.num_versions = 1
-    if max_batch > 1:
-        config.dynamic_batching.preferred_batch_size.extend(sizes)
-        config.dynamic_batching.max_queue_delay_microseconds = 2000
-    config.instance_group.add(count=count, kind=kind)
-    for size in sorted({1, *sizes}):
-        warmup = config.model_warmup.add(name=f"zeros, batch of {size}", batch_size=size)
-        for name, (data_type, dims) in SIGNATURES[graph][0].items():
-            value = SCHEMA.ModelWarmup.Input(data_type=f"TYPE_{data_type}", dims=dims or (1,), zero_data=True)
-            warmup.inputs[name].CopyFrom(value)
-    parameters = {
-        "execution_mode": "0",
-        "intra_op_thread_count": "0",
-        "fastflow.fastflow_version": "0.1",
-        "fastflow.model_hash": "0123456789abcdef",
-        "fastflow.weights_sha256": "f" * 64,
-        "fastflow.precision": "float32",
-        "fastflow.class_names": json.dumps(NAMES),
-        "fastflow.temperature": "5.5",
-        "fastflow.prior": "[0.25, 0.25, 0.25, 0.25]",
-        "fastflow.scaling": json.dumps({"scale": 2 / 255, "offset": -1}),
-        "fastflow.preprocess": json.dumps({"size": SHAPE[1:]}),
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
-    for key, text in parameters.items():
-        config.parameters[key].string_value = text
-    return config
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize(
     ("options", "sizes", "max_batch", "count", "kind"),
     [
@@ -192,31 +61,38 @@ def expected(graph: str, sizes: tuple[int, ...], max_batch: int, count: int, kin
         ({"max_batch": 1, "device": "cpu"}, (1,), 1, 1, "KIND_CPU"),
     ],
 )
-def test_every_field_of_a_configuration(export, tmp_path, graph, options, sizes, max_batch, count, kind):
-    repository = write_model_repository(export, tmp_path / "models", **options)
-    assert parse(repository / f"magic_flow_{graph}") == expected(graph, sizes, max_batch, count, kind)
+def test_every_field_of_a_configuration(shared_export, tmp_path, options, sizes, max_batch, count, kind):
+    repository = write_model_repository(shared_export, tmp_path / "models", **options)
+    for graph in GRAPHS:
+        wanted = expected_config(graph, sizes, max_batch, count, kind)
+        assert parse(repository / f"magic_flow_{graph}") == wanted, graph
 
 
-def test_files_of_a_repository(export, tmp_path):
+def test_files_of_a_repository(shared_export, tmp_path):
+    export = shared_export
     repository = write_model_repository(export, tmp_path / "new" / "models", name="scans")
     assert repository == tmp_path / "new" / "models"
     weights = {"score": ["1/weights.data", "labels.txt"], "latent": ["1/weights.data"]}
     assert set(content(repository)) == {
-        f"scans_{graph}/{file}" for graph in GRAPHS for file in ("1/model.onnx", "config.pbtxt", *weights.get(graph, []))
+        f"scans_{graph}/{file}"
+        for graph in GRAPHS
+        for file in ("1/model.onnx", "config.pbtxt", *weights.get(graph, []))
     }
     for graph in GRAPHS:
         version = repository / f"scans_{graph}" / "1"
         assert (version / "model.onnx").read_bytes() == (export / f"{graph}.onnx").read_bytes()
-    assert (repository / "scans_latent" / "1" / "weights.data").read_bytes() == (export / "weights.data").read_bytes()
-    # As the server reads them.
+    assert (repository / "scans_latent" / "1" / "weights.data").read_bytes() == (
+        export / "weights.data"
+    ).read_bytes()
+    # The server reads labels so.
     labels = (repository / "scans_score" / "labels.txt").read_text(encoding="utf-8")
     assert labels.split("\n") == [*NAMES, ""]
 
 
-def test_others_can_read_it(export, tmp_path):
+def test_others_can_read_it(shared_export, tmp_path):
     umask = os.umask(0o022)
     try:
-        repository = write_model_repository(export, tmp_path / "models")
+        repository = write_model_repository(shared_export, tmp_path / "models")
     finally:
         os.umask(umask)
     for path in (repository, *repository.rglob("*")):
@@ -224,14 +100,16 @@ def test_others_can_read_it(export, tmp_path):
 
 
 def as_the_backend_does(folder: Path, requests: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Requests of (1, *dims) through a model: joined, without the dimension that a reshape removes; answers with it again."""
+    """Requests of (1, *dims) through a model: joined, and reshaped as the configuration says."""
     config = parse(folder)
     session = onnxruntime.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
     feeds = {}
     for tensor in config.input:
         joined = np.concatenate([request[tensor.name] for request in requests])
         assert joined.shape[1:] == tuple(tensor.dims)
-        feeds[tensor.name] = joined.reshape(len(joined), *(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims))
+        feeds[tensor.name] = joined.reshape(
+            len(joined), *(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims)
+        )
     names = [tensor.name for tensor in config.output]
     answers = session.run(names, feeds)
     result = {}
@@ -245,8 +123,8 @@ NUMPY = {"TYPE_FP32": np.float32, "TYPE_FP64": np.float64, "TYPE_INT64": np.int6
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_warm_up_requests_run(export, tmp_path, graph):
-    folder = write_model_repository(export, tmp_path / "models", max_batch=5) / f"magic_flow_{graph}"
+def test_warm_up_requests_run(repository, graph):
+    folder = repository / f"magic_flow_{graph}"
     config = parse(folder)
     assert [warmup.batch_size for warmup in config.model_warmup] == [1, 2, 4, 5]
     for warmup in config.model_warmup:
@@ -260,27 +138,33 @@ def test_warm_up_requests_run(export, tmp_path, graph):
             assert answer.dtype == NUMPY[SCHEMA.DataType.Name(tensor.data_type)]
 
 
-def test_requests_give_what_the_export_gives(export, tmp_path):
-    repository = write_model_repository(export, tmp_path / "models")
+def test_requests_give_what_the_export_gives(shared_export, repository):
     images = np.random.default_rng(1).uniform(-1, 1, (3, *SHAPE)).astype(np.float32)
     labels = np.array([2, 0, 3])
-    requests = [{"image": image[None], "label": label.reshape(1, 1)} for image, label in zip(images, labels, strict=True)]
+    requests = [
+        {"image": image[None], "label": label.reshape(1, 1)}
+        for image, label in zip(images, labels, strict=True)
+    ]
     for graph in ("score", "latent"):
         answers = as_the_backend_does(repository / f"magic_flow_{graph}", requests)
-        session = onnxruntime.InferenceSession(export / f"{graph}.onnx", providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            shared_export / f"{graph}.onnx", providers=["CPUExecutionProvider"]
+        )
         feeds = {"image": images} | ({"label": labels} if graph == "latent" else {})
         for output, right in zip(session.get_outputs(), session.run(None, feeds), strict=True):
             np.testing.assert_array_equal(answers[output.name].reshape(right.shape), right)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_a_model_stands_alone(export, tmp_path, graph):
-    repository = write_model_repository(export, tmp_path / "models")
-    # `onnx` loads no file with several hard links, neither one of them.
-    moved = (repository / f"magic_flow_{graph}").rename(tmp_path / "moved")
-    for path in (moved / "1").iterdir():
+def test_a_model_stands_alone(repository, tmp_path, graph):
+    moved = Path(shutil.copytree(repository / f"magic_flow_{graph}", tmp_path / "moved", symlinks=True))
+    # `onnx` loads no file with several hard links.
+    for path in (repository / f"magic_flow_{graph}" / "1").iterdir():
         assert path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(moved / "1" / "model.onnx").graph.initializer}
+    weights = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in onnx.load(moved / "1" / "model.onnx").graph.initializer
+    }
     assert weights.keys() == CONSTANTS[graph].keys()
     for name, value in CONSTANTS[graph].items():
         np.testing.assert_array_equal(weights[name], value)
@@ -292,30 +176,7 @@ def test_only_the_graphs_of_the_export(tmp_path):
     assert [path.name for path in repository.iterdir()] == ["magic_flow_attribution"]
 
 
-@given(max_batch=st.integers(1, 5000))
-def test_batch_sizes(max_batch):
-    sizes = Serving(max_batch, 1, "auto").batch_sizes
-    assert list(sizes) == sorted(set(sizes)) and sizes[0] >= 1 and sizes[-1] == max_batch
-    # A full queue of any length gives batches of more than half of it, or of the largest.
-    assert all(larger <= 2 * smaller for smaller, larger in itertools.pairwise(sizes))
-
-
-@given(st.text(st.characters(exclude_categories=("Cs",))))
-def test_any_text_can_be_a_string(text):
-    line = f"string_value: {triton_server._quoted(text)}"
-    assert line.isascii() and line.isprintable()
-    assert text_format.Parse(line, SCHEMA.ModelParameter()).string_value == text
-
-
-def test_comments_say_what_labels_mean(export, tmp_path):
-    repository = write_model_repository(export, tmp_path / "models")
-    lines = (repository / "magic_flow_score" / "config.pbtxt").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == triton_server.HEADER
-    assert "uniform prior" in " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
-    assert max(map(len, lines[:4])) <= 130
-
-
-# Bad input. Whatever fails, nothing is left beside the export.
+# -- bad input: nothing is left beside the export ------------------------------------------------------------
 
 
 def fails(error: type[Exception], match: str, export: Path, repository: Path, **options: Any) -> None:
@@ -369,13 +230,22 @@ def test_a_document_of_another_format(export, tmp_path, text):
         ({"graphs": {"score": 3}}, "graphs and sha256 must be files of the folder"),
         ({"graphs": ["score"]}, r"export\.json is not usable"),
         ({"sha256": {"score.onnx": "0"}}, r"score\.onnx has sha256 [0-9a-f]{64}, but export\.json records 0"),
-        ({"sha256": {"other": "0"}}, r"must record the hash of each file of its folder, has none of 'score\.onnx'"),
+        (
+            {"sha256": {"other": "0"}},
+            r"must record the hash of each file of its folder, has none of 'score\.onnx'",
+        ),
         ({"graphs": {"score": "../export/score.onnx"}}, "graphs and sha256 must be files of the folder"),
         ({"class_names": []}, "class_names must be a list of names"),
         ({"class_names": ["a", 3, "b", "c"]}, "class_names must be a list of names"),
-        ({"class_names": ["a", "b\nc", "d", "e"]}, r"a class name must be one line to be a label, got 'b\\nc'"),
+        (
+            {"class_names": ["a", "b\nc", "d", "e"]},
+            r"a class name must be one line to be a label, got 'b\\nc'",
+        ),
         ({"class_names": ["a", "b\r", "d", "e"]}, "a class name must be one line"),
-        ({"class_names": ["a", "b"], "prior": [0.5, 0.5]}, r"one number for each of the 2 classes, gives log_probs \[4\]"),
+        (
+            {"class_names": ["a", "b"], "prior": [0.5, 0.5]},
+            r"one number for each of the 2 classes, gives log_probs \[4\]",
+        ),
     ],
 )
 def test_documents_that_do_not_fit(tmp_path, changes, match):
@@ -412,7 +282,12 @@ def test_graphs_that_cannot_be_served(export, tmp_path):
     replace_graph(export, b"\xff\xff")
     fails(ExportError, r"score\.onnx is not an ONNX graph", export, repository)
     replace_graph(export, make_graph("score", batch=1).SerializeToString())
-    fails(ExportError, r"image must have a named batch dimension and fixed others, got \(1, 1, 2, 3\)", export, repository)
+    fails(
+        ExportError,
+        r"image must have a named batch dimension and fixed others, got \(1, 1, 2, 3\)",
+        export,
+        repository,
+    )
     model = make_graph("score")
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "width"
     replace_graph(export, model.SerializeToString())
@@ -420,7 +295,12 @@ def test_graphs_that_cannot_be_served(export, tmp_path):
     model = make_graph("score")
     del model.graph.output[0].type.tensor_type.shape.dim[:]
     replace_graph(export, model.SerializeToString())
-    fails(ExportError, r"log_probs must have a named batch dimension and fixed others, got \(\)", export, repository)
+    fails(
+        ExportError,
+        r"log_probs must have a named batch dimension and fixed others, got \(\)",
+        export,
+        repository,
+    )
     model = make_graph("score")
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
     replace_graph(export, model.SerializeToString())
@@ -437,14 +317,27 @@ def test_an_occupied_folder(export, tmp_path):
     config = repository / "magic_flow_score" / "config.pbtxt"
     config.write_text('name: "magic_flow_score"\n', encoding="utf-8")
     for overwrite in (False, True):
-        # Of the same name, by somebody else.
-        fails(OutputFolderError, "other files, such as 'magic_flow_score'", export, repository, overwrite=overwrite)
+        # Somebody else wrote a model of the same name.
+        fails(
+            OutputFolderError,
+            "other files, such as 'magic_flow_score'",
+            export,
+            repository,
+            overwrite=overwrite,
+        )
     config.unlink()
     (repository / "magic_flow_score").rmdir()
-    # Empty: as good as none.
+    # An empty folder is as good as none.
     write_model_repository(export, repository)
     fails(OutputFolderError, r"an earlier model repository; replace it \(--overwrite\)", export, repository)
-    fails(OutputFolderError, "other files, such as 'magic_flow_attribution'", export, repository, name="other", overwrite=True)
+    fails(
+        OutputFolderError,
+        "other files, such as 'magic_flow_attribution'",
+        export,
+        repository,
+        name="other",
+        overwrite=True,
+    )
     (repository / "resnet").mkdir()
     fails(OutputFolderError, "other files, such as 'resnet'", export, repository, overwrite=True)
 
@@ -467,7 +360,10 @@ def test_an_earlier_repository_survives_a_failure(export, tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "raised", "match"),
-    [(OSError("busy"), OutputFolderError, "busy.*mounted"), (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop")],
+    [
+        (OSError("busy"), OutputFolderError, "busy.*mounted"),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+    ],
 )
 def test_an_earlier_repository_is_put_back(export, tmp_path, monkeypatch, error, raised, match):
     repository = write_model_repository(export, tmp_path / "models")
@@ -486,4 +382,6 @@ def test_a_link_to_a_repository_stays_one(export, tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
     assert write_model_repository(export, tmp_path / "link") == tmp_path / "target"
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "magic_flow_score" / "labels.txt").is_file()
+    assert (tmp_path / "link").is_symlink() and (
+        tmp_path / "link" / "magic_flow_score" / "labels.txt"
+    ).is_file()

@@ -1,8 +1,9 @@
-"""ONNX Runtime: sessions that run where they were asked to, and batches that go through them. Torch-free."""
+"""ONNX Runtime: sessions on the provider that was asked for, and runners of batches. Torch-free."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -17,19 +18,24 @@ from numpy.typing import NDArray
 
 from fastflow.errors import ExportError
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-CHOICES = ("auto", "cpu", "cuda")
-# TensorFloat-32 would move log-odds by more than what an export may differ by; an exhaustive search may choose another
-# convolution in every process.
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDER_CHOICES = ("auto", "cpu", "cuda")
+# TensorFloat-32 would move log-odds by more than the limit of an export; an exhaustive search may choose
+# another convolution in every process.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-INSTALL = (
-    "pip install 'fastflow[export-cpu]' (or onnxruntime) for CPUs, or 'fastflow[export]' (or onnxruntime-gpu) for CUDA; they "
-    "exclude each other"
+INSTALL_HINT = (
+    "pip install 'fastflow[export-cpu]' (or onnxruntime) for CPUs, or 'fastflow[export]' "
+    "(or onnxruntime-gpu) for CUDA; they exclude each other"
 )
+# ONNX Runtime logs errors from this level on; a fallback to another provider is reported here.
+ERRORS_ONLY = 3
 
+# The providers of one attempt to open a session, each with its options.
 Attempt = list[str | tuple[str, dict[str, str]]]
-Run = Callable[[NDArray[np.float32]], NDArray[np.float64]]
+# A runner maps images (n, C, H, W) to log-likelihoods (n, K).
+Runner = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 
+# Programs may already filter messages by this name.
 log = logging.getLogger("fastflow.export")
 
 
@@ -42,7 +48,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError(f"scoring with an export needs ONNX Runtime: {INSTALL}") from error
+        raise ValueError(f"scoring with an export needs ONNX Runtime: {INSTALL_HINT}") from error
     return onnxruntime
 
 
@@ -54,8 +60,9 @@ def default_threads() -> int:
         return os.cpu_count() or 1
     cores = set()
     for cpu in cpus:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii"))
+            cores.add(siblings.read_text(encoding="ascii"))
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
@@ -65,38 +72,47 @@ def _attempts(providers: str | Sequence[Any], available: Sequence[str], cuda_gra
     """Lists of providers to try, one after the other."""
     if not isinstance(providers, str) and len(providers) > 0:
         return [list(providers)]
-    if providers not in CHOICES:
-        raise ValueError(f"providers must be one of {', '.join(CHOICES)} or a list of ONNX Runtime's, got {providers!r}")
-    if providers == "cpu" or (providers == "auto" and CUDA not in available):
-        return [[CPU]]
-    if CUDA not in available:
+    if providers not in PROVIDER_CHOICES:
+        raise ValueError(
+            f"providers must be one of {', '.join(PROVIDER_CHOICES)} or a list of ONNX Runtime's, "
+            f"got {providers!r}"
+        )
+    if providers == "cpu" or (providers == "auto" and CUDA_PROVIDER not in available):
+        return [[CPU_PROVIDER]]
+    if CUDA_PROVIDER not in available:
         raise ValueError(_not_in_use(providers, f"this ONNX Runtime offers {', '.join(available)}"))
-    cuda: Attempt = [(CUDA, CUDA_OPTIONS | ({"enable_cuda_graph": "1"} if cuda_graph else {})), CPU]
-    return [cuda] if providers == "cuda" else [cuda, [CPU]]
+    options = CUDA_OPTIONS | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+    cuda: Attempt = [(CUDA_PROVIDER, options), CPU_PROVIDER]
+    return [cuda] if providers == "cuda" else [cuda, [CPU_PROVIDER]]
 
 
 def _not_in_use(providers: str | Sequence[Any], reason: str) -> str:
     advice = (
-        ". CUDA needs an NVIDIA driver, and onnxruntime-gpu in the place of onnxruntime: pip uninstall onnxruntime; "
-        "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        ". CUDA needs an NVIDIA driver, and onnxruntime-gpu in the place of onnxruntime: "
+        "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'"
     )
     return f"providers {providers!r} were asked for, but {reason}{advice if providers == 'cuda' else ''}"
 
 
 def open_session(
-    path: str | PathLike[str], providers: str | Sequence[Any] = "auto", *, threads: int | None = None, cuda_graph: bool = False
+    path: str | PathLike[str],
+    providers: str | Sequence[Any] = "auto",
+    *,
+    threads: int | None = None,
+    cuda_graph: bool = False,
 ) -> Any:
     """An ONNX Runtime session of one graph. The provider that it really uses is logged.
 
     Args:
         path: the graph's file.
-        providers: see `OnnxScorer`.
-        threads: of one operator on the CPU; `default_threads` when None.
+        providers: see `fastflow.runtime.scorer.OnnxScorer`.
+        threads: number of threads of one operator on the CPU; `default_threads` when None.
         cuda_graph: capture CUDA graphs; every run then needs its ``gpu_graph_id``.
 
     Raises:
         ExportError: the graph cannot be loaded.
-        ValueError: CUDA was asked for and is not in use, ONNX Runtime is not installed, or a choice does not exist.
+        ValueError: CUDA was asked for and is not in use, ONNX Runtime is not installed, or a choice does not
+            exist.
     """
     ort = import_onnxruntime()
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -120,15 +136,16 @@ class _NotInUse(Exception):
 
 def _open(ort: Any, path: str | PathLike[str], options: Any, attempt: Attempt) -> Any:
     first = attempt[0] if isinstance(attempt[0], str) else attempt[0][0]
-    # The runtime prints what it misses, and would fall back by itself.
+    # ONNX Runtime prints what it misses, and would fall back to another provider by itself.
     with contextlib.redirect_stdout(sys.stderr):
-        if first == CUDA and hasattr(ort, "preload_dlls"):
+        if first == CUDA_PROVIDER and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         try:
             session = ort.InferenceSession(os.fspath(path), options, providers=attempt, enable_fallback=0)
         except Exception as error:
-            # Of classes that have no other base. On the CPU it can only be the graph.
-            if first != CPU:
+            # ONNX Runtime's errors have no base class but Exception. On the CPU only the graph can be at
+            # fault.
+            if first != CPU_PROVIDER:
                 raise _NotInUse(f"{type(error).__name__}: {error}") from error
             raise ExportError(f"{path} cannot be loaded by onnxruntime {ort.__version__}: {error}") from error
     session.disable_fallback()
@@ -144,36 +161,47 @@ def _session_options(ort: Any, threads: int) -> Any:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.use_deterministic_compute = True
     options.enable_mem_pattern = True
-    # Errors only: fallbacks are told here.
-    options.log_severity_level = 3
+    options.log_severity_level = ERRORS_ONLY
     return options
 
 
 def is_memory_error(error: Exception) -> bool:
-    """Whether what ONNX Runtime raised says that there is not enough memory."""
+    """Whether an error of ONNX Runtime says that there is not enough memory."""
     return any(words in str(error) for words in ("bad allocation", "bad_alloc", "allocate memory"))
 
 
-class Plain:
+class PlainRunner:
     """Runs batches of any size.
 
     Args:
-        session: of the score graph.
+        session: a session of the score graph.
     """
 
     def __init__(self, session: Any) -> None:
         self._session = session
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
-        """(n, C, H, W) -> (n, K)."""
+        """(n, C, H, W) -> (n, K) nats."""
         return self._session.run(["log_probs"], {"image": images})[0]
 
 
-class Bound:
-    """Runs batches by tensors that stay on the device, a pair for each size: a shape is planned, and its graph captured, once.
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """Tensors on the device for batches of one size, and how they are bound to the session."""
+
+    image: Any
+    log_probs: Any
+    binding: Any
+    options: Any
+
+
+class BoundRunner:
+    """Runs batches by tensors that stay on the device, a pair for each batch size.
+
+    So each shape is planned, and its CUDA graph captured, once.
 
     Args:
-        session: of the score graph.
+        session: a session of the score graph.
         ort: the module ``onnxruntime``.
         classes: K.
         device: ``"cuda"``; ``"cpu"`` works as well.
@@ -181,31 +209,34 @@ class Bound:
     """
 
     def __init__(self, session: Any, ort: Any, classes: int, device: str, graphs: bool = False) -> None:
-        self._session, self._ort, self._classes, self._device, self._graphs = session, ort, classes, device, graphs
-        self._sizes: dict[int, tuple[Any, Any, Any, Any]] = {}
+        self._session, self._ort, self._classes = session, ort, classes
+        self._device, self._graphs = device, graphs
+        self._tensors: dict[int, _Tensors] = {}
         self._lock = threading.Lock()
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
-        """(n, C, H, W) -> (n, K)."""
-        # The tensors are everybody's.
+        """(n, C, H, W) -> (n, K) nats."""
+        # All threads share the tensors.
         with self._lock:
-            if len(images) not in self._sizes:
-                self._sizes[len(images)] = self._bind(images)
-            image, log_probs, binding, options = self._sizes[len(images)]
-            image.update_inplace(images)
-            binding.synchronize_inputs()
-            self._session.run_with_iobinding(binding, options)
-            binding.synchronize_outputs()
-            return np.array(log_probs.numpy())
+            if len(images) not in self._tensors:
+                self._tensors[len(images)] = self._bind(images)
+            tensors = self._tensors[len(images)]
+            tensors.image.update_inplace(images)
+            tensors.binding.synchronize_inputs()
+            self._session.run_with_iobinding(tensors.binding, tensors.options)
+            tensors.binding.synchronize_outputs()
+            return np.array(tensors.log_probs.numpy())
 
-    def _bind(self, images: NDArray[np.float32]) -> tuple[Any, Any, Any, Any]:
+    def _bind(self, images: NDArray[np.float32]) -> _Tensors:
         values, binding = self._ort.OrtValue, self._session.io_binding()
         image = values.ortvalue_from_numpy(images, self._device, 0)
-        log_probs = values.ortvalue_from_shape_and_type([len(images), self._classes], np.float64, self._device, 0)
+        log_probs = values.ortvalue_from_shape_and_type(
+            [len(images), self._classes], np.float64, self._device, 0
+        )
         binding.bind_ortvalue_input("image", image)
         binding.bind_ortvalue_output("log_probs", log_probs)
         options = self._ort.RunOptions()
         if self._graphs:
-            # A captured graph is of one shape; each gets a name of its own.
-            options.add_run_config_entry("gpu_graph_id", str(len(self._sizes) + 1))
-        return image, log_probs, binding, options
+            # A captured graph fits one shape only, so each shape has a graph with a name of its own.
+            options.add_run_config_entry("gpu_graph_id", str(len(self._tensors) + 1))
+        return _Tensors(image, log_probs, binding, options)

@@ -1,4 +1,4 @@
-"""An export as a folder: what its `export.json` says, and whether its files are those that it lists. Torch-free."""
+"""An export as a folder: reading its `export.json`, and checking its files against it. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fastflow.data.preprocess import Preprocess
+from fastflow.decision import check_prior
 from fastflow.errors import ExportError
-from fastflow.training.calibration import check_prior
 
 FORMAT = 1
 DOCUMENT = "export.json"
-# Of the document, what must also stand in every graph, and be the same there.
-SHARED = (
+# Every graph carries these keys of the document too, with the same values.
+SHARED_KEYS = (
     *("format", "model_hash", "weights_sha256", "precision", "class_names", "input_shape", "dims"),
     *("temperature", "prior", "preprocess"),
 )
@@ -26,7 +26,7 @@ SHARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What the ``export.json`` of a folder says.
+    """The content of the ``export.json`` of a folder.
 
     Attributes:
         folder: the folder.
@@ -34,13 +34,14 @@ class Export:
         class_names: K names.
         input_shape: (C, H, W) of an image.
         dims: D, elements of an image.
-        temperature: of the posterior.
+        temperature: divides log-likelihoods in the posterior.
         prior: (K,) probabilities of the labels.
         preprocess: how volumes become images; None where the model does not know.
-        validation: sorted log-likelihoods a slice of validation data under their predicted label, None where unknown.
-        validation_slices: which slices those are of.
+        validation: sorted log-likelihoods a slice of validation data under their predicted label, None where
+            unknown.
+        validation_slices: the choice of slices that those values belong to.
         precision: ``"float32"`` or ``"mixed"``.
-        model_hash: of the model that was exported.
+        model_hash: identifies the model that was exported.
     """
 
     folder: Path
@@ -70,30 +71,39 @@ class Export:
         """
         if self.preprocess is None:
             raise ExportError(
-                f"{self.path} does not say how images are prepared, so volumes cannot be read; score arrays instead"
+                f"{self.path} does not say how images are prepared, so volumes cannot be read; "
+                "score arrays instead"
             )
         return self.preprocess
 
     def comparable(self, slices: str) -> tuple[float, ...] | None:
-        """The validation values, where they are of these slices: other slices have other likelihoods."""
+        """The validation values, if they are of this choice of slices: others have other likelihoods."""
         return self.validation if self.validation_slices == slices else None
 
     def file(self, graph: str, verify: bool = True) -> Path:
-        """A graph's file, whose hash and that of the weights beside it have been checked.
+        """A graph's file, after its hash and that of the weights beside it have been checked.
+
+        Args:
+            graph: ``"score"``, ``"sample"``, ``"latent"`` or ``"attribution"``.
+            verify: compare hashes; without it, files only have to be readable.
 
         Raises:
-            ExportError: it was not exported, a file is missing, or has another hash than the document records.
+            ExportError: the graph was not exported, a file is missing, or has another hash than the document
+                records.
         """
         graphs, digests = self.document["graphs"], self.document["sha256"]
         if graph not in graphs:
-            raise ExportError(f"{self.folder} holds no {graph} graph, only {', '.join(graphs)}: export it with --graphs {graph}")
-        # The other graphs are not needed, and need not be there.
+            raise ExportError(
+                f"{self.folder} holds no {graph} graph, only {', '.join(graphs)}: "
+                f"export it with --graphs {graph}"
+            )
+        # The other graphs are not needed and may be absent.
         names = [graphs[graph], *(name for name in digests if name not in graphs.values())]
         for name in names:
-            self._check(name, digests, verify)
+            self._check_file(name, digests, verify)
         return self.folder / graphs[graph]
 
-    def _check(self, name: str, digests: Mapping[str, str], verify: bool) -> None:
+    def _check_file(self, name: str, digests: Mapping[str, str], verify: bool) -> None:
         path = self.folder / name
         if name not in digests:
             raise ExportError(f"{self.path} has no sha256 of {name}")
@@ -112,7 +122,7 @@ def read_export(folder: str | PathLike[str]) -> Export:
     """Read the ``export.json`` of a folder. Graphs and weights are not looked at.
 
     Raises:
-        ExportError: the folder is no export, or what it says is not usable.
+        ExportError: the folder is no export, or its document is not usable.
     """
     folder = Path(folder)
     path = folder / DOCUMENT
@@ -126,7 +136,7 @@ def read_export(folder: str | PathLike[str]) -> Export:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ExportError(f"{path} must have format {FORMAT}, got {found!r}")
-    missing = [key for key in (*SHARED, "graphs", "sha256", "validation") if key not in document]
+    missing = [key for key in (*SHARED_KEYS, "graphs", "sha256", "validation") if key not in document]
     if missing:
         raise ExportError(f"{path} lacks {', '.join(missing)}")
     try:
@@ -139,11 +149,12 @@ def _parse(folder: Path, document: dict[str, Any]) -> Export:
     names, shape, preprocess = document["class_names"], document["input_shape"], document["preprocess"]
     files = [*document["graphs"].values(), *document["sha256"]]
     validation = document["validation"] or {}
+    in_folder = all(isinstance(file, str) and Path(file).name == file for file in files)
     for name, fits, accepted in (
-        ("class_names", is_list(names, str) and len(names) > 0, "a list of names"),
-        ("input_shape", is_list(shape, int) and len(shape) == 3 and min(shape) > 0, "[C, H, W]"),
+        ("class_names", is_list_of(names, str) and len(names) > 0, "a list of names"),
+        ("input_shape", is_list_of(shape, int) and len(shape) == 3 and min(shape) > 0, "[C, H, W]"),
         ("dims", _is_product(document["dims"], shape), "the product of input_shape"),
-        ("graphs and sha256", all(isinstance(f, str) and Path(f).name == f for f in files), "files of the folder"),
+        ("graphs and sha256", in_folder, "files of the folder"),
         ("model_hash", isinstance(document["model_hash"], str), "text"),
     ):
         if not fits:
@@ -167,9 +178,11 @@ def _parse(folder: Path, document: dict[str, Any]) -> Export:
     )
 
 
-def is_list(value: object, kind: type) -> bool:
-    """Whether a JSON value is a list of one type."""
-    return isinstance(value, list) and all(isinstance(one, kind) and not isinstance(one, bool) for one in value)
+def is_list_of(value: object, kind: type) -> bool:
+    """Whether a JSON value is a list of one type; true and false are no integers."""
+    return isinstance(value, list) and all(
+        isinstance(item, kind) and not isinstance(item, bool) for item in value
+    )
 
 
 def _is_product(dims: object, shape: object) -> bool:
@@ -177,22 +190,25 @@ def _is_product(dims: object, shape: object) -> bool:
 
 
 def check_metadata(export: Export, graph: str, file: Path, found: Mapping[str, str]) -> None:
-    """See that a graph's own metadata are there, and those of the document.
+    """Check that a graph carries its own metadata, and that these agree with the document.
 
     Args:
-        export: what the folder says.
-        graph: which graph it must be.
-        file: the graph's.
-        found: its metadata: text, and JSON of all that is no text.
+        export: the document.
+        graph: the graph that the file must hold.
+        file: the graph's file, for messages.
+        found: its metadata: text as it is, any other value as JSON.
 
     Raises:
         ExportError: a key is missing, or has another value than in the document.
     """
-    missing = [key for key in (*SHARED, "graph", "weights") if key not in found]
+    missing = [key for key in (*SHARED_KEYS, "graph", "weights") if key not in found]
     if missing:
-        raise ExportError(f"{file} has no metadata {', '.join(missing)}: it is not from this exporter, or they were stripped")
+        raise ExportError(
+            f"{file} has no metadata {', '.join(missing)}: "
+            "it is not from this exporter, or they were stripped"
+        )
     digests = export.document["sha256"]
-    wanted = {key: export.document[key] for key in SHARED} | {"graph": graph}
+    wanted = {key: export.document[key] for key in SHARED_KEYS} | {"graph": graph}
     for key, value in wanted.items():
         text = found[key]
         try:
@@ -200,10 +216,16 @@ def check_metadata(export: Export, graph: str, file: Path, found: Mapping[str, s
         except ValueError:
             same = False
         if not same:
-            raise ExportError(f"{file} has {key} {text}, but {DOCUMENT} says {value}: they are of two exports")
+            raise ExportError(
+                f"{file} has {key} {text}, but {DOCUMENT} says {value}: they are of two exports"
+            )
     try:
         weights = json.loads(found["weights"])
         if weights is not None and digests.get(weights["file"]) != weights["sha256"]:
-            raise ExportError(f"{file} belongs to weights {weights['sha256']}, which are not those of {DOCUMENT}")
+            raise ExportError(
+                f"{file} belongs to weights {weights['sha256']}, which are not those of {DOCUMENT}"
+            )
     except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ExportError(f"{file} has metadata weights {found['weights']!r}, which is no file with its sha256") from error
+        raise ExportError(
+            f"{file} has metadata weights {found['weights']!r}, which is no file with its sha256"
+        ) from error

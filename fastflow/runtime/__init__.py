@@ -1,0 +1,1 @@
+"""Scoring with an export by ONNX Runtime: NumPy and nibabel, no PyTorch."""
