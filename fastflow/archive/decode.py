@@ -1,4 +1,4 @@
-"""Reading ahead of the model: spawned processes turn files into images, in order, a bounded number at a time. Torch-free."""
+"""Reading ahead of the model: spawned processes turn files into images, in order. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import read_image
 from fastflow.errors import VolumeError
 
-# Files of one message to a worker, and messages under way per worker.
-CHUNK, AHEAD = 4, 3
+# A chunk is the files of one message to a worker.
+FILES_PER_CHUNK = 4
+CHUNKS_PER_WORKER = 3
 # For fewer files than this, starting processes takes longer than reading.
-FEW = 8
-# Of a chunk. A file system that hangs must not hold up a run for ever.
-TIMEOUT = 600.0
+MIN_FILES_FOR_POOL = 8
+# Seconds for a chunk: a file system that hangs must not hold up a run for ever.
+CHUNK_TIMEOUT = 600.0
 
 Image = NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What reading an input gave.
+    """An input that was read, or why it could not be.
 
     Attributes:
         item: the input.
         size: bytes of the file, -1 where there is none.
         mtime_ns: its last change in nanoseconds since 1970, -1 where there is no file.
         result: (n, 1, H, W) uint8, or why there is none.
-        flags: (code, message) of what is doubtful about it.
+        flags: (code, message) of each doubt about it.
         seconds: that reading took.
     """
 
@@ -65,9 +66,9 @@ def file_state(path: str) -> tuple[int, int]:
 
 
 def decode_one(item: Item, preprocess: Preprocess) -> Decoded:
-    """Read one input. Whatever is in the file: never an exception."""
+    """Read one input. No file makes it raise an exception."""
     start = time.perf_counter()
-    # Before reading: a file that is being written gets the older time, and is read again by a later run.
+    # The state is taken before reading: a later run reads a file again that is being written now.
     size, mtime = file_state(item.path)
     flags: tuple[tuple[str, str], ...] = ()
     result: Image | VolumeError
@@ -75,43 +76,49 @@ def decode_one(item: Item, preprocess: Preprocess) -> Decoded:
         image = read_image(item.path, preprocess)
         result, flags = image.images, tuple((flag.code, flag.message) for flag in image.flags)
     except VolumeError as error:
-        # Anew, without the traceback: it would hold the file's buffers for as long as the error is kept.
-        closer = _closer(item.path, error)
-        result = VolumeError(closer.path, closer.code, closer.message)
+        # The error is copied: its traceback would hold the file's buffers for as long as it is kept.
+        reason = _folder_error(item.path, error)
+        result = VolumeError(reason.path, reason.code, reason.message)
     except Exception as error:
         result = VolumeError(item.path, "unreadable", f"{type(error).__name__}: {error}")
     return Decoded(item, size, mtime, result, flags, time.perf_counter() - start)
 
 
-def _closer(path: str, error: VolumeError) -> VolumeError:
-    """A folder stands among the inputs because of its name, or because what is in it cannot be listed."""
+def _folder_error(path: str, error: VolumeError) -> VolumeError:
+    """A better error for a folder: it is an input for its name, or because its files cannot be listed."""
     if error.code in ("not_a_file", "unsupported_format") and os.path.isdir(path):
         try:
             os.scandir(path).close()
         except OSError as reason:
-            return VolumeError(path, "unreadable", f"the folder cannot be listed: {reason.strerror or reason}")
+            return VolumeError(
+                path, "unreadable", f"the folder cannot be listed: {reason.strerror or reason}"
+            )
     return error
 
 
 def decode(
-    items: Iterable[Item], preprocess: Preprocess, workers: int = 1, ahead: int = 0, timeout: float = TIMEOUT
+    items: Iterable[Item],
+    preprocess: Preprocess,
+    workers: int = 1,
+    ahead: int = 0,
+    timeout: float = CHUNK_TIMEOUT,
 ) -> Generator[Decoded, None, None]:
     """Read inputs in order, by processes that are started for it.
 
-    At most ``CHUNK * AHEAD * workers`` inputs, or `ahead` where that is more, are read and not yet taken. A process that dies
-    (out of memory, a crash in a library) or hangs costs the file that it was reading an error of code ``worker`` or
-    ``timeout``, and no other file.
+    At most ``FILES_PER_CHUNK * CHUNKS_PER_WORKER * workers`` inputs, or `ahead` where that is more, are read
+    and not yet taken. A process that dies (out of memory, a crash in a library) or hangs costs the file that
+    it was reading an error of code ``worker`` or ``timeout``, and no other file.
 
     Args:
         items: the inputs; taken from as needed.
-        preprocess: what to read of them.
+        preprocess: which slices to read of them, and how.
         workers: number of processes.
         ahead: inputs to have read before they are asked for.
-        timeout: seconds that `CHUNK` files may take.
+        timeout: seconds that a chunk may take.
     """
     items = iter(items)
-    first = list(itertools.islice(items, FEW))
-    if len(first) < FEW:
+    first = list(itertools.islice(items, MIN_FILES_FOR_POOL))
+    if len(first) < MIN_FILES_FOR_POOL:
         for item in first:
             yield decode_one(item, preprocess)
         return
@@ -126,26 +133,28 @@ class Pool:
     """Worker processes, and chunks of inputs on their way through them. See `decode`.
 
     Args:
-        preprocess: what to read.
+        preprocess: which slices to read, and how.
         workers: number of processes.
         ahead: inputs to have read before they are asked for.
-        timeout: seconds that `CHUNK` files may take.
+        timeout: seconds that a chunk may take.
     """
 
     def __init__(self, preprocess: Preprocess, workers: int, ahead: int, timeout: float) -> None:
         self.preprocess, self.workers, self.timeout = preprocess, workers, timeout
-        self.chunks = max(workers * AHEAD, ahead // CHUNK)
+        self.chunks = max(workers * CHUNKS_PER_WORKER, ahead // FILES_PER_CHUNK)
         self.pending: collections.deque[tuple[list[Item], Future[list[Decoded]]]] = collections.deque()
         self.executor = self._start(workers)
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
-        # Spawned: a fork would copy a torch that is running threads, and whatever is open.
+        # Processes are spawned: a fork would copy the threads of torch, and every file that is open.
         return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_the_parent)
 
     def run(self, items: Iterator[Item]) -> Iterator[Decoded]:
         """Read inputs, in order."""
         while True:
-            while len(self.pending) < self.chunks and (chunk := list(itertools.islice(items, CHUNK))):
+            while len(self.pending) < self.chunks and (
+                chunk := list(itertools.islice(items, FILES_PER_CHUNK))
+            ):
                 self.pending.append((chunk, self._submit(chunk)))
             if not self.pending:
                 return
@@ -164,14 +173,16 @@ class Pool:
             return broken
 
     def _one_by_one(self, chunk: Sequence[Item]) -> Iterator[Decoded]:
-        """Each file of a chunk in a process of its own, to find out which one kills it; then go on with the others."""
+        """Read each file of a chunk in a process of its own, to find the one that kills it; then go on."""
         self.stop()
         for item in chunk:
             self.executor = self._start(1)
             try:
                 yield from self._submit([item]).result(self.timeout)
             except BrokenProcessPool:
-                error = VolumeError(item.path, "worker", "the process that was reading it died (out of memory, or a crash)")
+                error = VolumeError(
+                    item.path, "worker", "the process that was reading it died (out of memory, or a crash)"
+                )
                 yield Decoded(item, *file_state(item.path), error)
             except FutureTimeoutError:
                 error = VolumeError(item.path, "timeout", f"could not be read within {self.timeout:.0f} s")
@@ -200,7 +211,7 @@ def count_elsewhere(items: Inputs) -> int:
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    # A daemon: a run that is over does not wait for it.
+    # A run does not wait for a daemon at its end.
     process = context.Process(target=_count, args=(items, theirs), daemon=True)
     process.start()
     theirs.close()
@@ -220,8 +231,10 @@ def _decode_chunk(chunk: list[Item], preprocess: Preprocess) -> list[Decoded]:
 
 
 def _end_with_the_parent() -> None:
-    """A worker waits on a pipe whose other end it holds itself: it would outlive a parent that was killed. Ctrl-C reaches it too,
-    but ending it is the parent's affair.
+    """Let a worker end with its parent, also with one that is killed.
+
+    A worker waits on a pipe whose other end it holds itself, so the pipe does not end with the parent. Ctrl-C
+    reaches the worker too, but the parent ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from fastflow._files import write_bytes
-from fastflow.archive.classify import class_names, pick_device, preprocess_of
 from fastflow.archive.inputs import gather
+from fastflow.archive.options import pick_device
+from fastflow.archive.rows import class_names, preprocess_of
 from fastflow.data.manifest import Record
 from fastflow.data.slices import iterate_images
 from fastflow.errors import VolumeError
@@ -25,16 +26,20 @@ from fastflow.models.scoring import from_uint8
 
 @torch.no_grad()
 def explain_slice(
-    model: MagicFlow, image: NDArray[np.uint8], label: int | None = None, truth: int | None = None, name: str = ""
+    model: MagicFlow,
+    image: NDArray[np.uint8],
+    label: int | None = None,
+    truth: int | None = None,
+    name: str = "",
 ) -> Explanation:
-    """Spread the likelihood of a slice, and its log-odds against the strongest rival, over its pixels.
+    """Attribute the likelihood of a slice, and its log-odds against the strongest rival, to its pixels.
 
     Args:
         model: in evaluation mode.
         image: (1, H, W) uint8.
-        label: what to explain; the most likely label when None.
+        label: the label to explain; the most likely one when None.
         truth: the true label, where known.
-        name: what the picture is called.
+        name: of the picture.
 
     Raises:
         ValueError: the shape or the label does not fit.
@@ -49,10 +54,20 @@ def explain_slice(
     label = int(log_probs.argmax()) if label is None else label
     others = np.where(np.arange(classes) == label, -np.inf, log_probs)
     rival = int(others.argmax()) if classes > 1 else label
-    maps, const = model.attribution(x.expand(2, -1, -1, -1), torch.tensor([label, rival], device=model.device))
-    spread = maps.double().sum(dim=1).cpu().numpy()
+    maps, const = model.attribution(
+        x.expand(2, -1, -1, -1), torch.tensor([label, rival], device=model.device)
+    )
+    pixels = maps.double().sum(dim=1).cpu().numpy()
     return Explanation(
-        image.max(axis=0), log_probs, label, rival, spread[0], spread[0] - spread[1], float(const[0]), truth=truth, name=name
+        image.max(axis=0),
+        log_probs,
+        label,
+        rival,
+        pixels[0],
+        pixels[0] - pixels[1],
+        float(const[0]),
+        truth=truth,
+        name=name,
     )
 
 
@@ -77,7 +92,7 @@ def explain(
         progress: called with the number of inputs done and their total.
 
     Returns:
-        What is wrong with the files that could not be read.
+        The errors of the files that could not be read.
 
     Raises:
         ValueError: the label is no class of the model.

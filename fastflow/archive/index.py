@@ -30,7 +30,8 @@ def index_archive(
         The records that were written.
 
     Raises:
-        ManifestError: the source cannot be read, some files have a split and others none, or a subject is in two splits.
+        ManifestError: the source cannot be read, some files have a split and others none, or a subject is in
+            two splits.
         ValueError: the fractions do not sum to 1.
     """
     records = index_folder(source) if Path(source).is_dir() else read_manifest(source)
@@ -39,7 +40,10 @@ def index_archive(
         records = split_by_subject(records, fractions, seed)
     elif not all(have):
         missing = records[have.index(False)].path
-        raise ManifestError(f"{source}: {missing} has no split, others have one; assign all or none, or split anew (--resplit)")
+        raise ManifestError(
+            f"{source}: {missing} has no split, others have one; "
+            "assign all or none, or split anew (--resplit)"
+        )
     check_subjects(records)
     write_manifest(records, out)
     return records
@@ -52,5 +56,6 @@ def check_subjects(records: list[Record]) -> None:
         other = first.setdefault(record.subject, record)
         if other.split != record.split:
             raise ManifestError(
-                f"subject {record.subject!r} is in the splits {other.split!r} ({other.path}) and {record.split!r} ({record.path})"
+                f"subject {record.subject!r} is in the splits {other.split!r} ({other.path}) "
+                f"and {record.split!r} ({record.path})"
             )

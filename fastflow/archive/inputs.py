@@ -1,4 +1,4 @@
-"""What a run over an archive is asked to answer: a stream of inputs, never a list of them. Torch-free."""
+"""The inputs of a run over an archive: a stream of them, never a list. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ IDS = ("relpath", "hash")
 class Shard:
     """A part of the inputs, for one job of many.
 
-    An input belongs to the part that its name's hash says: parts are disjoint, together they are everything, and files that come
-    or go move no other.
+    The hash of an input's name says to which part it belongs: parts are disjoint, together they are
+    everything, and files that come or go move no other.
 
     Attributes:
         index: from 1 to `count`.
@@ -70,7 +70,8 @@ class Item:
 
     Attributes:
         path: the file, absolute or relative to the working directory.
-        name: its path relative to the folder or manifest that it came from; as it was given where there is more than one input.
+        name: its path relative to the folder or manifest that it came from; the path as it was given where
+            there is more than one input.
         label: class name where a manifest knows it.
     """
 
@@ -79,7 +80,7 @@ class Item:
     label: str | None = None
 
     def id(self, kind: str) -> str:
-        """What stands for the input in results: its name, or 32 hexadecimal digits of the name's BLAKE2b hash."""
+        """The input's identity in results: its name, or 32 hexadecimal digits of the name's BLAKE2b hash."""
         return self.name if kind == "relpath" else _digest(self.name, 16).hex()
 
 
@@ -97,11 +98,12 @@ def _digest(name: str, size: int) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Files, folders, BIDS datasets and manifests, and which part of them is meant. Iterating lists them anew.
+    """Files, folders, BIDS datasets and manifests, or a part of them. Iterating lists them anew.
 
     Attributes:
-        sources: files, folders (searched for volumes and PNG files; of a BIDS dataset its anatomical and PET images) and
-            manifests (.csv, .jsonl). What does not exist is an input all the same: it gets an answer that says so.
+        sources: files, folders (searched for volumes and PNG files; of a BIDS dataset its anatomical and PET
+            images) and manifests (.csv, .jsonl). A file that does not exist is an input all the same: its row
+            says so.
         split: take only this split of manifests.
         shard: take only this part.
 
@@ -133,7 +135,7 @@ class Inputs:
                 raise ManifestError(_nothing_in(source, self.split))
 
     def check(self) -> None:
-        """Look for the first input of each source, so that one that names nothing is told before the others are worked through.
+        """Look for the first input of each source, so that an empty source is told before any work is done.
 
         Raises:
             ManifestError: as iterating does.
@@ -158,16 +160,43 @@ class Inputs:
         if len(self.sources) > 1 or os.path.isabs(path) != os.path.isabs(base or "."):
             return path
         start = f"{base}/" if base and not base.endswith("/") else base
-        # What `relpath` would give, without its time.
+        # `relpath` gives the same name, and takes far longer than cutting off a prefix.
         plain = path.startswith(start) and ".." not in path
         return path[len(start) :] if plain else os.path.relpath(path, base or ".")
 
 
 def _nothing_in(source: str, split: str | None) -> str:
     if not source.endswith(MANIFESTS):
-        what = "anatomical or PET image of this BIDS dataset" if is_bids(source) else f"{', '.join(SUFFIXES)} file"
+        what = (
+            "anatomical or PET image of this BIDS dataset"
+            if is_bids(source)
+            else f"{', '.join(SUFFIXES)} file"
+        )
         return f"{source}: no {what} below this folder"
-    return f"{source}: the manifest has no entries" if split is None else f"{source}: no entry is in the split {split!r}"
+    return (
+        f"{source}: the manifest has no entries"
+        if split is None
+        else f"{source}: no entry is in the split {split!r}"
+    )
+
+
+def inputs_of(
+    inputs: Iterable[str | PathLike[str]],
+    manifest: str | PathLike[str] | None,
+    split: str | None,
+    part: Shard | None,
+) -> Inputs:
+    """The inputs of a run, and one manifest that may be named apart from them.
+
+    Raises:
+        ManifestError: there is no source, or the manifest has another ending than a manifest's.
+    """
+    sources = [os.fspath(path) for path in inputs]
+    if manifest is not None:
+        if not os.fspath(manifest).endswith(MANIFESTS):
+            raise ManifestError(f"{manifest}: a manifest ends in .csv or .jsonl")
+        sources.append(os.fspath(manifest))
+    return Inputs(tuple(sources), split, part)
 
 
 def gather(inputs: Iterable[str | PathLike[str]], split: str | None = None) -> list[Record]:
@@ -178,7 +207,8 @@ def gather(inputs: Iterable[str | PathLike[str]], split: str | None = None) -> l
         split: take only this split of manifests.
 
     Raises:
-        ManifestError: no input, a folder without files, a manifest that cannot be read or has nothing in the split.
+        ManifestError: no input, a folder without files, a manifest that cannot be read or has nothing in the
+            split.
     """
     items = Inputs(tuple(os.fspath(path) for path in inputs), split)
     return [Record(item.path, item.label, subject_of(Path(item.path))) for item in items]

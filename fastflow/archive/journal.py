@@ -1,4 +1,4 @@
-"""The journal of a run: rows are appended and made durable batch by batch, and whatever stops the run they can be read again.
+"""The journal of a run: rows are made durable batch by batch, and survive whatever stops the run.
 
 A line is the CRC-32 of its content, the input's key and the row as JSON. Torch-free.
 """
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import socket
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
@@ -27,7 +28,7 @@ from fastflow.archive.inputs import name_bytes
 from fastflow.errors import JournalError, OutputFolderError
 
 KEY_BYTES = 16
-# Files under construction, which stay where a run was killed.
+# Files that a run was writing when it was killed stay under these names.
 _TEMPORARY = re.compile(r"\.(run\.json|summary\.json|journal\.jsonl|results-\d+\.\w+)\.[a-z0-9_]{8}")
 Row = dict[str, Any]
 
@@ -41,14 +42,20 @@ def key_of(path: str, size: int, mtime_ns: int, model_hash: str) -> bytes:
         mtime_ns: time of the last change, -1 where there is no file.
         model_hash: of the model folder.
     """
-    fields = (name_bytes(os.path.abspath(path)), str(size).encode(), str(mtime_ns).encode(), model_hash.encode())
+    fields = (
+        name_bytes(os.path.abspath(path)),
+        str(size).encode(),
+        str(mtime_ns).encode(),
+        model_hash.encode(),
+    )
     return hashlib.blake2b(b"\0".join(fields), digest_size=KEY_BYTES).digest()
 
 
 @contextlib.contextmanager
 def locked(folder: str | PathLike[str]) -> Iterator[None]:
-    """Hold an output folder for this process. The lock ends with the process, however it ends. What a run that was killed had
-    begun to write goes.
+    """Hold an output folder for this process. The lock ends with the process, however it ends.
+
+    Files that a killed run had begun to write are removed.
 
     Raises:
         OutputFolderError: another process holds it.
@@ -57,11 +64,13 @@ def locked(folder: str | PathLike[str]) -> Iterator[None]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            # Not a record lock, which would not keep out a second run of this very process.
+            # A record lock would not keep out a second run of this very process.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
-            raise OutputFolderError(f"{folder}: another run is writing here ({holder or 'unknown process'})") from error
+            raise OutputFolderError(
+                f"{folder}: another run is writing here ({holder or 'unknown process'})"
+            ) from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         for name in filter(is_temporary, os.listdir(folder)):
@@ -90,7 +99,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | PathLike[str]) -> Journal:
-        """A journal that may be there already. What is not a whole line is cut off at its end.
+        """A journal that may be there already. At its end, bytes that are no whole line are cut off.
 
         Raises:
             JournalError: a line is damaged and a whole one follows.
@@ -124,7 +133,7 @@ class Journal:
             _write_all(handle, block, self.size)
             os.fdatasync(handle)
         except OSError as error:
-            # What was written of the block may be half a line. On a full disk cutting it off needs no space.
+            # Half a line may have been written. Cutting it off needs no space on a full disk.
             with contextlib.suppress(OSError):
                 os.ftruncate(handle, self.size)
             raise OSError(error.errno, f"cannot write: {error.strerror}", str(self.path)) from error
@@ -163,7 +172,9 @@ class Journal:
                 parsed = _parse(line)
                 if parsed is None:
                     if any(map(_parse, stream)):
-                        raise JournalError(f"{self.path}: the line at byte {end} is damaged; run anew into another folder")
+                        raise JournalError(
+                            f"{self.path}: the line at byte {end} is damaged; run anew into another folder"
+                        )
                     return
                 end += len(line)
                 yield *parsed, end
@@ -183,19 +194,25 @@ class Journal:
 
 
 def _line(key: bytes, row: Row) -> bytes:
-    # ASCII, so that names in any encoding survive and no line holds a line break of its own.
-    text = f"{key.hex()} {json.dumps(row, separators=(',', ':'))}".encode("ascii")
+    # Names in any encoding survive as ASCII, and no line holds a line break of its own.
+    return _with_checksum(f"{key.hex()} {json.dumps(row, separators=(',', ':'))}".encode("ascii"))
+
+
+def _with_checksum(text: bytes) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def _parse(line: bytes) -> tuple[bytes, bytes] | None:
-    head, text = line[:8], line[9:-1]
+    """The (key, text of the row) of a line; None where any of its bytes is another one than was written."""
+    text = line[9:-1]
+    if line != _with_checksum(text):
+        return None
     try:
-        if line[-1:] != b"\n" or int(head, 16) != zlib.crc32(text):
-            return None
-        return bytes.fromhex(text[: 2 * KEY_BYTES].decode("ascii")), text[2 * KEY_BYTES + 1 :]
+        key = bytes.fromhex(text[: 2 * KEY_BYTES].decode("ascii"))
     except ValueError:
         return None
+    # The checksum of nothing is zero, so a line of zeros and a space has a right one.
+    return (key, text[2 * KEY_BYTES + 1 :]) if len(key) == KEY_BYTES else None
 
 
 def _write_all(handle: int, block: bytes, at: int) -> None:
@@ -205,8 +222,8 @@ def _write_all(handle: int, block: bytes, at: int) -> None:
         view, at = view[written:], at + written
 
 
-class Done:
-    """Which inputs a journal answers: 24 bytes for each of them, whatever their names.
+class FinishedInputs:
+    """The inputs that a journal holds rows of: 24 bytes for each of them, whatever their names.
 
     Args:
         keys: of the journal's rows; a key may occur more than once, where an input was given more than once.
@@ -216,7 +233,11 @@ class Done:
         packed = bytearray()
         for key in keys:
             packed += key
-        found = np.frombuffer(bytes(packed), dtype=f"S{KEY_BYTES}") if packed else np.empty(0, dtype=f"S{KEY_BYTES}")
+        found = (
+            np.frombuffer(bytes(packed), dtype=f"S{KEY_BYTES}")
+            if packed
+            else np.empty(0, dtype=f"S{KEY_BYTES}")
+        )
         self._keys, self._left = np.unique(found, return_counts=True)
 
     def take(self, key: bytes) -> bool:
@@ -233,3 +254,10 @@ class Done:
         """Keys that no input has taken, with their counts."""
         rest = np.flatnonzero(self._left)
         return {bytes(self._keys[i]).ljust(KEY_BYTES, b"\0"): int(self._left[i]) for i in rest}
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Done":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("Done is now called FinishedInputs", DeprecationWarning, stacklevel=2)
+    return FinishedInputs

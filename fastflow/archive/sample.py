@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastflow._files import write_bytes
-from fastflow.archive.classify import class_names, pick_device
+from fastflow.archive.options import pick_device
+from fastflow.archive.rows import class_names
 from fastflow.data.preprocess import to_uint8
 from fastflow.evaluation.figures import grid_figure, png
 from fastflow.models.magic_flow import MagicFlow
 
-BATCH = 16
+IMAGES_PER_PASS = 16
 
 
-def draw(model: MagicFlow, labels: Sequence[int], count: int, temperature: float = 1.0, seed: int = 0) -> NDArray[np.uint8]:
+def draw(
+    model: MagicFlow, labels: Sequence[int], count: int, temperature: float = 1.0, seed: int = 0
+) -> NDArray[np.uint8]:
     """Samples as 8-bit images.
 
     Args:
@@ -38,10 +41,15 @@ def draw(model: MagicFlow, labels: Sequence[int], count: int, temperature: float
         ValueError: the count is not positive, a label does not fit, the temperature is negative.
     """
     if count < 1 or not labels:
-        raise ValueError(f"there must be at least one label and count at least 1, got labels {list(labels)} and count {count}")
+        raise ValueError(
+            "there must be at least one label and count at least 1, "
+            f"got labels {list(labels)} and count {count}"
+        )
     generator = torch.Generator().manual_seed(seed)
     wanted = torch.tensor(labels, device=model.device).repeat_interleave(count)
-    parts = [to_uint8(model.sample(y, temperature, generator).cpu().numpy()) for y in wanted.split(BATCH)]
+    parts = [
+        to_uint8(model.sample(y, temperature, generator).cpu().numpy()) for y in wanted.split(IMAGES_PER_PASS)
+    ]
     return np.concatenate(parts).reshape(len(labels), count, *model.config.input_shape)
 
 
@@ -54,7 +62,10 @@ def sample(
     seed: int = 0,
     device: str = "auto",
 ) -> list[Path]:
-    """Draw images and write them: ``CLASS-N.png`` each, ``grid.png`` of all, ``samples.npz`` with images, labels and class_names.
+    """Draw images and write them.
+
+    Each becomes a file ``CLASS-N.png``; ``grid.png`` shows all, and ``samples.npz`` holds images,
+    labels and class_names.
 
     Args:
         model_folder: the model.
@@ -79,7 +90,10 @@ def sample(
         raise ValueError(f"label must be one of {', '.join(names)}, got {unknown[0]!r}")
     images = draw(model, [names.index(name) for name in wanted], count, temperature, seed)
     shown = images.max(axis=2)
-    files = {Path(out) / "grid.png": png(grid_figure(shown, wanted)), Path(out) / "samples.npz": _archive(images, wanted, names)}
+    files = {
+        Path(out) / "grid.png": png(grid_figure(shown, wanted)),
+        Path(out) / "samples.npz": _archive(images, wanted, names),
+    }
     for name, pictures in zip(wanted, shown, strict=True):
         for i, picture in enumerate(pictures, start=1):
             files[Path(out) / f"{_file_name(name)}-{i}.png"] = _png(picture)
@@ -101,5 +115,7 @@ def _png(picture: NDArray[np.uint8]) -> bytes:
 def _archive(images: NDArray[np.uint8], wanted: Sequence[str], names: Sequence[str]) -> bytes:
     buffer = io.BytesIO()
     labels = np.array([names.index(name) for name in wanted]).repeat(images.shape[1])
-    np.savez_compressed(buffer, images=images.reshape(-1, *images.shape[2:]), labels=labels, class_names=np.array(names))
+    np.savez_compressed(
+        buffer, images=images.reshape(-1, *images.shape[2:]), labels=labels, class_names=np.array(names)
+    )
     return buffer.getvalue()

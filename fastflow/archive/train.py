@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastflow.archive.classify import pick_device
+from fastflow.archive.options import pick_device
 from fastflow.data.manifest import Record, class_names, index_folder, read_manifest
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import SliceSet, load_slices
@@ -27,7 +27,7 @@ from fastflow.training.trainer import EpochRecord, TrainConfig, train
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What training left behind.
+    """The result of training.
 
     Attributes:
         model: in evaluation mode, calibrated where there was a validation set; also in its folder.
@@ -71,10 +71,10 @@ def train_on_archive(
     reading: Callable[[int, int], None] | None = None,
     progress: Callable[[EpochRecord], None] | None = None,
 ) -> Trained:
-    """Train on the split ``train``, choose the epoch and fit the temperature on ``val``; other splits are not looked at.
+    """Train on the split ``train``, choose the epoch and fit the temperature on ``val``, ignore other splits.
 
-    The first volume's voxel size and grid become the model's: what lies on another one is an error, in training and afterwards,
-    since a density model punishes any background that it has not seen.
+    The first volume's voxel size and grid become the model's: what lies on another one is an error, in
+    training and afterwards, since a density model punishes any background that it has not seen.
 
     Args:
         records: labelled files with splits.
@@ -95,7 +95,9 @@ def train_on_archive(
     """
     config = config or TrainConfig()
     pick_device(device)
-    splits = {name: [r for r in records if r.split == name and r.label is not None] for name in ("train", "val")}
+    splits = {
+        name: [r for r in records if r.split == name and r.label is not None] for name in ("train", "val")
+    }
     if not splits["train"]:
         raise ManifestError("no labelled entry has the split 'train'; `fastflow index` assigns splits")
     names = class_names(splits["train"])
@@ -113,7 +115,7 @@ def train_on_archive(
 
 
 def preprocess_like(records: Sequence[Record], size: tuple[int, int], slices: str) -> Preprocess:
-    """Preprocessing that holds the first readable volume's voxel size and grid as a condition; PNG files set none."""
+    """Preprocessing with the first readable volume's voxel size and grid as a condition; PNGs set none."""
     for record in records:
         if record.path.lower().endswith(".png"):
             continue
@@ -147,13 +149,17 @@ def _load(
         if len(data):
             sets[name] = data
     if "train" not in sets:
-        raise ManifestError(f"none of the {len(splits['train'])} training files can be used; the first: {errors[0]}")
+        raise ManifestError(
+            f"none of the {len(splits['train'])} training files can be used; the first: {errors[0]}"
+        )
     return sets, errors
 
 
 def calibrate(model: MagicFlow, val_set: SliceSet) -> None:
-    """Fit `model.temperature` on whole volumes, as `classify` scores them, and keep their likelihoods in the model's metadata:
-    what is typical can then be told of any volume that is prepared alike.
+    """Fit `model.temperature` on whole volumes, as `classify` scores them.
+
+    Their likelihoods are kept in the model's metadata: they tell what is typical of volumes that
+    are prepared alike.
     """
     log_probs = volume_log_probs(score_slices(model, val_set.images), val_set.volumes)
     model.temperature = fit_temperature(log_probs, val_set.volume_labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fastflow.cli._console import FINISHED_WITH_ERRORS, USAGE, fail, run_progress, warn
-from fastflow.cli._options import Device, DeviceOption, Precision
+from fastflow.cli._options import Device, DeviceOption, Precision, takes
 
 
 class Engine(StrEnum):
@@ -25,126 +26,167 @@ class Engine(StrEnum):
 
 
 class OnError(StrEnum):
-    """What an input that cannot be used does to the run."""
+    """How the run goes on after an input that cannot be used."""
 
     row = "row"
     fail = "fail"
 
 
 class Format(StrEnum):
-    """Of the result files."""
+    """The format of the result files."""
 
     csv = "csv"
     parquet = "parquet"
 
 
 class IdFrom(StrEnum):
-    """What stands for an input in the results."""
+    """The identity of an input in the results."""
 
     relpath = "relpath"
     hash = "hash"
 
 
 class Combine(StrEnum):
-    """What a volume's log-likelihood is of its slices'."""
+    """How the log-likelihoods of slices become a volume's."""
 
     sum = "sum"
     mean = "mean"
 
 
-def classify(
+@dataclasses.dataclass(frozen=True)
+class ClassifyCommand:
+    """The arguments and options of `fastflow classify`."""
+
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Files (.nii, .nii.gz, .mgz, .png), folders of them, BIDS datasets, or manifests (.csv, .jsonl).",
+            help="Files (.nii, .nii.gz, .mgz, .png), folders of them, BIDS datasets, "
+            "or manifests (.csv, .jsonl).",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="Model folder, as `train` writes it; with --engine onnx one of `export`.")
-    ] = Path("model"),
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write results into.")] = Path("results"),
-    manifest: Annotated[Path | None, typer.Option(help="A manifest (.csv, .jsonl), as an input.")] = None,
-    split: Annotated[str | None, typer.Option(help="Take only this split of manifests.")] = None,
-    shard: Annotated[str | None, typer.Option(help="i/N: the i-th of N parts, into a folder of its own below --out.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in --out, or begin it.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Resume, and do error rows again.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in --out.")] = False,
-    on_error: Annotated[OnError, typer.Option(help="fail: stop at the first input that cannot be used.")] = OnError.row,
-    max_errors: Annotated[int | None, typer.Option(min=0, help="Stop after more error rows than this.")] = None,
-    prior: Annotated[str | None, typer.Option(help="Probabilities of the labels in the model's order, e.g. 0.5,0.3,0.2.")] = None,
+        Path,
+        typer.Option(
+            "--model", "-m", help="Model folder, as `train` writes it; with --engine onnx one of `export`."
+        ),
+    ] = Path("model")
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write results into.")] = Path("results")
+    manifest: Annotated[Path | None, typer.Option(help="A manifest (.csv, .jsonl), as an input.")] = None
+    split: Annotated[str | None, typer.Option(help="Take only this split of manifests.")] = None
+    shard: Annotated[
+        str | None, typer.Option(help="i/N: the i-th of N parts, into a folder of its own below --out.")
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that is in --out, or begin it.")
+    ] = False
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Resume, and do error rows again.")] = (
+        False
+    )
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in --out.")] = False
+    on_error: Annotated[OnError, typer.Option(help="fail: stop at the first input that cannot be used.")] = (
+        OnError.row
+    )
+    max_errors: Annotated[int | None, typer.Option(min=0, help="Stop after more error rows than this.")] = (
+        None
+    )
+    prior: Annotated[
+        str | None, typer.Option(help="Probabilities of the labels in the model's order, e.g. 0.5,0.3,0.2.")
+    ] = None
     slices: Annotated[
-        str | None, typer.Option(help="center, center+-N or i,j,k along the anterior axis; the model's own by default.")
-    ] = None,
-    combine: Annotated[Combine, typer.Option(help="A volume's log-likelihood is its slices' sum or mean.")] = Combine.sum,
-    batch_size: Annotated[int, typer.Option(min=1, help="Slices per pass.")] = 16,
+        str | None,
+        typer.Option(help="center, center+-N or i,j,k along the anterior axis; the model's own by default."),
+    ] = None
+    combine: Annotated[
+        Combine, typer.Option(help="A volume's log-likelihood is its slices' sum or mean.")
+    ] = Combine.sum
+    batch_size: Annotated[int, typer.Option(min=1, help="Slices per pass.")] = 16
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read files; half of the cores, up to 8, by default.")
-    ] = None,
-    device: DeviceOption = Device.auto,
+        int | None,
+        typer.Option(min=1, help="Processes that read files; half of the cores, up to 8, by default."),
+    ] = None
+    device: DeviceOption = Device.auto
     precision: Annotated[
         Precision, typer.Option(help="mixed: conditioners in bfloat16 where the device computes in it.")
-    ] = Precision.float32,
+    ] = Precision.float32
     engine: Annotated[
         Engine,
         typer.Option(
-            help="compile takes minutes before the first scan and is faster from thousands of slices on; ray: a Ray cluster; "
-            "onnx: --model is an export, which ONNX Runtime runs."
+            help="compile takes minutes before the first scan and is faster from thousands of slices on; "
+            "ray: a Ray cluster; onnx: --model is an export, which ONNX Runtime runs."
         ),
-    ] = Engine.auto,
-    format: Annotated[Format, typer.Option(help="Of the result files.")] = Format.csv,
-    id_from: Annotated[IdFrom, typer.Option(help="hash: rows hold a hash in place of the path.")] = IdFrom.relpath,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the inputs, load the model, write nothing.")] = False,
-) -> None:
-    """Classify scans by likelihood: status, prediction, log-likelihoods and posterior of each, as CSV or Parquet.
+    ] = Engine.auto
+    format: Annotated[Format, typer.Option(help="Format of the result files.")] = Format.csv
+    id_from: Annotated[IdFrom, typer.Option(help="hash: rows hold a hash in place of the path.")] = (
+        IdFrom.relpath
+    )
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the inputs, load the model, write nothing.")
+    ] = False
 
-    Every input gets a row, one that cannot be used with the reason. Where a manifest knows labels, the accuracy is printed.
 
-    Exit codes: 0 all inputs were classified; 3 finished, with error rows; 1 the run failed (what it had done stays: --resume);
-    2 wrong usage or bad input.
+@takes(ClassifyCommand)
+def classify(options: ClassifyCommand) -> None:
+    """Classify scans by likelihood: status, prediction, log-likelihoods, posterior, as CSV or Parquet.
+
+    Every input gets a row, one that cannot be used with the reason. Where a manifest knows labels, the
+    accuracy is printed.
+
+    Exit codes: 0 all inputs were classified; 3 finished, with error rows; 1 the run failed (what it had done
+    stays: --resume); 2 wrong usage or bad input.
 
     Example: `fastflow classify archive/manifest.csv --split test --model model --out results`
     """
-    # Before torch is loaded: threads that spin while they wait take the cores from the processes that read files.
+    # It is set before torch is loaded: threads that spin while they wait take cores from readers.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fastflow.archive.classify import classify as run
     from fastflow.archive.classify import describe, parse_prior, plan
 
-    sources = inputs or []
-    if not sources and manifest is None:
+    sources = options.inputs or []
+    if not sources and options.manifest is None:
         fail("nothing to classify: give INPUTS or --manifest", USAGE)
-    if dry_run:
-        found = plan(sources, model, manifest=manifest, split=split, shard=shard, slices=slices, engine=engine.value)
+    if options.dry_run:
+        found = plan(
+            sources,
+            options.model,
+            manifest=options.manifest,
+            split=options.split,
+            shard=options.shard,
+            slices=options.slices,
+            engine=options.engine.value,
+        )
         typer.echo(f"{found.total} inputs, {found.bytes / 1e6:.1f} MB, {found.missing} of them no file")
         typer.echo(", ".join(f"{kind} {count}" for kind, count in found.kinds.items()))
-        typer.echo(f"classes {', '.join(found.class_names)}; slices {found.slices}; nothing was read or written")
+        typer.echo(
+            f"classes {', '.join(found.class_names)}; slices {found.slices}; nothing was read or written"
+        )
         for path in found.first:
             typer.echo(f"  {path}")
         return
     with run_progress("classifying") as progress:
         summary = run(
             sources,
-            model,
-            out,
-            parse_prior(prior),
-            batch_size,
-            workers,
-            device.value,
-            split,
-            progress,
-            precision.value,
-            engine.value,
-            manifest=manifest,
-            shard=shard,
-            resume=resume,
-            retry_failed=retry_failed,
-            overwrite=overwrite,
-            on_error=on_error.value,
-            max_errors=max_errors,
-            format=format.value,
-            id_from=id_from.value,
-            slices=slices,
-            combine=combine.value,
+            options.model,
+            options.out,
+            prior=parse_prior(options.prior),
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device.value,
+            split=options.split,
+            progress=progress,
+            precision=options.precision.value,
+            engine=options.engine.value,
+            manifest=options.manifest,
+            shard=options.shard,
+            resume=options.resume,
+            retry_failed=options.retry_failed,
+            overwrite=options.overwrite,
+            on_error=options.on_error.value,
+            max_errors=options.max_errors,
+            format=options.format.value,
+            id_from=options.id_from.value,
+            slices=options.slices,
+            combine=options.combine.value,
         )
     typer.echo(describe(summary))
     for error in summary.errors:

@@ -13,14 +13,19 @@ from fastflow.data.slices import load_image
 
 
 @pytest.fixture(scope="module")
-def slice_(scans: Path, model_folder: Path) -> np.ndarray:
-    preprocess = Preprocess.from_dict(MagicFlow.load(model_folder).metadata["preprocess"])
+def model(model_folder: Path) -> MagicFlow:
+    return MagicFlow.load(model_folder)
+
+
+@pytest.fixture(scope="module")
+def slice_(scans: Path, model: MagicFlow) -> np.ndarray:
+    preprocess = Preprocess.from_dict(model.metadata["preprocess"])
     return load_image(str(scans / "striped/sub-103_T1w.nii.gz"), preprocess)[1]
 
 
 @pytest.mark.parametrize("label", [None, 0, 1])
-def test_maps_sum_to_what_they_explain(slice_: np.ndarray, model_folder: Path, label: int | None) -> None:
-    explanation = explain_slice(MagicFlow.load(model_folder), slice_, label)
+def test_maps_sum_to_what_they_explain(slice_: np.ndarray, model: MagicFlow, label: int | None) -> None:
+    explanation = explain_slice(model, slice_, label)
     log_probs = explanation.log_probs
     assert explanation.label == (log_probs.argmax() if label is None else label)
     assert explanation.rival == 1 - explanation.label
@@ -31,8 +36,9 @@ def test_maps_sum_to_what_they_explain(slice_: np.ndarray, model_folder: Path, l
     assert explanation.attribution.shape == (16, 16)
 
 
-def test_bad_arguments_are_named(slice_: np.ndarray, model_folder: Path, tmp_path: Path) -> None:
-    model = MagicFlow.load(model_folder)
+def test_bad_arguments_are_named(
+    slice_: np.ndarray, model: MagicFlow, model_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"image must be \(1, 16, 16\) uint8"):
         explain_slice(model, slice_[:, :8])
     with pytest.raises(ValueError, match="label must lie in 0 to 1, got 2"):

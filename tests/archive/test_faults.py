@@ -1,4 +1,4 @@
-"""A tree full of everything that archives hold by accident: one row each, a stable code, and no effect on any other row."""
+"""A tree full of what archives hold by accident: one row each, a stable code, no effect on any other row."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import resource
+import struct
 import subprocess
 import sys
 import zlib
@@ -17,11 +18,15 @@ import numpy as np
 import pytest
 
 from fastflow.archive.classify import classify
-from fastflow.archive.shards import read_results
+from fastflow.archive.results import read_results
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
-# Above a run over the good files alone. A reader may hold some chunks and a slice; what the bombs promise is 512 MiB.
+# Memory above that of a run over the good files alone. A reader may hold some chunks and a slice; the bombs
+# promise 512 MiB.
 BOUND = 64 << 20
+GOOD = 7
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -40,10 +45,15 @@ def with_bytes(content: bytes, at: int, new: bytes) -> bytes:
 
 
 def zeros(size: int) -> bytes:
-    """A gzip member of so many zero bytes, made without holding them."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    """A gzip member of so many zero bytes, made without holding them: all MiBs are packed alike."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = bytes(1 << 20)
-    return b"".join(packer.compress(block) for _ in range(size >> 20)) + packer.flush()
+    packed = packer.compress(block) + packer.flush(zlib.Z_FULL_FLUSH)
+    crc = 0
+    for _ in range(size >> 20):
+        crc = zlib.crc32(block, crc)
+    header = b"\x1f\x8b\x08\0\0\0\0\0\x02\xff"
+    return header + packed * (size >> 20) + packer.flush() + struct.pack("<II", crc, size)
 
 
 def conflict(data: np.ndarray) -> bytes:
@@ -73,7 +83,10 @@ def faults(root: Path, good: bytes) -> dict[str, set[str]]:
         "text.nii.gz": (b"not a scan", {"crc", "truncated"}),
         "text.nii": (b"not a scan", {"header"}),
         "bomb.nii.gz": (gzip.compress(plain[:352]) + bomb, {"too_long"}),
-        "promised_bomb.nii.gz": (gzip.compress(with_bytes(plain, 40, promise)[:352]) + bomb, {"grid_mismatch"}),
+        "promised_bomb.nii.gz": (
+            gzip.compress(with_bytes(plain, 40, promise)[:352]) + bomb,
+            {"grid_mismatch"},
+        ),
         "huge.nii.gz": (gzip.compress(with_bytes(plain, 40, dims)), {"too_large"}),
         "huge.nii": (with_bytes(plain, 40, dims), {"too_large"}),
         "nan.nii.gz": (gzip.compress(image(nan)), {"non_finite"}),
@@ -121,7 +134,8 @@ def trees(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """(good scans alone, good scans among faults, codes of the faults)."""
     root = tmp_path_factory.mktemp("trees")
     for tree in ("good", "mixed"):
-        for i, path in enumerate(sorted(scans.rglob("*.nii.gz"))):
+        # The good ones alone are fewer than a pool of readers is started for.
+        for i, path in enumerate(sorted(scans.rglob("*.nii.gz"))[:GOOD]):
             target = root / tree / f"sub-{i:03d}.nii.gz"
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
@@ -137,14 +151,20 @@ def written(name: str) -> str:
 
 @pytest.mark.parametrize(("workers", "format"), [(1, "csv"), (2, "parquet")])
 def test_every_file_is_answered_and_moves_no_other(
-    trees: tuple[Path, Path, dict[str, set[str]]], model_folder: Path, tmp_path: Path, workers: int, format: str
+    trees: tuple[Path, Path, dict[str, set[str]]],
+    model_folder: Path,
+    tmp_path: Path,
+    workers: int,
+    format: str,
 ) -> None:
     good, mixed, expected = trees
     classify([good], model_folder, tmp_path / "good", batch_size=7, format=format)
-    summary = classify([mixed], model_folder, tmp_path / "mixed", batch_size=7, workers=workers, format=format)
+    summary = classify(
+        [mixed], model_folder, tmp_path / "mixed", batch_size=7, workers=workers, format=format
+    )
     rows = rows_of(tmp_path / "mixed")
     by_name = {row["path"]: row for row in rows}
-    assert len(rows) == len(by_name) == 20 + len(expected) == summary.total
+    assert len(rows) == len(by_name) == GOOD + len(expected) == summary.total
     alone = rows_of(tmp_path / "good")
     assert [by_name[row["path"]] for row in alone] == alone
     for name, codes in expected.items():
@@ -170,18 +190,23 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_faults_take_no_memory(trees: tuple[Path, Path, dict[str, set[str]]], model_folder: Path, tmp_path: Path) -> None:
+def test_faults_take_no_memory(
+    trees: tuple[Path, Path, dict[str, set[str]]], scans: Path, model_folder: Path, tmp_path: Path
+) -> None:
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
     peaks = []
-    for tree in trees[:2]:
+    # Both are read by a pool.
+    for tree in (scans, trees[1]):
         command = [sys.executable, str(script), str(tree), str(model_folder), str(tmp_path / tree.name)]
         peaks.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     for alone, mixed in zip(*peaks, strict=True):
         assert (mixed - alone) * 1024 < BOUND, peaks
 
 
-def test_as_many_open_files_after_a_run_as_before(trees: tuple[Path, Path, Any], model_folder: Path, tmp_path: Path) -> None:
+def test_as_many_open_files_after_a_run_as_before(
+    trees: tuple[Path, Path, Any], model_folder: Path, tmp_path: Path
+) -> None:
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))
 
@@ -196,7 +221,11 @@ def test_as_many_open_files_after_a_run_as_before(trees: tuple[Path, Path, Any],
 def test_manifests_name_what_is_not_there(scans: Path, model_folder: Path, tmp_path: Path, kind: str) -> None:
     good = sorted(scans.rglob("*.nii.gz"))[0]
     lines = [str(good), str(tmp_path / "gone.nii"), str(tmp_path), str(good)]
-    content = "path\n" + "\n".join(lines) if kind == "csv" else "\n".join(json.dumps({"path": line}) for line in lines)
+    content = (
+        "path\n" + "\n".join(lines)
+        if kind == "csv"
+        else "\n".join(json.dumps({"path": line}) for line in lines)
+    )
     (tmp_path / f"m.{kind}").write_text(content + "\n")
     summary = classify([], model_folder, tmp_path / "r", manifest=tmp_path / f"m.{kind}")
     assert [row["error_code"] for row in rows_of(tmp_path / "r")] == ["", "missing", "unsupported_format", ""]

@@ -15,7 +15,9 @@ FRACTIONS = {"train": 0.6, "val": 0.2, "test": 0.2}
 def test_folder_becomes_a_manifest_split_by_subject(scans: Path, tmp_path: Path) -> None:
     written = index_archive(scans, tmp_path / "m.jsonl", FRACTIONS)
     records = read_manifest(tmp_path / "m.jsonl")
-    assert [(r.label, r.subject, r.split) for r in records] == [(r.label, r.subject, r.split) for r in written]
+    assert [(r.label, r.subject, r.split) for r in records] == [
+        (r.label, r.subject, r.split) for r in written
+    ]
     counts = {
         (label, split): sum(r.label == label and r.split == split for r in records)
         for label in ("flat", "striped")
@@ -29,11 +31,16 @@ def test_splits_that_are_there_stay_unless_asked(scans: Path, tmp_path: Path) ->
     records = [dataclasses.replace(r, split="train") for r in index_folder(scans)]
     write_manifest(records, tmp_path / "m.csv")
     assert {r.split for r in index_archive(tmp_path / "m.csv", tmp_path / "n.csv", FRACTIONS)} == {"train"}
-    assert {r.split for r in index_archive(tmp_path / "m.csv", tmp_path / "n.csv", FRACTIONS, resplit=True)} == set(FRACTIONS)
+    assert {
+        r.split for r in index_archive(tmp_path / "m.csv", tmp_path / "n.csv", FRACTIONS, resplit=True)
+    } == set(FRACTIONS)
 
 
 def test_subject_in_two_splits_is_refused(scans: Path, tmp_path: Path) -> None:
-    records = [dataclasses.replace(r, subject="sub-1", split="train" if i else "test") for i, r in enumerate(index_folder(scans))]
+    records = [
+        dataclasses.replace(r, subject="sub-1", split="train" if i else "test")
+        for i, r in enumerate(index_folder(scans))
+    ]
     write_manifest(records, tmp_path / "m.csv")
     with pytest.raises(ManifestError, match="subject 'sub-1' is in the splits 'test'"):
         index_archive(tmp_path / "m.csv", tmp_path / "n.csv", FRACTIONS)
@@ -41,7 +48,9 @@ def test_subject_in_two_splits_is_refused(scans: Path, tmp_path: Path) -> None:
 
 
 def test_half_assigned_splits_are_refused(scans: Path, tmp_path: Path) -> None:
-    records = [dataclasses.replace(r, split="train" if i else None) for i, r in enumerate(index_folder(scans))]
+    records = [
+        dataclasses.replace(r, split="train" if i else None) for i, r in enumerate(index_folder(scans))
+    ]
     write_manifest(records, tmp_path / "m.csv")
     with pytest.raises(ManifestError, match=r"sub-000_T1w\.nii\.gz has no split"):
         index_archive(tmp_path / "m.csv", tmp_path / "n.csv", FRACTIONS)

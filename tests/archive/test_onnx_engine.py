@@ -15,15 +15,14 @@ from typer.testing import CliRunner
 
 pytest.importorskip("onnxruntime")
 
-from fastflow.export.runtime import OnnxScorer
-
 from fastflow.archive.classify import classify, plan
 from fastflow.archive.journal import Journal
-from fastflow.archive.shards import read_results
+from fastflow.archive.results import read_results
 from fastflow.cli.main import app
 from fastflow.data.preprocess import Preprocess, to_unit_range
 from fastflow.data.slices import load_image
 from fastflow.errors import ExportError, RunStoppedError
+from fastflow.runtime.scorer import OnnxScorer
 from tests.export.handmade import CLASSES, PREPROCESS, expected, write_export
 
 
@@ -57,27 +56,34 @@ def test_rows_are_what_the_graph_says(scans: Path, export_folder: Path, tmp_path
     assert summary.class_names == CLASSES
 
 
-def test_the_folder_says_what_was_done(scans: Path, tmp_path: Path) -> None:
+def test_the_folder_says_what_was_done(few_scans: Path, tmp_path: Path) -> None:
     folder = write_export(tmp_path / "export", precision="mixed", prior=[0.8, 0.2])
-    classify([scans / "flat"], folder, tmp_path / "r", engine="onnx")
+    classify([few_scans / "flat"], folder, tmp_path / "r", engine="onnx")
     run, summary = (json.loads((tmp_path / "r" / name).read_text()) for name in ("run.json", "summary.json"))
     assert run["model_hash"] == hashlib.sha256((folder / "export.json").read_bytes()).hexdigest()[:16]
     # As with a model, no prior is a uniform one; the precision is the export's.
-    assert (run["prior"], run["precision"], run["temperature"], run["class_names"]) == (None, "mixed", 5.0, list(CLASSES))
+    assert (run["prior"], run["precision"], run["temperature"], run["class_names"]) == (
+        None,
+        "mixed",
+        5.0,
+        list(CLASSES),
+    )
     assert (summary["configuration"]["engine"], summary["configuration"]["device"]) == ("onnx", "cpu")
     assert set(summary["versions"]) == {"fastflow", "python", "numpy", "nibabel", "onnxruntime"}
     assert {row["model_hash"] for row in read_results(tmp_path / "r")} == {run["model_hash"]}
 
 
-def test_a_run_that_was_stopped_goes_on_and_no_bit_depends_on_batches(scans: Path, export_folder: Path, tmp_path: Path) -> None:
-    inputs = [scans / "striped", tmp_path / "nowhere.nii", scans / "flat"]
+def test_a_run_that_was_stopped_goes_on_and_no_bit_depends_on_batches(
+    few_scans: Path, export_folder: Path, tmp_path: Path
+) -> None:
+    inputs = [few_scans / "striped", tmp_path / "nowhere.nii", few_scans / "flat"]
     classify(inputs, export_folder, tmp_path / "whole", engine="onnx", batch_size=16)
     with pytest.raises(RunStoppedError, match=r"nowhere\.nii: there is no such file"):
         classify(inputs, export_folder, tmp_path / "r", engine="onnx", batch_size=7, on_error="fail")
     stopped = journal(tmp_path / "r")
-    assert 0 < len(stopped) < 21
+    assert 0 < len(stopped) < 7
     summary = classify(inputs, export_folder, tmp_path / "r", engine="onnx", batch_size=7, resume=True)
-    assert (summary.total, summary.new, summary.failed) == (21, 21 - len(stopped), 1)
+    assert (summary.total, summary.new, summary.failed) == (7, 7 - len(stopped), 1)
     assert journal(tmp_path / "r")[: len(stopped)] == stopped
     assert journal(tmp_path / "r") == journal(tmp_path / "whole")
 
@@ -98,7 +104,7 @@ def test_images_that_go_one_by_one_are_not_filled_up_to_a_batch(
     assert seen == [6, 3]
     # On CUDA the place in a pass may matter, and with it whatever else is in the batch.
     seen.clear()
-    monkeypatch.setattr("fastflow.export.runtime.BUCKETS", {"cpu": (1, 4)})
+    monkeypatch.setattr("fastflow.runtime.scorer.BUCKETS", {"cpu": (1, 4)})
     classify(files, export_folder, tmp_path / "filled", engine="onnx", batch_size=7)
     assert seen == [7, 7]
 
@@ -121,7 +127,8 @@ def test_what_does_not_fit_is_told_before_a_folder_is_made(
     with pytest.raises(ExportError, match=r"is not an export folder: no export\.json in it"):
         run(model_folder)
     with pytest.raises(
-        ValueError, match=r"precision 'mixed' was asked for, but .* was exported in float32: export the model with"
+        ValueError,
+        match=r"precision 'mixed' was asked for, but .* was exported in float32: export the model with",
     ):
         run(export_folder, precision="mixed")
     with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'tpu'"):
@@ -140,14 +147,14 @@ def test_what_does_not_fit_is_told_before_a_folder_is_made(
 
 
 def test_an_engine_that_gives_up_stops_the_run(
-    scans: Path, export_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_scans: Path, export_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(scorer: OnnxScorer, images: np.ndarray) -> np.ndarray:
         raise RuntimeError("ONNX Runtime cannot score 7 images: node failed")
 
     monkeypatch.setattr(OnnxScorer, "run", fail)
     with pytest.raises(RunStoppedError, match=r"node failed\. The rows so far are kept; --resume goes on"):
-        classify([scans], export_folder, tmp_path / "r", engine="onnx")
+        classify([few_scans], export_folder, tmp_path / "r", engine="onnx")
     assert json.loads((tmp_path / "r/summary.json").read_text())["state"] == "stopped"
 
 
@@ -158,38 +165,68 @@ def test_a_plan_reads_the_export(scans: Path, export_folder: Path, model_folder:
         plan([scans], model_folder, engine="onnx")
 
 
-def test_the_command(scans: Path, export_folder: Path, tmp_path: Path) -> None:
-    arguments = ["classify", str(scans), "-m", str(export_folder), "-o", str(tmp_path / "r"), "--engine", "onnx"]
+def test_the_command(few_scans: Path, export_folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        "classify",
+        str(few_scans),
+        "-m",
+        str(export_folder),
+        "-o",
+        str(tmp_path / "r"),
+        "--engine",
+        "onnx",
+    ]
     planned = CliRunner().invoke(app, [*arguments, "--dry-run"])
     assert planned.exit_code == 0 and "classes flat, striped; slices center+-1" in planned.stdout
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0 and "20 inputs, 20 classified, 0 failed" in result.stdout
+    assert result.exit_code == 0 and "6 inputs, 6 classified, 0 failed" in result.stdout
     refused = CliRunner().invoke(app, [*arguments, "--precision", "mixed", "--overwrite"])
     assert refused.exit_code == 2 and "was exported in float32" in " ".join(refused.stderr.split())
 
 
+# Its workers, which are spawned, refuse too.
+WITHOUT_TORCH = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "triton"):
+            raise ImportError("blocked: " + name)
+
+sys.meta_path.insert(0, Refuse())
+from fastflow.cli.main import run
+
+if __name__ == "__main__":
+    for command in json.loads(sys.argv[1]):
+        sys.argv[1:] = command
+        try:
+            run()
+        except SystemExit as end:
+            print("exit code", end.code)
+"""
+
+
 def test_it_does_not_need_torch(scans: Path, export_folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys\nclass Refuse:\n    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'triton'):\n            raise ImportError('blocked: ' + name)\n"
-        "sys.meta_path.insert(0, Refuse())\nfrom fastflow.cli.main import run\nif __name__ == '__main__':\n    run()\n"
-    )
     script = tmp_path / "without.py"
-    script.write_text(code)
-    command = [sys.executable, script, "classify", scans, "-m", export_folder, "-o", tmp_path / "r", "--workers", "2"]
-    done = subprocess.run([*map(str, command), "--engine", "onnx"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert len(rows_of(tmp_path / "r")) == 20
-    other = subprocess.run([*map(str, command), "--overwrite"], capture_output=True, text=True, timeout=120)
-    assert other.returncode != 0 and "blocked: torch" in other.stderr
+    script.write_text(WITHOUT_TORCH)
+    command = ["classify", scans / "flat", "-m", export_folder, "-o", tmp_path / "r", "--workers", "1"]
+    commands = [[*map(str, command), *options] for options in (["--engine", "onnx"], ["--overwrite"])]
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(commands)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.count("exit code 0") == 1, done.stderr
+    assert len(rows_of(tmp_path / "r")) == 10
+    # The second command asks for a model.
+    assert done.returncode != 0 or "exit code 1" in done.stdout
+    assert "blocked: torch" in done.stderr
 
 
 @pytest.mark.slow
-def test_rows_agree_with_those_of_the_model(scans: Path, model_folder: Path, tmp_path: Path) -> None:
-    onnx = pytest.importorskip("fastflow.export.onnx")
-    onnx.export_onnx(model_folder, tmp_path / "export", graphs=["score"], check=False)
+def test_rows_agree_with_those_of_the_model(
+    scans: Path, model_folder: Path, exported: Path, tmp_path: Path
+) -> None:
     classify([scans], model_folder, tmp_path / "torch", prior=[0.6, 0.4])
-    classify([scans], tmp_path / "export", tmp_path / "onnx", prior=[0.6, 0.4], engine="onnx")
+    classify([scans], exported, tmp_path / "onnx", prior=[0.6, 0.4], engine="onnx")
     pairs = list(zip(rows_of(tmp_path / "torch"), rows_of(tmp_path / "onnx"), strict=True))
     assert len(pairs) == 20
     for model, export in pairs:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from fastflow import MagicFlow
-from fastflow.archive.classify import Clock, Scored, classify, preprocess_of
+from fastflow.archive.batches import ScoredInput, Timings
+from fastflow.archive.classify import classify, preprocess_of
 from fastflow.archive.inputs import Item
 from fastflow.archive.journal import Journal
-from fastflow.archive.shards import read_results
+from fastflow.archive.results import read_results
 from fastflow.data.preprocess import Preprocess
 from fastflow.errors import RunStoppedError, VolumeError
 
@@ -41,7 +42,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "deadly.py").write_text(DEADLY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        )
         patch.syspath_prepend(str(folder))
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
         yield folder
@@ -70,8 +73,9 @@ def test_rows_of_a_run_that_was_stopped_and_resumed_are_those_of_the_local_engin
     shutil.copy(good[1], os.fsencode("scans/striped/") + b"bad\xff.nii.gz")
     inputs = ["scans/striped", "nowhere.nii", "scans/flat"]
     classify(inputs, model_folder, "local", batch_size=7)
-    monkeypatch.setattr(module, "TASK", (4, 512))
-    monkeypatch.setattr(module, "BLOCK", (12, 24))
+    monkeypatch.setattr(module, "MAX_TASK_INPUTS", 4)
+    monkeypatch.setattr(module, "FIRST_BLOCK_INPUTS", 12)
+    monkeypatch.setattr(module, "MAX_BLOCK_INPUTS", 24)
     before = {name: os.environ.get(name) for name in ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL")}
     with pytest.raises(RunStoppedError, match=r"nowhere\.nii: there is no such file"):
         classify(inputs, model_folder, "ray", batch_size=7, engine="ray", on_error="fail")
@@ -91,15 +95,23 @@ def test_rows_of_a_run_that_was_stopped_and_resumed_are_those_of_the_local_engin
 
 
 def rows_of(
-    model_folder: Path, preprocess: Preprocess, files: list[Path], folder: Path | None = None, **options: object
-) -> list[Scored]:
+    model_folder: Path,
+    preprocess: Preprocess,
+    files: list[Path],
+    folder: Path | None = None,
+    **options: object,
+) -> list[ScoredInput]:
     arguments = {"batch_size": 64, "workers": 1, "precision": "float32", "device": "cpu"} | options
     run = module.ray_runner(folder or model_folder, preprocess, **arguments)
-    return [row for batch in run(iter([Item(str(file), file.name) for file in files]), Clock()) for row in batch]
+    return [
+        row for batch in run(iter([Item(str(file), file.name) for file in files]), Timings()) for row in batch
+    ]
 
 
 @pytest.mark.slow
-def test_a_file_that_kills_the_process_that_reads_it_costs_its_row(cluster: Path, scans: Path, model_folder: Path) -> None:
+def test_a_file_that_kills_the_process_that_reads_it_costs_its_row(
+    cluster: Path, scans: Path, model_folder: Path
+) -> None:
     import deadly
 
     own = preprocess_of(MagicFlow.load(model_folder))
@@ -111,10 +123,14 @@ def test_a_file_that_kills_the_process_that_reads_it_costs_its_row(cluster: Path
 
 
 @pytest.mark.slow
-def test_what_actors_cannot_do_is_told_in_one_line(cluster: Path, scans: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_what_actors_cannot_do_is_told_in_one_line(
+    cluster: Path, scans: Path, model_folder: Path, tmp_path: Path
+) -> None:
     own = preprocess_of(MagicFlow.load(model_folder))
     files = sorted(scans.rglob("*.nii.gz"))[:2]
-    with pytest.raises(RunStoppedError, match=r"not a model folder: no such folder\. The rows so far are kept") as caught:
+    with pytest.raises(
+        RunStoppedError, match=r"not a model folder: no such folder\. The rows so far are kept"
+    ) as caught:
         rows_of(model_folder, own, files, tmp_path / "gone")
     assert "\n" not in str(caught.value)
 
@@ -123,7 +139,8 @@ OWN_RAY = """
 import os, signal, sys
 import ray
 from fastflow import MagicFlow
-from fastflow.archive.classify import Clock, preprocess_of
+from fastflow.archive.batches import Timings
+from fastflow.archive.classify import preprocess_of
 from fastflow.archive.inputs import Item
 from fastflow.archive.ray_runner import ray_runner
 
@@ -131,7 +148,7 @@ if __name__ == "__main__":
     model, *files = sys.argv[1:]
     before = dict(os.environ), signal.getsignal(signal.SIGTERM)
     run = ray_runner(model, preprocess_of(MagicFlow.load(model)), 4, 1, "float32", "cpu")
-    batches = run((Item(file, file) for file in files), Clock())
+    batches = run((Item(file, file) for file in files), Timings())
     rows = next(batches)
     assert ray.is_initialized() and signal.getsignal(signal.SIGTERM) == before[1]
     assert ray.cluster_resources()["CPU"] == 2
@@ -159,8 +176,11 @@ def test_tasks_are_whole_batches_of_the_local_engine(monkeypatch: pytest.MonkeyP
     items = [Item(name, name) for name in names]
 
     def tasks(slices: str, inputs: int) -> list[list[str]]:
-        monkeypatch.setattr(module, "TASK", (inputs, 512))
-        return [[item.name for item in task] for task in module._tasks(iter(items), Preprocess((16, 16), slices), 5)]
+        monkeypatch.setattr(module, "MAX_TASK_INPUTS", inputs)
+        return [
+            [item.name for item in task]
+            for task in module._tasks(iter(items), Preprocess((16, 16), slices), 5)
+        ]
 
     assert tasks("center+-1", 1) == [["a.nii", "b.PNG", "c.png"], ["d.nii.gz"], ["e.nii", "f.png"]]
     assert tasks("center+-1", 4) == [["a.nii", "b.PNG", "c.png", "d.nii.gz"], ["e.nii", "f.png"]]
@@ -170,7 +190,8 @@ def test_tasks_are_whole_batches_of_the_local_engine(monkeypatch: pytest.MonkeyP
 
 
 def test_blocks_grow_and_are_taken_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", (2, 6))
+    monkeypatch.setattr(module, "FIRST_BLOCK_INPUTS", 2)
+    monkeypatch.setattr(module, "MAX_BLOCK_INPUTS", 6)
     taken = []
 
     def items() -> Iterator[Item]:
@@ -178,14 +199,17 @@ def test_blocks_grow_and_are_taken_one_at_a_time(monkeypatch: pytest.MonkeyPatch
             taken.append(i)
             yield Item(f"{i}.png", f"{i}.png")
 
-    monkeypatch.setattr(module, "TASK", (1, 1))
+    monkeypatch.setattr(module, "MAX_TASK_INPUTS", 1)
+    monkeypatch.setattr(module, "MAX_TASK_SLICES", 1)
     blocks = module._blocks(module._tasks(items(), Preprocess((16, 16)), 1))
     assert len(next(blocks)) == 2
     assert len(taken) <= 3
     assert [len(block) for block in blocks] == [4, 6, 6, 2]
 
 
-def test_without_ray_nothing_is_begun(scans: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_nothing_is_begun(
+    scans: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="precision must be one of float32, mixed, got 'half'"):
         classify([scans], model_folder, tmp_path / "r", engine="ray", precision="half")
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -1,0 +1,200 @@
+"""The rows of a run: their settings, and how log-likelihoods become a row. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastflow.archive.batches import ScoredInput
+from fastflow.archive.journal import Row
+from fastflow.archive.options import RunOptions
+from fastflow.archive.scorers import Export
+from fastflow.data.preprocess import GREY_LEVEL, Preprocess
+from fastflow.decision import ATYPICAL, NOT_FINITE, DecisionRule, check_prior, decide
+from fastflow.errors import FastflowError, VolumeError
+
+if TYPE_CHECKING:
+    from fastflow.models.magic_flow import MagicFlow
+
+STATUSES = ("ok", "flagged", "error")
+
+# Codes of rows beside those of `fastflow.data.volume`: errors first, then the flag.
+CODES = {
+    "likelihood": NOT_FINITE,
+    "worker": "the process that was reading the file died",
+    "timeout": "the file could not be read in time",
+    "atypical": f"the typicality p-value is below {ATYPICAL}: "
+    "the image is unlike the model's validation data",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings that a run's rows depend on, beside the files. A run is only resumed with equal ones.
+
+    Attributes:
+        model_hash: of the model's ``config.json``, which names the hash of its weights.
+        class_names: K names.
+        temperature: of the posterior.
+        prior: (K,) probabilities, None for uniform ones.
+        preprocess: the model's, with this run's slices.
+        combine: ``"sum"`` or ``"mean"`` of the slices' log-likelihoods.
+        id_from: see `Item.id`.
+        dims: D, elements of an image.
+        validation: sorted log-likelihoods a slice of validation volumes under their predicted label, None
+            where unknown.
+    """
+
+    model_hash: str
+    class_names: tuple[str, ...]
+    temperature: float
+    prior: tuple[float, ...] | None
+    preprocess: Preprocess
+    combine: str
+    id_from: str
+    dims: int
+    validation: tuple[float, ...] | None
+
+    @property
+    def rule(self) -> DecisionRule:
+        """How log-likelihoods become a decision."""
+        return DecisionRule(self.temperature, self.prior, self.combine, self.validation)
+
+    @property
+    def constant(self) -> dict[str, Any]:
+        """Columns that are the same in every row."""
+        prior = "uniform" if self.prior is None else " ".join(f"{p:.10g}" for p in self.prior)
+        return {"temperature": self.temperature, "prior": prior, "model_hash": self.model_hash}
+
+
+def make_row(scored: ScoredInput, settings: Settings) -> Row:
+    """The journal's row of an input."""
+    row: Row = {
+        "path": scored.item.id(settings.id_from),
+        "size": scored.size,
+        "mtime_ns": scored.mtime_ns,
+        "label": scored.item.label,
+        "seconds": round(scored.seconds, 6),
+    }
+    if isinstance(scored.result, VolumeError):
+        return row | _error(scored.result.code, scored.result.message)
+    try:
+        decision = decide(scored.result, settings.rule)
+    except FloatingPointError as error:
+        return row | _error("likelihood", str(error))
+    flags = (*scored.flags, *decision.flags)
+    return row | {
+        "status": "flagged" if flags else "ok",
+        "error_code": ";".join(code for code, _ in flags) or None,
+        "error_message": "; ".join(message for _, message in flags) or None,
+        "predicted": settings.class_names[decision.label_index],
+        "margin": decision.margin,
+        "bits_per_dim": -(decision.slice_log_prob / settings.dims + math.log(GREY_LEVEL)) / math.log(2.0),
+        "typicality": decision.typicality,
+        "logp": decision.log_probs.tolist(),
+        "posterior": decision.posterior.tolist(),
+    }
+
+
+def _error(code: str, message: str) -> Row:
+    return {"status": "error", "error_code": code, "error_message": message}
+
+
+# -- the settings of a model or an export --------------------------------------------------------------------
+
+
+def class_names(model: MagicFlow) -> tuple[str, ...]:
+    """The model's class names, or "0" to "K-1"."""
+    return model.config.class_names or tuple(str(k) for k in range(model.config.num_classes))
+
+
+def preprocess_of(model: MagicFlow) -> Preprocess:
+    """How the model's training data were prepared.
+
+    Raises:
+        FastflowError: the model does not know.
+    """
+    if "preprocess" not in model.metadata:
+        raise FastflowError(
+            "the model does not say how its images were prepared: "
+            "set model.metadata['preprocess'] = Preprocess(...).to_dict() and save it again"
+        )
+    return Preprocess.from_dict(model.metadata["preprocess"])
+
+
+def settings_of_model(model: MagicFlow, folder: Path, options: RunOptions) -> Settings:
+    """The settings of a run with a model.
+
+    Args:
+        model: the model.
+        folder: that it was loaded from.
+        options: of the run.
+
+    Raises:
+        FastflowError: the model does not know how images are prepared.
+        ValueError: an option does not fit the model.
+    """
+    from fastflow.models.checkpoint import CONFIG
+
+    validation = model.metadata.get("validation") or {}
+    return _with_options(
+        Settings(
+            _hash_of(folder / CONFIG),
+            class_names(model),
+            model.temperature,
+            None,
+            preprocess_of(model),
+            options.combine,
+            options.id_from,
+            model.config.num_dims,
+            tuple(validation.get("log_prob") or ()),
+        ),
+        validation.get("slices"),
+        options,
+    )
+
+
+def settings_of_export(export: Export, options: RunOptions) -> Settings:
+    """The settings of a run with an export.
+
+    Raises:
+        ExportError: the model does not know how images are prepared.
+        ValueError: an option does not fit the model.
+    """
+    return _with_options(
+        Settings(
+            _hash_of(export.path),
+            export.class_names,
+            export.temperature,
+            None,
+            export.own_preprocess,
+            options.combine,
+            options.id_from,
+            export.dims,
+            export.validation or (),
+        ),
+        export.validation_slices,
+        options,
+    )
+
+
+def _with_options(own: Settings, validation_slices: str | None, options: RunOptions) -> Settings:
+    """The model's own settings with the options' prior and slices."""
+    # A prior of the wrong length must not wait for the first volume.
+    prior = (
+        None if options.prior is None else tuple(check_prior(options.prior, len(own.class_names)).tolist())
+    )
+    preprocess = own.preprocess
+    if options.slices is not None:
+        preprocess = dataclasses.replace(preprocess, slices=options.slices)
+    # Other slices have other likelihoods.
+    comparable = own.validation and validation_slices == preprocess.slices
+    validation = own.validation if comparable else None
+    return dataclasses.replace(own, prior=prior, preprocess=preprocess, validation=validation)
+
+
+def _hash_of(document: Path) -> str:
+    return hashlib.sha256(document.read_bytes()).hexdigest()[:16]
