@@ -1,4 +1,4 @@
-"""fastflow: fused normalizing-flow kernels and MAGIC-Flow, a class-conditional multiscale flow for brain-scan slices.
+"""fastflow: fused normalizing-flow kernels and MAGIC-Flow, a class-conditional flow for brain-scan slices.
 
 Public names are imported on first use, so that `import fastflow` loads neither torch nor Triton.
 """
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 __all__ = ["FlowConfig", "MagicFlow", "__version__", "kernels"]
 
 _HOMES = {"FlowConfig": "fastflow.models.config", "MagicFlow": "fastflow.models.magic_flow"}
-_MODULES = ("archive", "data", "evaluation", "export", "kernels", "models", "training")
+_MODULES = ("archive", "data", "evaluation", "export", "kernels", "models", "runtime", "training")
 
 
 def __getattr__(name: str) -> Any:

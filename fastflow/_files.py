@@ -16,9 +16,10 @@ from fastflow.errors import OutputFolderError
 
 @contextlib.contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
-    """A stream into a temporary file of the same folder (created when missing), which takes the place of `path` at the end.
+    """A stream into a temporary file, which takes the place of `path` at the end.
 
-    Where the body raises, the old file stays and the temporary one goes.
+    The temporary file lies in the same folder, which is created when missing. Where the body raises, the old
+    file stays and the temporary one goes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +28,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
-            # Or a power cut could leave an empty file under the new name.
+            # Without it, a power cut could leave an empty file under the new name.
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -39,7 +40,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: str | PathLike[str]) -> None:
-    """Make names in a folder last, where the file system can."""
+    """Make the names in a folder survive a power cut, where the file system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -55,25 +56,28 @@ def write_bytes(path: str | PathLike[str], content: bytes) -> None:
 
 
 def write_text(path: str | PathLike[str], text: str) -> None:
-    """`write_bytes` of UTF-8 text. What is not valid Unicode (a file name of another encoding) is written as an escape."""
+    """`write_bytes` of UTF-8 text.
+
+    Characters that are not valid Unicode (from a file name of another encoding) are written as escapes.
+    """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 @contextlib.contextmanager
 def replacing_folder(path: str | PathLike[str]) -> Iterator[Path]:
-    """A new folder beside `path`, which takes its place at the end; what was there is gone then.
+    """A new folder beside `path`, which takes its place at the end; the earlier folder is gone then.
 
     Where the body raises, the new folder goes and the old one stays.
 
     Raises:
         OutputFolderError: the new folder cannot be put there.
     """
-    # Renamed is the folder that is meant, not a link to it.
+    # A link is resolved, so that the folder behind it is replaced and not the link.
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        # Of mkdtemp's own folder, another user could read nothing.
+        # The new folder lies inside the one of mkdtemp, which other users could not read.
         new = work / "new"
         new.mkdir()
         yield new
@@ -84,7 +88,7 @@ def replacing_folder(path: str | PathLike[str]) -> Iterator[Path]:
 
 
 def _put(new: Path, path: Path, old: Path) -> None:
-    """Rename a finished folder to its place; what was there is gone at the end, or back where that fails."""
+    """Rename a finished folder to its place; the earlier folder is gone at the end, or back if that fails."""
     occupied = path.exists()
     try:
         if occupied:

@@ -13,7 +13,10 @@ class UninitializedModelError(FastflowError, RuntimeError):
     """A model whose ActNorm layers have not seen data was asked to evaluate, invert or sample."""
 
     def __init__(
-        self, message: str = "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
+        self,
+        message: str = (
+            "the model's ActNorm layers are not initialised: train it, call initialize(x) or load one"
+        ),
     ) -> None:
         super().__init__(message)
 
@@ -39,7 +42,7 @@ class JournalError(FastflowError, RuntimeError):
 
 
 class RunStoppedError(FastflowError, RuntimeError):
-    """A run gave up by its own rules: an error row too many. What it had done stays and can be resumed."""
+    """A run gave up by its own rules: an error row too many. Its results stay, and it can be resumed."""
 
 
 class VolumeError(FastflowError, ValueError):
@@ -47,7 +50,8 @@ class VolumeError(FastflowError, ValueError):
 
     Attributes:
         path: the file.
-        code: a short stable identifier of the reason, such as ``"crc"``; `fastflow.data.volume.ERROR_CODES` lists them.
+        code: a short stable identifier of the reason, such as ``"crc"``; `fastflow.data.volume.ERROR_CODES`
+            lists all.
     """
 
     def __init__(self, path: str | PathLike[str], code: str, message: str) -> None:
@@ -57,12 +61,12 @@ class VolumeError(FastflowError, ValueError):
         super().__init__(f"{self.path}: {message} [{code}]")
 
     def __reduce__(self) -> tuple[type[VolumeError], tuple[str, str, str]]:
-        # The default would rebuild it from the one formatted string and fail in a worker pool.
+        # The default would rebuild the error from its one formatted string and fail in a worker pool.
         return type(self), (self.path, self.code, self.message)
 
 
 class InvalidImageWarning(UserWarning):
-    """Images hold NaN or infinity; what is computed of them is NaN."""
+    """Images hold NaN or infinity; everything that is computed from them is NaN."""
 
 
 class PrecisionWarning(UserWarning):

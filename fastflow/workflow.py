@@ -1,4 +1,4 @@
-"""The main job from end to end: build the demo archive, train, classify held-out scans, write results, metrics and a report."""
+"""The main job from end to end: archive, training, classification of held-out scans, metrics and a report."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ import torch
 
 from fastflow import __version__
 from fastflow._files import write_text
-from fastflow.archive.classify import Summary, classify, pick_device
 from fastflow.archive.classify import class_names as model_class_names
+from fastflow.archive.classify import classify, pick_device
 from fastflow.archive.explain import explain_slice
+from fastflow.archive.results import read_results
 from fastflow.archive.sample import draw
-from fastflow.archive.shards import read_results
+from fastflow.archive.summary import Summary
 from fastflow.archive.train import calibrate
 from fastflow.data.demo import SCANNERS, build_archive
 from fastflow.data.manifest import Record, class_names, write_manifest
@@ -32,13 +33,15 @@ from fastflow.evaluation.classification import HistogramBaseline, classification
 from fastflow.evaluation.report import PROVENANCE, TestSet, write_report
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.training.trainer import EpochRecord, TrainConfig, evaluate_bits_per_dim, middle_slices, train
+from fastflow.training.config import TrainConfig
+from fastflow.training.metrics import evaluate_bits_per_dim, middle_slices
+from fastflow.training.trainer import EpochRecord, train
 
 Notify = Callable[[str, int, int], None]
 
 SAMPLE_TEMPERATURE = 0.7
 
-# The splits of the demo archive that are tests: key in metrics.json, heading, what it tests.
+# These splits of the demo archive are tests; each has a prefix in metrics.json, a heading and a note.
 TESTS = {
     "test": (
         "",
@@ -48,18 +51,19 @@ TESTS = {
     "unseen_head": (
         "unseen_head_",
         "Unseen head",
-        "Everything made from one head that no training subject has any part of. It comes from the same study as one of the "
-        "training heads, so its field of view is known, its anatomy is not.",
+        "Everything made from one head that no training subject has any part of. It comes from the same "
+        "study as one of the training heads, so its field of view is known, its anatomy is not.",
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
-    """What `run_demo` found.
+    """The results of `run_demo`.
 
     Attributes:
-        folder: holds ``archive/``, ``manifest.csv``, ``model/``, ``results/``, ``metrics.json`` and ``report.html``.
+        folder: holds ``archive/``, ``manifest.csv``, ``model/``, ``results/``, ``metrics.json`` and
+            ``report.html``.
         metrics: the content of ``metrics.json``.
         tests: results on each test set.
         summary: of the classification.
@@ -105,7 +109,9 @@ def run_demo(
     say = notify or (lambda stage, done, total: None)
     folder = Path(out)
     device = pick_device(device)
-    records = build_archive(folder / "archive", seed, size, workers, lambda done, total: say("archive", done, total))
+    records = build_archive(
+        folder / "archive", seed, size, workers, lambda done, total: say("archive", done, total)
+    )
     write_manifest(records, folder / "manifest.csv")
     names = class_names(records)
     config = config or FlowConfig.demo(len(names), class_names=names)
@@ -153,7 +159,9 @@ def run_demo(
 def _load_sets(
     records: Sequence[Record], preprocess: Preprocess, names: Sequence[str], workers: int, say: Notify
 ) -> dict[str, SliceSet]:
-    slices, errors = load_slices(records, preprocess, names, workers, lambda done: say("reading", done, len(records)))
+    slices, errors = load_slices(
+        records, preprocess, names, workers, lambda done: say("reading", done, len(records))
+    )
     if errors:
         raise errors[0]
     split = {record.path: record.split for record in records}
@@ -163,7 +171,7 @@ def _load_sets(
     return {name: slices.subset(members) for name, members in volumes.items()}
 
 
-# -- results --------------------------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------
 
 
 def _evaluate(model: MagicFlow, sets: Mapping[str, SliceSet], summary: Summary) -> dict[str, TestSet]:
@@ -205,10 +213,14 @@ def _details(metrics: Mapping[str, float], model: MagicFlow, seed: int, device: 
     return {
         "data": f"{PROVENANCE}: {len(SCANNERS)} scanners",
         "seed": seed,
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
         "seconds until this page": round(metrics["seconds"]),
-        "versions": f"fastflow {__version__}, torch {torch.__version__}, numpy {np.__version__}, nibabel {version('nibabel')}, "
-        f"Python {platform.python_version()}",
+        "versions": (
+            f"fastflow {__version__}, torch {torch.__version__}, numpy {np.__version__}, "
+            f"nibabel {version('nibabel')}, Python {platform.python_version()}"
+        ),
         "epoch that was kept (best validation accuracy)": model.metadata["training"]["kept_epoch"],
         "latent temperature of the generated slices": SAMPLE_TEMPERATURE,
         "flow": model.config.to_dict(),
@@ -216,7 +228,7 @@ def _details(metrics: Mapping[str, float], model: MagicFlow, seed: int, device: 
     }
 
 
-# -- pictures -------------------------------------------------------------------------------------------------------------
+# -- pictures ------------------------------------------------------------------------------------------------
 
 
 def _write_report(
@@ -234,7 +246,10 @@ def _write_report(
     real = np.stack([images[members[:shown], 0] for members in by_class])
     generated = draw(model, range(classes), 3, SAMPLE_TEMPERATURE)[:, :, 0]
     names = model_class_names(model)
-    explanations = [explain_slice(model, images[members[0]], truth=k, name=names[k]) for k, members in enumerate(by_class[:4])]
+    explanations = [
+        explain_slice(model, images[members[0]], truth=k, name=names[k])
+        for k, members in enumerate(by_class[:4])
+    ]
     write_report(
         path,
         list(tests.values()),

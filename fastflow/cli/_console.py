@@ -1,4 +1,7 @@
-"""What commands share: results go to stdout, everything else to stderr; errors become one line and an exit code."""
+"""Output and errors of all commands.
+
+Results go to stdout, everything else to stderr; errors become one line and an exit code.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,22 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from typer.core import TyperGroup
 
 from fastflow.errors import FastflowError, JournalError, RunStoppedError
 
 OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
-# Seconds between two lines about a run's progress where there is no terminal.
-INTERVAL = 30.0
+# So many seconds pass between two lines about a run's progress where there is no terminal.
+PROGRESS_INTERVAL = 30.0
 
 results = Console()
 messages = Console(stderr=True, soft_wrap=True)
@@ -48,13 +59,16 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            fail("interrupted" + ("; --resume goes on" if ctx.invoked_subcommand == "classify" else ""), INTERRUPTED)
+            fail(
+                "interrupted" + ("; --resume goes on" if ctx.invoked_subcommand == "classify" else ""),
+                INTERRUPTED,
+            )
         except (RunStoppedError, JournalError) as error:
             self._give_up(ctx, error, FAILED)
         except (FastflowError, ValueError) as error:
             self._give_up(ctx, error, USAGE)
         except BrokenPipeError:
-            # A closed pipe (`| head`) is typer's to handle, quietly.
+            # Typer handles a closed pipe (`| head`) quietly.
             raise
         except (FloatingPointError, OSError, MemoryError) as error:
             self._give_up(ctx, error, FAILED)
@@ -91,12 +105,19 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def run_progress(description: str) -> Iterator[Callable[[int, int | None, int], None]]:
-    """Progress of a run over an archive on stderr: a bar on a terminal, otherwise a line every 30 s, with rate and time left.
+    """Progress of a run over an archive on stderr, with rate and time left.
+
+    It is a bar on a terminal, and a line every 30 s elsewhere.
 
     Yields a function of (done, total or None, errors).
     """
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")),
+        *(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        ),
         *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
     )
     start = last = time.monotonic()
@@ -107,14 +128,16 @@ def run_progress(description: str) -> Iterator[Callable[[int, int | None, int], 
         def notify(done: int, total: int | None, errors: int) -> None:
             nonlocal last, first
             now = time.monotonic()
-            # What an earlier run had done comes at once and says nothing about the rate.
+            # The results of an earlier run come at once and say nothing about the rate.
             first = done - 1 if first is None else first
             rate = (done - first) / max(now - start, 1e-9)
             failed = f", {errors} failed" if errors else ""
             bar.update(task, completed=done, total=total, rate=f"{rate:.3g}/s{failed}")
-            if not messages.is_terminal and now - last >= INTERVAL:
+            if not messages.is_terminal and now - last >= PROGRESS_INTERVAL:
                 last = now
-                left = "" if total is None else f", about {timedelta(seconds=round((total - done) / rate))} left"
+                left = (
+                    "" if total is None else f", about {timedelta(seconds=round((total - done) / rate))} left"
+                )
                 of = "" if total is None else f" of {total}"
                 messages.print(f"{description}: {done}{of}, {rate:.3g}/s{failed}{left}", highlight=False)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+Options = TypeVar("Options")
+
 
 class Device(StrEnum):
-    """Where the model runs."""
+    """The devices that a model can run on."""
 
     auto = "auto"
     cpu = "cpu"
@@ -18,7 +24,7 @@ class Device(StrEnum):
 
 
 class Precision(StrEnum):
-    """What conditioners compute in."""
+    """The precisions of conditioners."""
 
     float32 = "float32"
     mixed = "mixed"
@@ -30,5 +36,31 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes that read or write 
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 Inputs = Annotated[
     list[Path],
-    typer.Argument(help="Files (.nii, .nii.gz, .png), folders of them, or manifests (.csv, .jsonl).", show_default=False),
+    typer.Argument(
+        help="Files (.nii, .nii.gz, .png), folders of them, or manifests (.csv, .jsonl).", show_default=False
+    ),
 ]
+
+
+def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Turn a function of one dataclass into a command whose arguments and options are the fields."""
+    hints = get_type_hints(options, include_extras=True)
+    parameters = []
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        parameters.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+            )
+        )
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            function(options(**values))
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = hints
+        return command
+
+    return decorate

@@ -21,7 +21,9 @@ def _table(*headers: str) -> Table:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of archive, model, results and report.")] = Path("demo"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of archive, model, results and report.")
+    ] = Path("demo"),
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -35,14 +37,20 @@ def demo(
 
     with stages() as notify:
         result = run_demo(out, seed=seed, device=device.value, notify=notify, on_epoch=print_epoch)
-    table = _table("", "balanced\naccuracy", "histogram\nbalanced", "\naccuracy", "histogram\naccuracy", "\nbits/dim")
+    table = _table(
+        "", "balanced\naccuracy", "histogram\nbalanced", "\naccuracy", "histogram\naccuracy", "\nbits/dim"
+    )
     table.title = "Simulated scanners on real anatomy"
     for test in result.tests:
         pairs = [(test.metrics[key], test.histogram[key]) for key in ("balanced_accuracy", "accuracy")]
-        table.add_row(test.name, *(f"{value:.3f}" for pair in pairs for value in pair), f"{test.bits_per_dim:.3f}")
+        table.add_row(
+            test.name, *(f"{value:.3f}" for pair in pairs for value in pair), f"{test.bits_per_dim:.3f}"
+        )
     recall = _table("recall", *(name for test in result.tests for name in (test.name, "histogram")))
     for name in result.summary.class_names:
-        values = [m["per_class_recall"][name] for test in result.tests for m in (test.metrics, test.histogram)]
+        values = [
+            m["per_class_recall"][name] for test in result.tests for m in (test.metrics, test.histogram)
+        ]
         recall.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
     results.print(table, recall, sep="\n")
     typer.echo(f"{result.metrics['seconds']:.0f} s; see {out / 'report.html'}")

@@ -14,7 +14,7 @@ from fastflow.cli._options import Seed, Workers
 
 
 class Size(StrEnum):
-    """How many volumes."""
+    """The sizes of the demo archive."""
 
     demo = "demo"
     tiny = "tiny"
@@ -28,7 +28,8 @@ def demo_data(
 ) -> None:
     """Write the demo archive: simulated scanners on real anatomy.
 
-    Volumes are .nii.gz files with BIDS names; the manifest has the splits train, val, test (unseen subjects) and unseen_head.
+    Volumes are .nii.gz files with BIDS names; the manifest has the splits train, val, test (unseen subjects)
+    and unseen_head.
 
     Example: `fastflow demo-data archive --seed 1`
     """
@@ -37,4 +38,7 @@ def demo_data(
     with progress_bar("simulating scans") as progress:
         records = build_archive(folder, seed=seed, size=size.value, workers=workers, progress=progress)
     counts = Counter(record.split for record in records)
-    typer.echo(f"{folder / 'manifest.csv'}: {len(records)} volumes, " + ", ".join(f"{n} {split}" for split, n in counts.items()))
+    typer.echo(
+        f"{folder / 'manifest.csv'}: {len(records)} volumes, "
+        + ", ".join(f"{n} {split}" for split, n in counts.items())
+    )

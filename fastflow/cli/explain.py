@@ -15,11 +15,14 @@ def explain(
     inputs: Inputs,
     model: ModelFolder = Path("model"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the maps.")] = Path("explanations"),
-    label: Annotated[str | None, typer.Option(help="Class to explain; the most likely one by default.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Class to explain; the most likely one by default.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Explain only the first so many inputs.")] = None,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Show which pixels the likelihood of a scan comes from, and which of them speak against the strongest rival.
+    """Show which pixels the likelihood of a scan comes from, and which of them speak against the strongest
+    rival.
 
     Writes for the middle slice of each input NAME.png, and NAME.npz with the maps in nats per pixel.
 

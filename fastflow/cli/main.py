@@ -28,7 +28,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Train MAGIC-Flow on an archive of brain scans and classify another by likelihood.
@@ -41,7 +43,8 @@ def main(
         fastflow export model --out deploy
 
     Results go to stdout, progress to stderr. Exit codes: 0 success; 1 the run failed, or inputs of `train` or
-    `explain` did, or an export is not what `verify` expects; 2 wrong usage or bad input; 3 `classify` finished, with error rows.
+    `explain` did, or an export is not what `verify` expects; 2 wrong usage or bad input; 3 `classify`
+    finished, with error rows.
     """
 
 

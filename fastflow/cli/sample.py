@@ -13,9 +13,13 @@ from fastflow.cli._options import Device, DeviceOption, ModelFolder, Seed
 def sample(
     model: ModelFolder = Path("model"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the pictures.")] = Path("samples"),
-    label: Annotated[list[str] | None, typer.Option(help="Class to draw; repeat for several. All by default.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Class to draw; repeat for several. All by default.")
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images per class.")] = 4,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Below 1: smoother, more typical images.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Below 1: smoother, more typical images.")
+    ] = 1.0,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastflow.cli._console import print_epoch, progress_bar, report_errors
-from fastflow.cli._options import Device, DeviceOption, Seed, Workers
+from fastflow.cli._options import Device, DeviceOption, Seed, Workers, takes
 
 
 class Preset(StrEnum):
@@ -22,14 +23,14 @@ class Preset(StrEnum):
 
 
 class Task(StrEnum):
-    """What the conditioner is made for."""
+    """The tasks that a conditioner can be made for."""
 
     classification = "classification"
     generation = "generation"
 
 
 class Objective(StrEnum):
-    """What training minimises."""
+    """The objectives of training."""
 
     likelihood = "likelihood"
     pairwise = "pairwise"
@@ -37,71 +38,106 @@ class Objective(StrEnum):
 
 
 class Augment(StrEnum):
-    """How training images are varied."""
+    """The augmentations of training images."""
 
     paper = "paper"
     shift = "shift"
     none = "none"
 
 
-def train(
-    manifest: Annotated[Path, typer.Argument(help="A .csv or .jsonl manifest with splits, or a folder of split/class/file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Model folder to write.")] = Path("model"),
-    preset: Annotated[Preset, typer.Option(help="Size of the model.")] = Preset.demo,
-    task: Annotated[Task, typer.Option(help="What the model is for.")] = Task.classification,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training slices.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Slices per step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    warmup: Annotated[float | None, typer.Option(min=0.0, help="Epochs of linear warm-up.")] = None,
-    objective: Annotated[Objective | None, typer.Option(help="What to minimise; all but likelihood ask for more passes.")] = None,
-    augment: Annotated[Augment | None, typer.Option(help="How training images are varied.")] = None,
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="Add uniform noise of one grey level in training.")] = False,
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Arguments and options of the command."""
+
+    manifest: Annotated[
+        Path, typer.Argument(help="A .csv or .jsonl manifest with splits, or a folder of split/class/file.")
+    ]
+    out: Annotated[Path, typer.Option("--out", "-o", help="Model folder to write.")] = Path("model")
+    preset: Annotated[Preset, typer.Option(help="Size of the model.")] = Preset.demo
+    task: Annotated[Task, typer.Option(help="What the model is for.")] = Task.classification
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training slices.")] = None
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Slices per step.")] = None
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None
+    warmup: Annotated[float | None, typer.Option(min=0.0, help="Epochs of linear warm-up.")] = None
+    objective: Annotated[
+        Objective | None, typer.Option(help="What to minimise; all but likelihood ask for more passes.")
+    ] = None
+    augment: Annotated[Augment | None, typer.Option(help="How training images are varied.")] = None
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Add uniform noise of one grey level in training.")
+    ] = False
     reversible: Annotated[
-        bool, typer.Option("--reversible", help="Rebuild activations instead of keeping them: less memory, more time.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--reversible", help="Rebuild activations instead of keeping them: less memory, more time."
+        ),
+    ] = False
     condition_from_step: Annotated[
-        int, typer.Option(min=0, help="Steps at the beginning that ignore the label: scoring computes them once for all labels.")
-    ] = 0,
-    slices: Annotated[str, typer.Option(help="Slices of a volume: center, center+-N, center+-N:S or i,j,k.")] = "center",
-    mask: Annotated[Path | None, typer.Option(help="PNG of the application mask; the shipped one by default.")] = None,
-    seed: Seed = 0,
-    workers: Workers = 1,
-    device: DeviceOption = Device.auto,
-) -> None:
+        int,
+        typer.Option(
+            min=0,
+            help="Steps at the beginning that ignore the label: scoring computes them once for all labels.",
+        ),
+    ] = 0
+    slices: Annotated[
+        str, typer.Option(help="Slices of a volume: center, center+-N, center+-N:S or i,j,k.")
+    ] = "center"
+    mask: Annotated[
+        Path | None, typer.Option(help="PNG of the application mask; the shipped one by default.")
+    ] = None
+    seed: Seed = 0
+    workers: Workers = 1
+    device: DeviceOption = Device.auto
+
+
+@takes(TrainOptions)
+def train(options: TrainOptions) -> None:
     """Train a model on the split `train` of an archive; `val` chooses the epoch and calibrates the posterior.
 
-    Options that are not given follow the preset's recipe: that of `fastflow demo` for the demo preset, else the published one.
-    Files that cannot be read are named and left out (exit code 1 at the end).
+    Options that are not given follow the preset's recipe: that of `fastflow demo` for the demo preset, else
+    the published one. Files that cannot be read are named and left out (exit code 1 at the end).
 
     Example: `fastflow train archive/manifest.csv --out model --preset small --epochs 30 --slices center+-6:3`
     """
     from fastflow.archive.train import read_records, recipe, train_on_archive
 
     given = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": lr,
-        "warmup_epochs": warmup,
-        "objective": objective and objective.value,
-        "augment": augment and augment.value,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate": options.lr,
+        "warmup_epochs": options.warmup,
+        "objective": options.objective and options.objective.value,
+        "augment": options.augment and options.augment.value,
     }
-    config = recipe(preset.value, task.value, seed=seed, **{name: value for name, value in given.items() if value is not None})
-    changes: dict[str, Any] = {"task": task.value, "reversible": reversible, "condition_from_step": condition_from_step}
-    changes |= {"dequantize": "uniform"} if dequantize else {}
+    config = recipe(
+        options.preset.value,
+        options.task.value,
+        seed=options.seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    changes: dict[str, Any] = {
+        "task": options.task.value,
+        "reversible": options.reversible,
+        "condition_from_step": options.condition_from_step,
+    }
+    changes |= {"dequantize": "uniform"} if options.dequantize else {}
     with progress_bar("reading volumes") as reading:
         trained = train_on_archive(
-            read_records(manifest),
-            out,
-            preset.value,
-            slices,
+            read_records(options.manifest),
+            options.out,
+            options.preset.value,
+            options.slices,
             config,
             changes,
-            str(mask) if mask else None,
-            workers,
-            device.value,
+            str(options.mask) if options.mask else None,
+            options.workers,
+            options.device.value,
             reading,
             print_epoch,
         )
     last = trained.history[-1]
-    typer.echo(f"{out}: {len(trained.history)} epochs, " + ", ".join(f"{k} {v:.4g}" for k, v in last.items() if "_" in k))
+    typer.echo(
+        f"{options.out}: {len(trained.history)} epochs, "
+        + ", ".join(f"{k} {v:.4g}" for k, v in last.items() if "_" in k)
+    )
     report_errors(trained.errors)

@@ -1,4 +1,4 @@
-"""Headers of NIfTI and MGH files: what they promise is checked against limits before anything of that size is allocated."""
+"""Headers of NIfTI and MGH files, checked against limits before anything of that size is allocated."""
 
 from __future__ import annotations
 
@@ -20,24 +20,37 @@ from fastflow.data._intensity import Scaling
 from fastflow.errors import VolumeError
 
 MAX_VOXELS = 512**3
-# Streams are read in whole planes.
-MAX_PLANE = 2048**2
+# Streams are read in whole planes, so the voxels of one plane are limited too.
+MAX_PLANE_VOXELS = 2048**2
 MAX_FRAMES = 1000
 # Scan parameters and tags follow the voxels of MGH files.
-MAX_FOOTER = 16 << 20
+MAX_FOOTER_BYTES = 16 << 20
+# The limits are an angle in degrees and a distance in mm.
 MAX_OBLIQUITY = 15.0
 MAX_DISAGREEMENT = 2.0
 
 FLAG_CODES = {
-    "oblique": f"the axes lie more than {MAX_OBLIQUITY:g} degrees off the scanner's; slices follow the voxels",
-    "forms_disagree": f"sform and qform place a corner of the volume more than {MAX_DISAGREEMENT:g} mm apart; the sform is used",
+    "oblique": (
+        f"the axes lie more than {MAX_OBLIQUITY:g} degrees off the scanner's; slices follow the voxels"
+    ),
+    "forms_disagree": (
+        f"sform and qform place a corner of the volume more than {MAX_DISAGREEMENT:g} mm apart; "
+        "the sform is used"
+    ),
     "no_orientation": "the header states no orientation; the format's default is assumed",
     "orientation_code": "sform_code or qform_code is none of NIfTI's",
 }
 
 _NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _MGH_HEADER, _MGH_OFFSET = 90, 284
-_PARSING = (HeaderDataError, ValueError, KeyError, ArithmeticError, np.linalg.LinAlgError, orientations.OrientationError)
+_PARSING = (
+    HeaderDataError,
+    ValueError,
+    KeyError,
+    ArithmeticError,
+    np.linalg.LinAlgError,
+    orientations.OrientationError,
+)
 
 
 class Readable(Protocol):
@@ -62,7 +75,7 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file promises, within the limits.
+    """The promises of a file's header, within the limits.
 
     Attributes:
         shape: voxels along the file's axes; the first runs fastest.
@@ -72,7 +85,7 @@ class Header:
         read: bytes of the header that have been read.
         footer: bytes that may follow the voxels in a compressed file.
         scaling: from stored values to intensities.
-        axes: for each of the file's axes, the canonical axis that it is nearest to and its direction, 1 or -1.
+        axes: for each of the file's axes, the nearest canonical axis and the direction along it, 1 or -1.
         affine: (4, 4), voxel indices of the canonical volume to scanner millimetres.
         spacing: voxel size along the canonical axes in mm.
         flags: doubts about the orientation.
@@ -107,7 +120,7 @@ class Header:
         return x, y, z
 
     def file_axis(self, canonical: int) -> int:
-        """The file's axis that is nearest to a canonical one."""
+        """The index of the file's axis that is nearest to a canonical axis."""
         return [axis for axis, _ in self.axes].index(canonical)
 
 
@@ -115,9 +128,13 @@ def read_header(name: str, stream: Readable, max_voxels: int) -> Header:
     """Read and check the header at the beginning of a stream.
 
     Raises:
-        VolumeError: it cannot be parsed, or promises what is refused.
+        VolumeError: the header cannot be parsed, or promises more than is accepted.
     """
-    return _read_mgh(name, stream, max_voxels) if name.endswith((".mgh", ".mgz")) else _read_nifti(name, stream, max_voxels)
+    return (
+        _read_mgh(name, stream, max_voxels)
+        if name.endswith((".mgh", ".mgz"))
+        else _read_nifti(name, stream, max_voxels)
+    )
 
 
 def _read_nifti(name: str, stream: Readable, max_voxels: int) -> Header:
@@ -134,7 +151,9 @@ def _read_nifti(name: str, stream: Readable, max_voxels: int) -> Header:
     except _PARSING as error:
         raise VolumeError(name, "header", f"the header cannot be parsed: {error}") from error
     if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
-        raise VolumeError(name, "header", f"magic is {bytes(header['magic'])!r}, not that of a single-file NIfTI")
+        raise VolumeError(
+            name, "header", f"magic is {bytes(header['magic'])!r}, not that of a single-file NIfTI"
+        )
     count = int(header["dim"][0])
     dims = [int(n) for n in header["dim"][1 : max(1, min(count, 7)) + 1]]
     if not 3 <= count <= 7:
@@ -167,34 +186,48 @@ def _read_mgh(name: str, stream: Readable, max_voxels: int) -> Header:
     dtype = _check_dtype(name, header, "type")
     place = _orient(name, header, shape)
     flags: tuple[Flag, ...] = place[-1]
-    # nibabel has filled in the default, and the flag with it.
+    # nibabel fills in the default orientation and sets the flag, so the stored bytes are looked at.
     if not any(block[28:30]):
         flags = (*flags, Flag("no_orientation", "goodRASFlag is 0; a coronal volume is assumed"))
-    return Header(shape, frames, dtype, _MGH_OFFSET, _MGH_HEADER, MAX_FOOTER, Scaling(), *place[:-1], flags)
+    return Header(
+        shape, frames, dtype, _MGH_OFFSET, _MGH_HEADER, MAX_FOOTER_BYTES, Scaling(), *place[:-1], flags
+    )
 
 
 def is_pet(name: str) -> bool:
-    """Whether a file's name, or its folder's, says in the manner of BIDS that it is a PET series."""
+    """Whether the name of a file or of its folder marks it as a PET series in the manner of BIDS."""
     path = PurePath(name)
     return path.parent.name == "pet" or path.name.split(".")[0].endswith("_pet")
 
 
 def _check_dims(name: str, dims: list[int], max_voxels: int) -> tuple[tuple[int, int, int], int]:
-    """(shape, frames)."""
+    """The (shape, frames) that stored dimensions mean.
+
+    Raises:
+        VolumeError: they are out of the limits.
+    """
     if min(dims) < 1:
         raise VolumeError(name, "dims", f"dimensions are {dims}; three positive ones are accepted")
     shape, frames = (dims[0], dims[1], dims[2]), (dims[3] if len(dims) > 3 else 1)
     if any(n != 1 for n in dims[4:]):
         raise VolumeError(name, "dims", f"dimensions are {dims}; three are accepted, and frames of PET")
     if frames > 1 and not is_pet(name):
-        raise VolumeError(name, "four_dimensional", f"has {frames} frames; only those of PET (..._pet or pet/...) are used")
+        raise VolumeError(
+            name, "four_dimensional", f"has {frames} frames; only those of PET (..._pet or pet/...) are used"
+        )
     voxels = math.prod(dims)
     if voxels > max_voxels:
-        raise VolumeError(name, "too_large", f"the header promises {voxels} voxels; the limit is {max_voxels}")
+        raise VolumeError(
+            name, "too_large", f"the header promises {voxels} voxels; the limit is {max_voxels}"
+        )
     if frames > MAX_FRAMES:
-        raise VolumeError(name, "too_large", f"the header promises {frames} frames; the limit is {MAX_FRAMES}")
-    if shape[0] * shape[1] > MAX_PLANE:
-        raise VolumeError(name, "too_large", f"a plane has {shape[0]} x {shape[1]} voxels; the limit is {MAX_PLANE}")
+        raise VolumeError(
+            name, "too_large", f"the header promises {frames} frames; the limit is {MAX_FRAMES}"
+        )
+    if shape[0] * shape[1] > MAX_PLANE_VOXELS:
+        raise VolumeError(
+            name, "too_large", f"a plane has {shape[0]} x {shape[1]} voxels; the limit is {MAX_PLANE_VOXELS}"
+        )
     return shape, frames
 
 
@@ -204,7 +237,9 @@ def _check_dtype(name: str, header: Any, field: str) -> np.dtype[Any]:
     except (HeaderDataError, KeyError) as error:
         raise VolumeError(name, "dtype", f"{field} {int(header[field])} is unknown") from error
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise VolumeError(name, "dtype", f"voxels are {dtype}; integers and real floats of up to 64 bits are accepted")
+        raise VolumeError(
+            name, "dtype", f"voxels are {dtype}; integers and real floats of up to 64 bits are accepted"
+        )
     return dtype
 
 
@@ -224,8 +259,15 @@ def _orient(name: str, header: Any, shape: tuple[int, int, int]) -> Place:
             raise ValueError("not finite")
     except _PARSING as error:
         raise VolumeError(name, "affine", f"the affine gives no orientation: {error}") from error
-    flags = (Flag("oblique", f"an axis is {tilt:.0f} degrees off the scanner's"),) if tilt > MAX_OBLIQUITY else ()
-    return tuple((int(axis), int(flip)) for axis, flip in codes), affine, (spacing[0], spacing[1], spacing[2]), flags
+    flags = (
+        (Flag("oblique", f"an axis is {tilt:.0f} degrees off the scanner's"),) if tilt > MAX_OBLIQUITY else ()
+    )
+    return (
+        tuple((int(axis), int(flip)) for axis, flip in codes),
+        affine,
+        (spacing[0], spacing[1], spacing[2]),
+        flags,
+    )
 
 
 def _axes(affine: NDArray[np.float64]) -> NDArray[Any]:
@@ -238,10 +280,10 @@ def _axes(affine: NDArray[np.float64]) -> NDArray[Any]:
 
 
 def _check_forms(name: str, header: Any, shape: tuple[int, int, int]) -> list[Flag]:
-    """What sform and qform say about each other.
+    """Doubts about sform and qform.
 
     Raises:
-        VolumeError: they name different axes.
+        VolumeError: the two forms name different axes.
     """
     codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
     said = " and ".join(f"{form}_code is {code}" for form, code in codes.items())
@@ -259,8 +301,12 @@ def _check_forms(name: str, header: Any, shape: tuple[int, int, int]) -> list[Fl
         return [*flags, Flag("forms_disagree", f"the qform cannot be computed: {error}")]
     if not agree:
         names = ["".join(nib.aff2axcodes(form)) for form in (sform, qform)]
-        raise VolumeError(name, "orientation_conflict", f"axes are {names[0]} by the sform, {names[1]} by the qform")
-    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape))], dtype=np.float64)
+        raise VolumeError(
+            name, "orientation_conflict", f"axes are {names[0]} by the sform, {names[1]} by the qform"
+        )
+    corners = np.array(
+        [[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape))], dtype=np.float64
+    )
     with np.errstate(all="ignore"):
         apart = float(np.linalg.norm((corners @ (sform - qform).T)[:, :3], axis=1).max())
     if not apart <= MAX_DISAGREEMENT:

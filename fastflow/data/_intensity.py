@@ -1,4 +1,4 @@
-"""What a scaling to 8 bits must know of all voxels, gathered chunk by chunk in bounded memory."""
+"""The facts about all voxels that a scaling to 8 bits needs, gathered chunk by chunk in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 PERCENTILE = 99.9
-# The largest float64 that rounds to a float32 of 0.
+# This is the largest float64 that rounds to a float32 of 0.
 _ROUNDS_TO_ZERO = 2.0**-150
-_PENDING = 1 << 16
+# So many voxels beyond the capacity may wait before the largest are chosen again.
+_MAX_PENDING = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Scaling:
 
     @classmethod
     def of_header(cls, slope: float, inter: float) -> Scaling:
-        """A slope that is 0 or not finite means none, as in NIfTI."""
+        """The scaling of a header, in which a slope of 0 or not finite means none, as in NIfTI."""
         if not math.isfinite(slope) or slope == 0:
             return cls()
         return cls(slope, inter if math.isfinite(inter) else 0.0)
 
     def apply(self, voxels: NDArray[Any]) -> NDArray[np.float32]:
-        """Intensities of stored values, computed in float64; what lies beyond float32 becomes infinite."""
+        """Intensities of stored values, computed in float64; those beyond float32 become infinite."""
         with np.errstate(over="ignore", invalid="ignore"):
             if self == Scaling():
                 return np.asarray(voxels, dtype=np.float32)
@@ -41,8 +42,9 @@ class Scaling:
 class Intensities:
     """Finiteness, contrast and the upper percentile of a volume's intensities.
 
-    Intensities follow stored values monotonically, rounding included, so that all is decided on stored values, and only few of
-    them are ever scaled. A negative slope is met by reversing the order of the stored values.
+    Intensities follow stored values monotonically, rounding included, so that all is decided on stored
+    values, and only few of them are ever scaled. For a negative slope, the order of the stored values is
+    reversed.
 
     Memory: a mask of one chunk and the largest 0.1 % of the voxels.
 
@@ -66,7 +68,7 @@ class Intensities:
         self._least, self._greatest = np.float32(np.inf), np.float32(-np.inf)
         self._positive = 0
         self._first_positive: Any = _first_positive(self._dtype, scaling) if ranked else None
-        # At and above the percentile of `count` positive voxels, and of fewer, lie at most so many.
+        # At most this many voxels lie at or above the percentile, even if all `count` voxels are positive.
         self._capacity = count - int((count - 1) * (PERCENTILE / 100)) + 1
         self._bar: Any = None
         self._largest: list[NDArray[Any]] = []
@@ -83,14 +85,19 @@ class Intensities:
                 ends = self._scaling.apply(self._reverse(np.array([values.min(), high])))
                 if not np.isfinite(ends).all():
                     parts = np.array_split(values, max(1, values.size >> 16))
-                    self.non_finite += sum(int((~np.isfinite(self._scaling.apply(self._reverse(p)))).sum()) for p in parts)
+                    self.non_finite += sum(map(self._count_non_finite, parts))
                     return
                 self._least, self._greatest = min(self._least, ends[0]), max(self._greatest, ends[1])
         if self._first_positive is not None:
             self._rank(values, high)
 
+    def _count_non_finite(self, values: NDArray[Any]) -> int:
+        return int((~np.isfinite(self._scaling.apply(self._reverse(values)))).sum())
+
     def top(self) -> float | None:
-        """The percentile of the positive intensities; None if there are none, or if all intensities are equal.
+        """The percentile of the positive intensities.
+
+        It is None if no intensity is positive, or if all intensities are equal.
 
         Interpolated linearly between the two nearest, as `np.percentile` does.
         """
@@ -107,7 +114,7 @@ class Intensities:
         return low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)
 
     def _reverse(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Its own inverse; the identity unless the slope is negative."""
+        """Values in the order of intensities: the identity unless the slope is negative; its own inverse."""
         if self._scaling.slope > 0:
             return values
         return -values if self._dtype.kind == "f" else ~values
@@ -123,13 +130,13 @@ class Intensities:
                 return
             np.greater(values, self._bar, out=mask)
         self._largest.append(values[mask])
-        if sum(part.size for part in self._largest) > self._capacity + _PENDING:
+        if sum(part.size for part in self._largest) > self._capacity + _MAX_PENDING:
             self._merge()
 
     def _merge(self) -> None:
         # NumPy selects among 32 bits several times faster than among 16 or 8.
-        wide = np.dtype(np.int32) if self._dtype.itemsize < 4 else self._dtype
-        merged = np.concatenate(self._largest).astype(wide, copy=False)
+        sort_dtype = np.dtype(np.int32) if self._dtype.itemsize < 4 else self._dtype
+        merged = np.concatenate(self._largest).astype(sort_dtype, copy=False)
         if merged.size > self._capacity:
             merged.partition(merged.size - self._capacity)
             merged = merged[-self._capacity :].copy()
@@ -138,7 +145,7 @@ class Intensities:
 
 
 def _first_positive(dtype: np.dtype[Any], scaling: Scaling) -> Any:
-    """The least stored value, in the order of intensities, whose intensity is positive; None if there is none."""
+    """The stored value of the least positive intensity; None if no intensity is positive."""
     decode: Callable[[int], float]
     if dtype.kind == "f":
         # The bits of floats, read as integers with the float's sign, are in the order of the floats.

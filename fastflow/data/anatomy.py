@@ -1,7 +1,8 @@
-"""The anatomy that ships with the package: four real heads at 2 mm, the deformations between them, and a coronal mask.
+"""The anatomy that ships with the package: four real heads at 2 mm, their deformations, and a coronal mask.
 
-The heads' sources and licences stand in ``assets/LICENCES.md``. Everything here was derived from 1 mm volumes on the MNI152 grid
-by ``python -m fastflow.data.anatomy SOURCE_FOLDER`` (see `derive_assets`), which writes the files that the functions here read.
+The heads' sources and licences stand in ``assets/LICENCES.md``. ``python -m fastflow.data.anatomy
+SOURCE_FOLDER`` derived the files that the functions here read from 1 mm volumes on the MNI152 grid (see
+`derive_assets`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Head:
     fractions: FloatArray
 
 
-def _asset(name: str) -> Path:
+def asset_path(name: str) -> Path:
+    """Where a file that ships with the package lies."""
     return Path(str(resources.files("fastflow.data") / "assets" / name))
 
 
@@ -62,12 +64,16 @@ def load_head(name: str) -> Head:
     """
     if name not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}")
-    return _as_head(name, _voxels(_asset(f"{name}_T1w.nii.gz")), _voxels(_asset(f"{name}_tissues.nii.gz")))
+    return _as_head(
+        name, _voxels(asset_path(f"{name}_T1w.nii.gz")), _voxels(asset_path(f"{name}_tissues.nii.gz"))
+    )
 
 
 def _as_head(name: str, t1: NDArray[Any], eighths: NDArray[Any]) -> Head:
     parts = eighths.astype(np.float32)
-    return Head(name, t1.astype(np.float32), np.ascontiguousarray(np.moveaxis(parts, -1, 0)) / np.float32(8.0))
+    return Head(
+        name, t1.astype(np.float32), np.ascontiguousarray(np.moveaxis(parts, -1, 0)) / np.float32(8.0)
+    )
 
 
 @functools.cache
@@ -75,24 +81,27 @@ def load_velocity(source: str, target: str) -> FloatArray:
     """The stationary velocity field that carries one shipped head onto another.
 
     Returns:
-        (3, 46, 55, 46) float32 on the 4 mm grid, in its voxels; `source` warped by the field's exponential resembles `target`.
+        (3, 46, 55, 46) float32 on the 4 mm grid, in its voxels; `source` warped by the field's exponential
+        resembles `target`.
 
     Raises:
         ValueError: a head is unknown, or both are the same.
     """
     if source not in HEADS or target not in HEADS or source == target:
-        raise ValueError(f"source and target must be two of {', '.join(HEADS)}, got {source!r} and {target!r}")
-    with np.load(_asset("velocities.npz")) as fields:
+        raise ValueError(
+            f"source and target must be two of {', '.join(HEADS)}, got {source!r} and {target!r}"
+        )
+    with np.load(asset_path("velocities.npz")) as fields:
         if f"{source}-{target}" in fields:
             return fields[f"{source}-{target}"].astype(np.float32) / np.float32(32.0)
         return -fields[f"{target}-{source}"].astype(np.float32) / np.float32(32.0)
 
 
 def coronal_mask(shape: tuple[int, int] = (184, 184)) -> NDArray[np.uint8]:
-    """The default application mask: where central coronal slices are bright, the skull's dark ring left out.
+    """The default application mask: 1 where central coronal slices are bright, without the skull's dark ring.
 
-    The shipped mask is 182 x 182 at 1 mm. Along each axis it is thinned by the smallest whole factor that makes it fit, and
-    padded evenly, as slices are: 184 takes it as it is, 96 at 2 mm, 48 at 4 mm.
+    The shipped mask is 182 x 182 at 1 mm. Along each axis it is thinned by the smallest whole factor that
+    makes it fit, and padded evenly, as slices are: 184 takes it as it is, 96 at 2 mm, 48 at 4 mm.
 
     Args:
         shape: (H, W) of the model's image.
@@ -105,7 +114,7 @@ def coronal_mask(shape: tuple[int, int] = (184, 184)) -> NDArray[np.uint8]:
     """
     if min(shape) < 1:
         raise ValueError(f"shape must be two positive integers, got {shape}")
-    with Image.open(_asset("coronal_mask.png")) as image:
+    with Image.open(asset_path("coronal_mask.png")) as image:
         mask = (np.asarray(image) > 127).astype(np.uint8)
     for axis, size in enumerate(shape):
         factor = -(-mask.shape[axis] // size)
@@ -117,7 +126,7 @@ def coronal_mask(shape: tuple[int, int] = (184, 184)) -> NDArray[np.uint8]:
     return mask
 
 
-# -- deformations ---------------------------------------------------------------------------------------------------------
+# -- deformations --------------------------------------------------------------------------------------------
 
 
 def exponentiate(velocity: FloatArray, squarings: int = 3) -> FloatArray:
@@ -132,11 +141,18 @@ def exponentiate(velocity: FloatArray, squarings: int = 3) -> FloatArray:
 
 
 def warp(image: FloatArray, displacement: FloatArray) -> FloatArray:
-    """Sample `image` (X, Y, Z) or (N, X, Y, Z) at ``x + displacement(x)``, linearly; the border continues outwards."""
+    """Sample an image linearly at ``x + displacement(x)``; the border continues outwards.
+
+    Args:
+        image: (X, Y, Z) or (N, X, Y, Z).
+        displacement: (3, X, Y, Z), in voxels.
+    """
     where = displacement + _identity(displacement.shape[1:])
     if image.ndim == 3:
         return ndimage.map_coordinates(image, where, order=1, mode="nearest", prefilter=False)
-    return np.stack([ndimage.map_coordinates(part, where, order=1, mode="nearest", prefilter=False) for part in image])
+    return np.stack(
+        [ndimage.map_coordinates(part, where, order=1, mode="nearest", prefilter=False) for part in image]
+    )
 
 
 @functools.cache
@@ -145,22 +161,30 @@ def _identity(shape: tuple[int, ...]) -> FloatArray:
 
 
 def jacobian_determinant(displacement: FloatArray) -> FloatArray:
-    """Local change of volume of ``x + displacement(x)``, (X, Y, Z); positive everywhere when nothing folds."""
+    """Local change of volume of ``x + displacement(x)``, (X, Y, Z); positive everywhere if nothing folds."""
     gradient = np.stack([np.stack(np.gradient(part)) for part in displacement])
     gradient += np.eye(3, dtype=np.float32)[:, :, None, None, None]
     return np.asarray(np.linalg.det(np.moveaxis(gradient, (0, 1), (-2, -1))))
 
 
-# -- derivation of the assets ---------------------------------------------------------------------------------------------
+# -- derivation of the assets --------------------------------------------------------------------------------
 
 
 def _block_mean(data: NDArray[Any], factor: int) -> NDArray[np.float64]:
     x, y, z = (n // factor for n in data.shape)
-    return data[: x * factor, : y * factor, : z * factor].reshape(x, factor, y, factor, z, factor).mean(axis=(1, 3, 5))
+    return (
+        data[: x * factor, : y * factor, : z * factor]
+        .reshape(x, factor, y, factor, z, factor)
+        .mean(axis=(1, 3, 5))
+    )
 
 
 def derive_head(t1_path: Path, labels_path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """2 mm intensities (X, Y, Z) and tissue shares in eighths (X, Y, Z, 5) from a 1 mm head and its labels (1 to 5)."""
+    """A 2 mm head from a 1 mm head and its labels (1 to 5).
+
+    Returns:
+        Intensities (X, Y, Z), and the tissues' shares in eighths (X, Y, Z, 5).
+    """
     t1 = _voxels(t1_path).astype(np.float32)
     labels = _voxels(labels_path)
     shares = [np.rint(_block_mean(labels == k, 2) * 8.0) for k in range(1, len(TISSUES) + 1)]
@@ -184,7 +208,9 @@ def register(source: Head, target: Head) -> FloatArray:
             difference = fixed - warped
             gradient = np.stack(list(np.gradient(warped))).astype(np.float32)
             force = difference * gradient / ((gradient**2).sum(axis=0) + difference**2 + 1e-4)
-            velocity = ndimage.gaussian_filter(velocity + ndimage.gaussian_filter(force, (0, 1, 1, 1)), (0, 1, 1, 1))
+            velocity = ndimage.gaussian_filter(
+                velocity + ndimage.gaussian_filter(force, (0, 1, 1, 1)), (0, 1, 1, 1)
+            )
     return np.asarray(velocity, dtype=np.float32)
 
 
@@ -197,12 +223,17 @@ def _refine(velocity: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     where = [np.linspace(0, n - 1, m) for n, m in zip(velocity.shape[1:], shape, strict=True)]
     points = np.stack(np.meshgrid(*where, indexing="ij"))
     scale = np.array(shape) / np.array(velocity.shape[1:])
-    parts = [s * ndimage.map_coordinates(part, points, order=1) for s, part in zip(scale, velocity, strict=True)]
+    parts = [
+        s * ndimage.map_coordinates(part, points, order=1) for s, part in zip(scale, velocity, strict=True)
+    ]
     return np.stack(parts).astype(np.float32)
 
 
 def derive_mask(sources: list[tuple[Path, Path]]) -> NDArray[np.uint8]:
-    """The coronal mask (182, 182), 0 or 255: soft tissue and brain in most heads and central slices, bone left out, smoothed."""
+    """The coronal mask (182, 182), 0 or 255, from pairs of T1w image and labels at 1 mm.
+
+    It is the smoothed area that is brain or soft tissue, and not bone, in most heads and central slices.
+    """
     votes = []
     for _, labels_path in sources:
         labels = _voxels(labels_path)
@@ -218,7 +249,10 @@ def derive_mask(sources: list[tuple[Path, Path]]) -> NDArray[np.uint8]:
 
 def derive_assets(source: Path, target: Path) -> None:
     """Write all assets into `target` from a folder of ``NAME_space-MNI152_{T1w,dseg}.nii.gz`` at 1 mm."""
-    paths = [(source / f"{name}_space-MNI152_T1w.nii.gz", source / f"{name}_space-MNI152_dseg.nii.gz") for name in HEADS]
+    paths = [
+        (source / f"{name}_space-MNI152_T1w.nii.gz", source / f"{name}_space-MNI152_dseg.nii.gz")
+        for name in HEADS
+    ]
     heads = []
     for name, pair in zip(HEADS, paths, strict=True):
         t1, shares = derive_head(*pair)
@@ -234,4 +268,4 @@ def derive_assets(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    derive_assets(Path(sys.argv[1]), _asset(""))
+    derive_assets(Path(sys.argv[1]), asset_path(""))

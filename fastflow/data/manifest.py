@@ -1,8 +1,8 @@
-"""Manifests: which files there are, whose they are, what they show and which split they belong to.
+"""Manifests: lists of files with their labels, subjects and splits.
 
-A manifest is CSV with the columns ``path,label,subject,split``, or JSON lines with the same keys; all but ``path`` may be
-missing or empty. Relative paths are relative to the manifest's folder. Folders of the published layout (``split/class/*.png``)
-and folders of volumes can be indexed into one.
+A manifest is CSV with the columns ``path,label,subject,split``, or JSON lines with the same keys; all but
+``path`` may be missing or empty. Relative paths are relative to the manifest's folder. Folders of the
+published layout (``split/class/*.png``) and folders of volumes can be indexed into one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fastflow.errors import ManifestError
 COLUMNS = ("path", "label", "subject", "split")
 MANIFESTS = (".csv", ".jsonl")
 SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".png")
-# Entries of one folder that are held in memory to be sorted.
-SORTED = 1 << 17
+# A folder with more entries than this is not held in memory to be sorted.
+MAX_SORTED_ENTRIES = 1 << 17
 SPLITS = ("train", "val", "validation", "test")
 _SUBJECT = re.compile(r"(?:^|_)(sub-[A-Za-z0-9]+)")
 _ENDING = re.compile(r"\.(nii|nii\.gz|mgz|mgh|png)$")
@@ -55,13 +55,16 @@ def read_manifest(path: str | PathLike[str]) -> list[Record]:
     """Read a ``.csv`` or ``.jsonl`` manifest.
 
     Raises:
-        ManifestError: it is missing, empty, malformed, lacks a column or names a file twice; the message gives the line.
+        ManifestError: the manifest is missing, empty, malformed, lacks a column or names a file twice; the
+            message gives the line.
     """
     records: list[Record] = []
     seen: dict[str, int] = {}
     for line, record in _numbered(Path(path)):
         if record.path in seen:
-            raise ManifestError(f"{path}, line {line}: {record.path} stands in line {seen[record.path]} already")
+            raise ManifestError(
+                f"{path}, line {line}: {record.path} stands in line {seen[record.path]} already"
+            )
         seen[record.path] = line
         records.append(record)
     if not records:
@@ -70,10 +73,12 @@ def read_manifest(path: str | PathLike[str]) -> list[Record]:
 
 
 def iterate_manifest(path: str | PathLike[str]) -> Iterator[Record]:
-    """The entries of a manifest one after the other, however long it is; a file may be named twice, and there may be none.
+    """The entries of a manifest one after the other, however long it is.
+
+    A file may be named twice, and a manifest may be empty.
 
     Raises:
-        ManifestError: it is missing, malformed or lacks a column; the message gives the line.
+        ManifestError: the manifest is missing, malformed or lacks a column; the message gives the line.
     """
     for _, record in _numbered(Path(path)):
         yield record
@@ -101,7 +106,9 @@ def _csv_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, Mapping[str, An
             raise ManifestError(f"{path}, line 1: no column 'path'; columns are {', '.join(COLUMNS)}")
         for row in reader:
             if None in row or any(value is None for value in row.values()):
-                raise ManifestError(f"{path}, line {reader.line_num}: has another number of fields than the header")
+                raise ManifestError(
+                    f"{path}, line {reader.line_num}: has another number of fields than the header"
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise ManifestError(f"{path}, line {reader.reader.line_num}: is not CSV: {error}") from error
@@ -130,11 +137,13 @@ def _record(path: Path, line: int, row: Mapping[str, Any]) -> Record:
     if not values["path"]:
         raise ManifestError(f"{path}, line {line}: path is empty")
     subject = values["subject"] or subject_of(values["path"])
-    return Record(_below(path.parent, values["path"]), values["label"] or None, subject, values["split"] or None)
+    return Record(
+        _below(path.parent, values["path"]), values["label"] or None, subject, values["split"] or None
+    )
 
 
 def _below(folder: Path, name: str) -> str:
-    """``str(folder / name)``, which is what most of the time would go into where there are millions."""
+    """``str(folder / name)``, faster: for millions of entries, most of the time would go into `Path`."""
     if name.startswith("./") or name.endswith(("/", ".")) or "//" in name or "/./" in name:
         return str(folder / name)
     base = str(folder)
@@ -145,12 +154,13 @@ def write_manifest(records: Iterable[Record], path: str | PathLike[str]) -> None
     """Write a ``.csv`` or ``.jsonl`` manifest atomically; files below its folder are written relative to it.
 
     Raises:
-        ManifestError: the name has another ending, or a file's name is not valid Unicode, which only ``.jsonl`` can hold.
+        ManifestError: the name has another ending, or a file's name is not valid Unicode, which only
+            ``.jsonl`` can hold.
     """
     path = Path(path)
     if path.suffix not in MANIFESTS:
         raise ManifestError(f"{path}: a manifest ends in .csv or .jsonl")
-    # Links are not followed: where large files are managed by links, their targets have lost name, subject and class.
+    # Links are not followed, since managers of large files link to targets without name, subject and class.
     folder = Path(os.path.abspath(path.parent))
     rows = []
     for record in records:
@@ -162,7 +172,9 @@ def write_manifest(records: Iterable[Record], path: str | PathLike[str]) -> None
     if path.suffix == ".csv":
         # Before 3.13 Python leaves a carriage return unquoted.
         odd = any("\r" in (value or "") for row in rows for value in row.values())
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
+        writer = csv.DictWriter(
+            stream, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL
+        )
         writer.writeheader()
         writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
     else:
@@ -170,7 +182,9 @@ def write_manifest(records: Iterable[Record], path: str | PathLike[str]) -> None
     try:
         content = stream.getvalue().encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ManifestError(f"{path}: a file's name is not valid Unicode; write a .jsonl manifest: {error}") from error
+        raise ManifestError(
+            f"{path}: a file's name is not valid Unicode; write a .jsonl manifest: {error}"
+        ) from error
     write_bytes(path, content)
 
 
@@ -179,19 +193,22 @@ def find_files(root: str | PathLike[str]) -> list[Path]:
     return [path for path in map(Path, walk_files(root)) if path.is_file()]
 
 
-def walk_files(root: str | PathLike[str], enters: Callable[[tuple[str, ...]], bool] | None = None) -> Iterator[str]:
-    """Whatever has a volume's or a PNG file's name below `root`, one after the other, however many there are.
+def walk_files(
+    root: str | PathLike[str], enters: Callable[[tuple[str, ...]], bool] | None = None
+) -> Iterator[str]:
+    """Everything below `root` that has the name of a volume or a PNG file, one after the other.
 
-    Sorted by the parts of their paths, except within folders of more than `SORTED` entries, which come as the file system gives
-    them. Hidden files and folders are passed over. Links are followed, unless they lead back to a folder on the way. A folder
-    with a volume's name (some archivers make them), a broken link, and a folder that cannot be listed are given like files: it
-    is for whoever reads them to say what is wrong.
+    Files are sorted by the parts of their paths, except within folders of more than `MAX_SORTED_ENTRIES`
+    entries, which come as the file system gives them. Hidden files and folders are passed over. Links are
+    followed, unless they lead back to a folder on the way. A folder with a volume's name (some archivers make
+    them), a broken link, and a folder that cannot be listed are given like files, so that their reader says
+    what is wrong.
 
     Args:
         root: the folder.
         enters: called with the parts of a folder's path relative to `root`; False leaves the folder out.
     """
-    # A stack of its own: a tree may be deeper than Python's.
+    # The walk keeps its own stack, as a tree may be deeper than Python's.
     stack: list[Iterator[str | _Folder]] = [iter([_Folder(os.fspath(root), (), frozenset())])]
     while stack:
         found = next(stack[-1], None)
@@ -205,7 +222,13 @@ def walk_files(root: str | PathLike[str], enters: Callable[[tuple[str, ...]], bo
 
 @dataclasses.dataclass(frozen=True)
 class _Folder:
-    """A folder to be listed; `above` are the folders on the way to it, `parts` those of its path below the root."""
+    """A folder to be listed.
+
+    Attributes:
+        path: where it lies.
+        parts: the parts of its path below the root.
+        above: (device, inode) of the folders on the way to it.
+    """
 
     path: str
     parts: tuple[str, ...]
@@ -227,15 +250,15 @@ def _list(folder: _Folder, enters: Callable[[tuple[str, ...]], bool] | None) -> 
             if _is_folder(entry) and (enters is None or enters(inner)):
                 yield _Folder(entry.path, inner, above)
     except OSError:
-        # With a volume's name it was given already.
+        # A folder with a volume's name was given already.
         if not (folder.parts and folder.parts[-1].endswith(SUFFIXES)):
             yield folder.path
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
     with os.scandir(folder) as listing:
-        entries = list(itertools.islice(listing, SORTED + 1))
-        if len(entries) <= SORTED:
+        entries = list(itertools.islice(listing, MAX_SORTED_ENTRIES + 1))
+        if len(entries) <= MAX_SORTED_ENTRIES:
             entries.sort(key=lambda entry: entry.name)
         yield from entries
         yield from listing
@@ -249,18 +272,20 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def subject_of(path: str | PathLike[str]) -> str:
-    """The BIDS ``sub-`` entity of a file's name or folders, or else the file's name without its endings."""
+    """The BIDS ``sub-`` entity of a file's name or folders, or the name without its endings."""
     parts = os.fspath(path).split("/")
     for part in reversed(parts):
         match = _SUBJECT.search(part)
         if match:
             return match[1]
-    # Only these endings: names that are DICOM identifiers are full of dots.
+    # Only known endings are cut off, as names that are DICOM identifiers are full of dots.
     return _ENDING.sub("", parts[-1])
 
 
 def index_folder(root: str | PathLike[str]) -> list[Record]:
-    """Records of the files below `root`, laid out as ``class/file`` or, as in the published code, ``split/class/file``.
+    """Records of the files below a folder, which lie as ``class/file`` or ``split/class/file``.
+
+    The latter is the published layout.
 
     Raises:
         ManifestError: there is no such folder, no file in it, or a file that lies outside a class folder.
@@ -277,7 +302,9 @@ def index_folder(root: str | PathLike[str]) -> list[Record]:
         split = parts[0] if parts and parts[0] in SPLITS else None
         classes = parts[1:] if split else parts
         if not classes:
-            raise ManifestError(f"{file}: lies in no class folder; folders are class/file or split/class/file")
+            raise ManifestError(
+                f"{file}: lies in no class folder; folders are class/file or split/class/file"
+            )
         subject = subject_of(file.relative_to(root))
         records.append(Record(str(file), classes[0], subject, "val" if split == "validation" else split))
     return records
@@ -288,7 +315,9 @@ def class_names(records: Iterable[Record]) -> tuple[str, ...]:
     return tuple(sorted({record.label for record in records if record.label is not None}))
 
 
-def split_by_subject(records: Sequence[Record], fractions: Mapping[str, float], seed: int = 0) -> list[Record]:
+def split_by_subject(
+    records: Sequence[Record], fractions: Mapping[str, float], seed: int = 0
+) -> list[Record]:
     """Assign splits by subject, each label's subjects in the same proportions.
 
     Args:

@@ -1,7 +1,8 @@
-"""From a volume to the 8-bit slices that a model reads: which slices, which grid, which scaling, which padding.
+"""From a volume to the 8-bit slices that a model reads: slices, grid, scaling and padding.
 
-The published data are 8-bit images, x = 2*v/255 - 1, zero-padded evenly; volumes are brought to that form here. The settings
-travel with the model, so that whatever it classifies is prepared as its training data were.
+The published data are 8-bit images, x = 2*v/255 - 1, zero-padded evenly; volumes are brought to that form
+here. The settings travel with the model, so that whatever it classifies is prepared as its training data
+were.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastflow.data.volume import Volume
 from fastflow.errors import VolumeError
 
 SCALINGS = ("percentile", "fixed")
-# Of [-1, 1]: what `to_unit_range` makes of a step of 1.
+# `to_unit_range` turns a step of one grey level into this part of [-1, 1].
 GREY_LEVEL = 2.0 / 255.0
 _SPEC = re.compile(r"center(?:\+-(\d+)(?::([1-9]\d*))?)?|\d+(?:,\d+)*")
 
@@ -31,14 +32,16 @@ class Preprocess:
     """How a volume becomes slices.
 
     Attributes:
-        size: (H, W) of the model's image; smaller slices are padded evenly with zeros, the top and left taking the floor.
-        slices: ``"center"``, ``"center+-N"`` (2N + 1 slices), ``"center+-N:S"`` (of those every S-th from the centre) or
-            ``"i,j,k"``: indices along the anterior axis of the canonical volume.
+        size: (H, W) of the model's image; smaller slices are padded evenly with zeros, the top and left
+            taking the floor.
+        slices: ``"center"``, ``"center+-N"`` (2N + 1 slices), ``"center+-N:S"`` (every S-th of those, counted
+            from the centre) or ``"i,j,k"``: indices along the anterior axis of the canonical volume.
         spacing: voxel size in mm that a volume must have (to 1 %), or None for any.
         grid: (X, Y, Z) that a canonical volume must have, or None for any.
-        scaling: ``"percentile"`` maps 0 to 0 and the 99.9th percentile of the volume's positive voxels to 255: magnitude images
-            have their zero where the signal is zero, and a maximum would follow a single bright vessel. ``"fixed"`` takes
-            values as 0 to 255 already.
+        scaling: ``"percentile"`` maps 0 to 0 and the 99.9th percentile of the volume's positive voxels to
+            255: magnitude images have their zero where the signal is zero, and a maximum would follow a
+                single bright vessel.
+            ``"fixed"`` takes values as 0 to 255 already.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -56,12 +59,18 @@ class Preprocess:
             if value is None and name != "size":
                 continue
             number = "whole numbers" if kind is Integral else "numbers"
-            if not isinstance(value, tuple | list) or len(value) != length or not all(_is_positive(n, kind) for n in value):
+            if (
+                not isinstance(value, tuple | list)
+                or len(value) != length
+                or not all(_is_positive(n, kind) for n in value)
+            ):
                 raise ValueError(f"{name} must be {length} positive {number}, got {value!r}")
-            # Python's own numbers: NumPy's cannot be written as JSON.
+            # NumPy's numbers cannot be written as JSON, so Python's own are kept.
             object.__setattr__(self, name, tuple(int(n) if kind is Integral else float(n) for n in value))
         if not isinstance(self.slices, str) or not _SPEC.fullmatch(self.slices):
-            raise ValueError(f"slices must be 'center', 'center+-N', 'center+-N:S' or 'i,j,k', got {self.slices!r}")
+            raise ValueError(
+                f"slices must be 'center', 'center+-N', 'center+-N:S' or 'i,j,k', got {self.slices!r}"
+            )
         if self.scaling not in SCALINGS:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {self.scaling!r}")
 
@@ -78,7 +87,11 @@ class Preprocess:
         """
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown or "size" not in values:
-            raise ValueError(f"preprocessing has unknown field(s) {unknown}" if unknown else "preprocessing has no field 'size'")
+            raise ValueError(
+                f"preprocessing has unknown field(s) {unknown}"
+                if unknown
+                else "preprocessing has no field 'size'"
+            )
         return cls(**values)
 
     def __call__(self, volume: Volume) -> NDArray[np.uint8]:
@@ -91,28 +104,36 @@ class Preprocess:
             (n, 1, H, W) uint8, anterior order as `slices` lists them.
 
         Raises:
-            VolumeError: the volume is on another grid, constant, not finite, or too small or too large for the slices.
+            VolumeError: the volume is on another grid, constant, not finite, or too small or too large for
+                the slices.
         """
-        from fastflow.data.slices import coronal_slices
-
         indices = self.locate(volume.path, volume.data.shape, volume.spacing)
         intensities = self.intensities(volume.data.dtype, volume.data.size, Scaling())
-        # Along the axis that memory follows last: chunks are contiguous.
+        # Planes across the slowest axis of memory are contiguous chunks.
         for plane in np.moveaxis(volume.data, int(np.argmax(np.abs(volume.data.strides))), 0):
             intensities.add(plane)
         return self.render(volume.path, coronal_slices(volume.data, indices), Scaling(), intensities)
 
     def locate(self, path: str, shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
-        """Indices of the slices along the anterior axis of a canonical volume of `shape` voxels of `spacing` mm.
+        """Indices of the slices along the anterior axis of a canonical volume.
+
+        Args:
+            path: the volume's file, for messages.
+            shape: voxels along X, Y, Z.
+            spacing: voxel size along X, Y, Z in mm.
 
         Raises:
-            VolumeError: the volume is on another grid, or too small or too large for the slices; `path` names it.
+            VolumeError: the volume is on another grid, or too small or too large for the slices.
         """
         if self.spacing is not None and not np.allclose(spacing, self.spacing, rtol=0.01):
             found = " x ".join(f"{n:.3g}" for n in spacing)
-            raise VolumeError(path, "grid_mismatch", f"voxels are {found} mm; the model was trained on {self.spacing}")
+            raise VolumeError(
+                path, "grid_mismatch", f"voxels are {found} mm; the model was trained on {self.spacing}"
+            )
         if self.grid is not None and tuple(shape) != self.grid:
-            raise VolumeError(path, "grid_mismatch", f"grid is {tuple(shape)}; the model was trained on {self.grid}")
+            raise VolumeError(
+                path, "grid_mismatch", f"grid is {tuple(shape)}; the model was trained on {self.grid}"
+            )
         try:
             indices = slice_indices(self.slices, shape[1])
         except ValueError as error:
@@ -124,10 +145,18 @@ class Preprocess:
         return indices
 
     def intensities(self, dtype: np.dtype[Any], count: int, scaling: Scaling) -> Intensities:
-        """What is to be learnt of all `count` voxels before `render`; `scaling` turns stored values into intensities."""
+        """The collector that sees all voxels of a volume before `render`.
+
+        Args:
+            dtype: of the stored values.
+            count: voxels of the volume.
+            scaling: turns stored values into intensities.
+        """
         return Intensities(dtype, count, scaling, ranked=self.scaling == "percentile")
 
-    def render(self, path: str, planes: NDArray[Any], scaling: Scaling, intensities: Intensities) -> NDArray[np.uint8]:
+    def render(
+        self, path: str, planes: NDArray[Any], scaling: Scaling, intensities: Intensities
+    ) -> NDArray[np.uint8]:
         """8-bit images of (n, Z, X) stored values, (n, 1, H, W).
 
         Raises:
@@ -142,18 +171,33 @@ class Preprocess:
                 raise VolumeError(path, "constant", "has no contrast")
             factor = 255.0 / top
         images = np.empty(planes.shape, dtype=np.uint8)
-        # One by one: they are many where a whole volume is asked for.
+        # Images are converted one by one, as they are many where a whole volume is asked for.
         for image, plane in zip(images, planes, strict=True):
             image[...] = np.clip(np.rint(scaling.apply(plane).astype(np.float64) * factor), 0, 255)
         return pad_evenly(images, self.size)[:, None]
 
 
 def _is_positive(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < float(value) < math.inf  # type: ignore[arg-type]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return 0 < float(value) < math.inf  # type: ignore[arg-type]
+
+
+def coronal_slices(data: NDArray[Any], indices: Sequence[int]) -> NDArray[Any]:
+    """Slices across the anterior axis, as one looks at them.
+
+    Args:
+        data: (X, Y, Z) in canonical orientation (RAS+).
+        indices: along Y.
+
+    Returns:
+        (n, Z, X): row 0 is the top of the head, column 0 the patient's left.
+    """
+    return np.ascontiguousarray(np.moveaxis(data[:, list(indices), ::-1], (1, 2, 0), (0, 1, 2)))
 
 
 def slice_indices(spec: str, length: int) -> list[int]:
-    """Indices along an axis of `length` voxels that `spec` (see `Preprocess.slices`) means.
+    """The indices that `spec` (see `Preprocess.slices`) means along an axis of `length` voxels.
 
     Raises:
         ValueError: an index lies outside the axis.
@@ -164,7 +208,7 @@ def slice_indices(spec: str, length: int) -> list[int]:
     if spec.startswith("center"):
         reach, stride = int(match[1] or 0), int(match[2] or 1)
         reach -= reach % stride
-        # A range, so that an absurd reach costs nothing before it is refused.
+        # The indices stay a range, so that an absurd reach costs nothing before it is refused.
         indices: Sequence[int] = range(length // 2 - reach, length // 2 + reach + 1, stride)
         ends = [indices[0], indices[-1]]
     else:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastflow.data._header import Flag, Header
 from fastflow.data.preprocess import Preprocess, pad_evenly
+from fastflow.data.preprocess import coronal_slices as coronal_slices
 from fastflow.data.volume import check_file, open_scan
 from fastflow.errors import VolumeError
 
@@ -21,24 +22,13 @@ if TYPE_CHECKING:
     from fastflow.data.manifest import Record
 
 Result = NDArray[np.uint8] | VolumeError
-
-
-def coronal_slices(data: NDArray[Any], indices: Sequence[int]) -> NDArray[Any]:
-    """Slices across the anterior axis, as one looks at them.
-
-    Args:
-        data: (X, Y, Z) in canonical orientation (RAS+).
-        indices: along Y.
-
-    Returns:
-        (n, Z, X): row 0 is the top of the head, column 0 the patient's left.
-    """
-    return np.ascontiguousarray(np.moveaxis(data[:, list(indices), ::-1], (1, 2, 0), (0, 1, 2)))
+# One process of a pool is given at most so many files at once.
+MAX_FILES_PER_TASK = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class SliceSet:
-    """Slices of V volumes.
+    """Slices of V volumes, N in all.
 
     Attributes:
         images: (N, 1, H, W) uint8.
@@ -47,6 +37,9 @@ class SliceSet:
         paths: V file names.
         subjects: V subject names.
         class_names: K names.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or an index lies out of range; the message names the field.
     """
 
     images: NDArray[np.uint8]
@@ -59,14 +52,22 @@ class SliceSet:
     def __post_init__(self) -> None:
         n = len(self.images)
         if self.images.ndim != 4 or self.images.shape[1] != 1 or self.images.dtype != np.uint8:
-            raise ValueError(f"images must be (N, 1, H, W) uint8, got {self.images.shape} {self.images.dtype}")
+            raise ValueError(
+                f"images must be (N, 1, H, W) uint8, got {self.images.shape} {self.images.dtype}"
+            )
         if self.labels.shape != (n,) or self.volumes.shape != (n,) or len(self.paths) != len(self.subjects):
             raise ValueError(f"labels and volumes must be ({n},), paths and subjects of one length")
         if self.labels.dtype != np.int64 or (n and self.labels.min() < -1):
-            raise ValueError(f"labels must be int64 from -1, got {self.labels.dtype} {np.unique(self.labels)}")
-        if self.volumes.dtype != np.int64 or (n and not 0 <= self.volumes.min() <= self.volumes.max() < len(self.paths)):
+            raise ValueError(
+                f"labels must be int64 from -1, got {self.labels.dtype} {np.unique(self.labels)}"
+            )
+        if self.volumes.dtype != np.int64 or (
+            n and not 0 <= self.volumes.min() <= self.volumes.max() < len(self.paths)
+        ):
             last = len(self.paths) - 1
-            raise ValueError(f"volumes must be int64 from 0 to {last}, got {self.volumes.dtype} {np.unique(self.volumes)}")
+            raise ValueError(
+                f"volumes must be int64 from 0 to {last}, got {self.volumes.dtype} {np.unique(self.volumes)}"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,14 +80,16 @@ class SliceSet:
         return labels
 
     def subset(self, volumes: Sequence[int]) -> SliceSet:
-        """The slices of some volumes, which are numbered anew in the order given.
+        """The slices of some volumes, which get new numbers in the order given.
 
         Raises:
             ValueError: a volume is named twice or does not exist.
         """
         number = {int(volume): i for i, volume in enumerate(volumes)}
         if len(number) < len(volumes) or any(not 0 <= volume < len(self.paths) for volume in number):
-            raise ValueError(f"volumes must be different numbers from 0 to {len(self.paths) - 1}, got {list(volumes)}")
+            raise ValueError(
+                f"volumes must be different numbers from 0 to {len(self.paths) - 1}, got {list(volumes)}"
+            )
         chosen = np.flatnonzero(np.isin(self.volumes, list(number)))
         chosen = chosen[np.argsort([number[int(v)] for v in self.volumes[chosen]], kind="stable")]
         return SliceSet(
@@ -101,7 +104,7 @@ class SliceSet:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedImage:
-    """What was read from one file.
+    """The content of one file.
 
     Attributes:
         images: (n, 1, H, W) uint8.
@@ -115,8 +118,9 @@ class LoadedImage:
 def read_image(path: str, preprocess: Preprocess) -> LoadedImage:
     """The 8-bit slices of one volume, or the one slice of a PNG.
 
-    A volume is streamed: memory holds some chunks of 0.5 MiB (or one plane along the file's last axis, if that is larger), the
-    wanted slices and the largest 0.1 % of the voxels. Frames of PET are all kept, as they are stored, and their median.
+    A volume is streamed: memory holds some chunks of 0.5 MiB (or one plane along the file's last axis, if
+    that is larger), the wanted slices and the largest 0.1 % of the voxels. All frames of a PET series are
+    kept as they are stored, beside their median.
 
     Args:
         path: the file.
@@ -140,21 +144,25 @@ def read_image(path: str, preprocess: Preprocess) -> LoadedImage:
         for chunk in scan.chunks:
             slices.take(chunk)
             intensities.add(chunk)
-        return LoadedImage(preprocess.render(path, slices.canonical(), header.scaling, intensities), header.flags)
+        return LoadedImage(
+            preprocess.render(path, slices.canonical(), header.scaling, intensities), header.flags
+        )
 
 
 class _StoredSlices:
-    """Coronal slices of a volume that passes by, cut along whichever of its axes is nearest to the anterior one."""
+    """Coronal slices of a volume that passes by, cut along the axis that is nearest to the anterior one."""
 
     def __init__(self, header: Header, indices: Sequence[int]) -> None:
         self._header = header
         anterior = header.file_axis(1)
         forward = header.axes[anterior][1] > 0
         self._indices = np.array([i if forward else header.shape[anterior] - 1 - i for i in indices])
-        # Axes of chunks are those of the file, the last one first.
+        # A chunk has the axes of the file in reverse order.
         self._axis, self._plane = 2 - anterior, 0
         self._left = [axis for axis in (2, 1, 0) if axis != anterior]
-        self._kept = np.empty((len(indices), *(header.shape[axis] for axis in self._left)), header.dtype.newbyteorder("="))
+        self._kept = np.empty(
+            (len(indices), *(header.shape[axis] for axis in self._left)), header.dtype.newbyteorder("=")
+        )
 
     def take(self, chunk: NDArray[Any]) -> None:
         first, self._plane = self._plane, self._plane + len(chunk)
@@ -162,7 +170,9 @@ class _StoredSlices:
             inside = (self._indices >= first) & (self._indices < self._plane)
             self._kept[inside] = chunk[self._indices[inside] - first]
         else:
-            self._kept[:, first : self._plane] = np.moveaxis(chunk.take(self._indices, self._axis), self._axis, 0)
+            self._kept[:, first : self._plane] = np.moveaxis(
+                chunk.take(self._indices, self._axis), self._axis, 0
+            )
 
     def canonical(self) -> NDArray[Any]:
         """(n, Z, X) as `coronal_slices` gives them, stored values."""
@@ -183,13 +193,15 @@ def load_image(path: str, preprocess: Preprocess) -> NDArray[np.uint8]:
 def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
     check_file(path)
     try:
-        # Volumes are read without it.
+        # Volumes are read without Pillow, so that only PNG files need it.
         from PIL import Image
     except ImportError as error:
-        raise VolumeError(path, "unsupported_format", "is a PNG image, which Pillow reads: pip install pillow") from error
+        raise VolumeError(
+            path, "unsupported_format", "is a PNG image, which Pillow reads: pip install pillow"
+        ) from error
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            # Only this reads the checksums; afterwards the image must be opened anew.
+            # Only `verify` reads the checksums; afterwards the image must be opened again.
             image.verify()
         with Image.open(path, formats=["PNG"]) as image:
             mode, width, height = image.mode, image.width, image.height
@@ -201,13 +213,17 @@ def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
         raise
     except MemoryError as error:
         raise VolumeError(path, "too_large", "needs more memory than there is") from error
-    # Pillow's readers let whatever a broken chunk causes through.
+    # Pillow's readers let through whatever a broken chunk causes.
     except Exception as error:
         raise VolumeError(path, "image", f"cannot be read as a PNG image: {error}") from error
     if mode == "RGB" and (pixels == pixels[..., :1]).all():
         mode, pixels = "L", pixels[..., 0]
     if mode != "L":
-        raise VolumeError(path, "image", f"is of mode {mode}; 8-bit grey images are accepted, also as RGB with equal channels")
+        raise VolumeError(
+            path,
+            "image",
+            f"is of mode {mode}; 8-bit grey images are accepted, also as RGB with equal channels",
+        )
     return pad_evenly(pixels, size)[None, None]
 
 
@@ -215,7 +231,7 @@ def _load_or_error(path: str, preprocess: Preprocess) -> Result:
     try:
         return load_image(path, preprocess)
     except VolumeError as error:
-        # Anew, without the traceback: it would hold the file's buffers for as long as the error is kept.
+        # The copy has no traceback, which would hold the file's buffers for as long as the error is kept.
         return VolumeError(error.path, error.code, error.message)
     except Exception as error:
         # One file must never stop the others, whatever is in it.
@@ -223,14 +239,21 @@ def _load_or_error(path: str, preprocess: Preprocess) -> Result:
 
 
 def iterate_images(paths: Sequence[str], preprocess: Preprocess, workers: int = 1) -> Iterator[Result]:
-    """The slices of each file, or what is wrong with it, in the order of `paths` whatever the number of workers."""
+    """The slices of each file, or its error, in the order of `paths` whatever the number of workers.
+
+    Args:
+        paths: the files.
+        preprocess: which slices, and how.
+        workers: processes that read; 1 reads in this process.
+    """
     load = partial(_load_or_error, preprocess=preprocess)
     if workers <= 1 or len(paths) <= 2 * workers:
         yield from map(load, paths)
         return
-    # Spawned: a fork would copy a torch that is running threads.
+    # Processes are spawned, as a fork would copy a torch that is running threads.
+    chunk = max(1, min(MAX_FILES_PER_TASK, len(paths) // (4 * workers)))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(load, paths, chunksize=max(1, min(16, len(paths) // (4 * workers))))
+        yield from pool.map(load, paths, chunksize=chunk)
 
 
 def load_slices(
@@ -250,7 +273,8 @@ def load_slices(
         progress: called with the number of files done.
 
     Returns:
-        `(slices, errors)`: the files that could be read, in the order of `records`, and one error for each that could not.
+        `(slices, errors)`: the slices of the files that could be read, in the order of `records`, and one
+        error for each of the others.
 
     Raises:
         ValueError: a record has a label that is not among `class_names`.
@@ -258,7 +282,9 @@ def load_slices(
     known = {name: i for i, name in enumerate(class_names)}
     for record in records:
         if record.label is not None and record.label not in known:
-            raise ValueError(f"{record.path} has label {record.label!r}, which is none of {', '.join(class_names)}")
+            raise ValueError(
+                f"{record.path} has label {record.label!r}, which is none of {', '.join(class_names)}"
+            )
     good: list[tuple[Record, NDArray[np.uint8]]] = []
     errors: list[VolumeError] = []
     results = iterate_images([record.path for record in records], preprocess, workers)
@@ -272,7 +298,9 @@ def load_slices(
     counts = [len(images) for _, images in good]
     labels = [-1 if record.label is None else known[record.label] for record, _ in good]
     slices = SliceSet(
-        np.concatenate([images for _, images in good]) if good else np.zeros((0, 1, *preprocess.size), dtype=np.uint8),
+        np.concatenate([images for _, images in good])
+        if good
+        else np.zeros((0, 1, *preprocess.size), dtype=np.uint8),
         np.repeat(np.array(labels, dtype=np.int64), counts),
         np.repeat(np.arange(len(good), dtype=np.int64), counts),
         tuple(record.path for record, _ in good),

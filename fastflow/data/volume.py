@@ -1,7 +1,7 @@
-"""Safe reading of NIfTI and MGH volumes: headers are checked before anything is allocated, gzip is drained to its checksum.
+"""Safe reading of NIfTI and MGH volumes: headers are checked first, and gzip is drained to its checksum.
 
-nibabel parses headers and orientations. It does not notice a bad CRC in a ``.nii.gz``, so the bytes are inflated here, in bounded
-chunks and never beyond what the header promises.
+nibabel parses headers and orientations. It does not notice a bad CRC in a ``.nii.gz``, so the bytes are
+inflated here, in bounded chunks and never beyond what the header promises.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fastflow.data._header import Header, Readable, read_header
 from fastflow.errors import VolumeError
 
 ENDINGS = (".nii", ".nii.gz", ".mgh", ".mgz")
-# Half a processor's cache: what is inflated is looked at while it is still there.
-_CHUNK = 1 << 19
+# Chunks fit into half a processor's cache, so that inflated bytes are looked at while they are in it.
+_CHUNK_BYTES = 1 << 19
 
 ERROR_CODES = {
     "missing": "there is no such file",
@@ -77,8 +77,8 @@ class Volume:
 def read_volume(path: str | PathLike[str], max_voxels: int = MAX_VOXELS) -> Volume:
     """Read a ``.nii``, ``.nii.gz``, ``.mgh`` or ``.mgz`` volume in canonical orientation.
 
-    Frames of PET become their median. Memory: 4 bytes per voxel and some chunks; with frames, also all frames as they are stored,
-    and those of one plane as float32, twice.
+    Frames of PET become their median. Memory: 4 bytes per voxel and some chunks; with frames, also all frames
+    as they are stored, and those of one plane as float32, twice.
 
     Args:
         path: the file.
@@ -101,8 +101,9 @@ class Scan:
     Attributes:
         path: the file.
         header: what it promises.
-        chunks: (k, Y, X) arrays of whole planes, stored values in the file's byte order, last axis first. No chunk spans frames.
-            All of them must be taken: whatever follows the last one, and the CRC, is checked then.
+        chunks: (k, Y, X) arrays of whole planes, stored values in the file's byte order, last axis first. No
+            chunk spans frames. All chunks must be taken: only the end of the iterator checks the CRC and the
+            bytes that follow.
     """
 
     path: str
@@ -113,7 +114,7 @@ class Scan:
         """Read the voxels.
 
         Raises:
-            VolumeError: one is NaN or infinite.
+            VolumeError: a voxel is NaN or infinite.
         """
         header = self.header
         stored = self._medians() if header.frames > 1 else map(header.scaling.apply, self.chunks)
@@ -129,19 +130,24 @@ class Scan:
         return Volume(np.asarray(canonical), header.spacing, header.affine, self.path, header.flags)
 
     def _medians(self) -> Iterator[NDArray[np.float32]]:
-        """Planes of the median frame. Frames are kept as they are stored: what a false header promises is never allocated."""
+        """Planes of the median frame.
+
+        Frames are kept as they are stored, so that nothing is allocated on the promise of a false header.
+        """
         frames: list[list[NDArray[Any]]] = [[] for _ in range(self.header.frames)]
         plane = 0
         for chunk in self.chunks:
             frames[plane // self.header.shape[2]].append(chunk)
             plane += len(chunk)
-        step = max(1, _CHUNK // (self.header.frames * self.header.shape[1] * self.header.shape[0]))
+        step = max(1, _CHUNK_BYTES // (self.header.frames * self.header.shape[1] * self.header.shape[0]))
         for chunks in zip(*frames, strict=True):
             for first in range(0, len(chunks[0]), step):
-                series = np.stack([self.header.scaling.apply(chunk[first : first + step]) for chunk in chunks])
+                series = np.stack(
+                    [self.header.scaling.apply(chunk[first : first + step]) for chunk in chunks]
+                )
                 with np.errstate(all="ignore"):
                     median = np.median(series, axis=0)
-                # They pass through a median only by accident.
+                # Values that are not finite pass through a median only by accident.
                 median[~np.isfinite(series).all(axis=0)] = np.nan
                 yield median
 
@@ -174,7 +180,9 @@ def open_scan(name: str, max_voxels: int = MAX_VOXELS) -> Iterator[Scan]:
             raise VolumeError(name, "crc", f"the gzip stream is corrupt: {error}") from error
         except EOFError as error:
             if _gzip.has_garbage(name):
-                raise VolumeError(name, "crc", "the gzip stream is corrupt: garbage where a stream should begin") from error
+                raise VolumeError(
+                    name, "crc", "the gzip stream is corrupt: garbage where a stream should begin"
+                ) from error
             raise VolumeError(name, "truncated", "the gzip stream ends early") from error
         except OSError as error:
             raise VolumeError(name, "unreadable", f"cannot be read: {error.strerror or error}") from error
@@ -186,7 +194,7 @@ def check_file(name: str) -> int:
     """Size in bytes of a regular file.
 
     Raises:
-        VolumeError: it is missing, empty, or a folder, pipe or device, which would block whoever opens it.
+        VolumeError: it is missing, empty, or a folder, a pipe or a device, which would block its reader.
     """
     try:
         stat = os.stat(name)
@@ -211,8 +219,8 @@ def _check_size(name: str, header: Header, most: int) -> None:
 
 
 def _planes(header: Header) -> Iterator[int]:
-    """How many planes each chunk has."""
-    most = max(1, _CHUNK // (header.shape[0] * header.shape[1] * header.dtype.itemsize))
+    """The number of planes of each chunk."""
+    most = max(1, _CHUNK_BYTES // (header.shape[0] * header.shape[1] * header.dtype.itemsize))
     for _ in range(header.frames):
         for first in range(0, header.shape[2], most):
             yield min(most, header.shape[2] - first)
@@ -222,33 +230,39 @@ def _map(name: str, file: int, length: int) -> mmap.mmap:
     try:
         return mmap.mmap(file, length, access=mmap.ACCESS_READ)
     except ValueError as error:
-        # It was long enough a moment ago.
+        # The file was long enough a moment ago, so another program has cut it.
         raise VolumeError(name, "truncated", f"became shorter while it was opened: {error}") from error
 
 
 def _mapped(header: Header, mapped: mmap.mmap) -> Iterator[NDArray[Any]]:
-    """Chunks of an uncompressed file, of which only what is looked at is read. What follows the voxels is ignored."""
+    """Chunks of an uncompressed file, read where they are looked at; bytes after the voxels are ignored."""
     offset = header.offset
     for planes in _planes(header):
         count = planes * header.shape[1] * header.shape[0]
-        yield np.frombuffer(mapped, header.dtype, count, offset).reshape(planes, header.shape[1], header.shape[0])
+        yield np.frombuffer(mapped, header.dtype, count, offset).reshape(
+            planes, header.shape[1], header.shape[0]
+        )
         offset += count * header.dtype.itemsize
 
 
 def _inflated(name: str, header: Header, stream: Readable) -> Iterator[NDArray[Any]]:
-    """Chunks of a compressed file, then its end."""
+    """Chunks of a compressed file; the last step checks the end of the stream."""
     skip = header.offset - header.read
     while skip > 0:
-        skip -= len(_read(name, stream, min(skip, _CHUNK)))
+        skip -= len(_read(name, stream, min(skip, _CHUNK_BYTES)))
     for planes in _planes(header):
         block = _read(name, stream, planes * header.shape[1] * header.shape[0] * header.dtype.itemsize)
         yield np.frombuffer(block, header.dtype).reshape(planes, header.shape[1], header.shape[0])
-    # Reading on to the end is what makes the stream check the CRC and the length.
+    # Only reading on to the end makes the stream check the CRC and the length.
     left = header.footer
-    while block := stream.read(min(left + 1, _CHUNK)):
+    while block := stream.read(min(left + 1, _CHUNK_BYTES)):
         left -= len(block)
         if left < 0:
-            raise VolumeError(name, "too_long", f"holds more than the {header.bytes} bytes of voxels that its header promises")
+            raise VolumeError(
+                name,
+                "too_long",
+                f"holds more than the {header.bytes} bytes of voxels that its header promises",
+            )
 
 
 def _read(name: str, stream: Readable, size: int) -> bytes:

@@ -1,1 +1,1 @@
-"""How good a model is: metrics, the baseline beside them, pictures and the report. Torch-free."""
+"""Evaluation of a model: metrics, the baseline beside them, pictures and the report. Torch-free."""

@@ -18,7 +18,10 @@ BINS = 64
 
 
 def classification_metrics(
-    labels: NDArray[Any], predictions: NDArray[Any], num_classes: int, class_names: Sequence[str] | None = None
+    labels: NDArray[Any],
+    predictions: NDArray[Any],
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Accuracy and what it hides when classes are imbalanced.
 
@@ -30,8 +33,8 @@ def classification_metrics(
 
     Returns:
         JSON values: ``count`` N, ``accuracy``, ``balanced_accuracy`` (mean recall of the classes that occur),
-        ``per_class_recall`` (name to recall, None for a class that does not occur), ``confusion`` (K lists of K counts; rows are
-        true, columns predicted), ``class_names``.
+        ``per_class_recall`` (name to recall, None for a class that does not occur), ``confusion`` (K lists of
+        K counts; the lists are true classes, their entries predicted ones), ``class_names``.
 
     Raises:
         ValueError: shapes differ, nothing to count, a value is no class, or K names are not K.
@@ -41,10 +44,14 @@ def classification_metrics(
     if len(names) != num_classes:
         raise ValueError(f"class_names must be {num_classes} names (num_classes), got {len(names)}")
     if labels.ndim != 1 or labels.shape != predictions.shape or len(labels) == 0:
-        raise ValueError(f"labels and predictions must be (N,) with N > 0, got {labels.shape} and {predictions.shape}")
+        raise ValueError(
+            f"labels and predictions must be (N,) with N > 0, got {labels.shape} and {predictions.shape}"
+        )
     for name, values in (("labels", labels), ("predictions", predictions)):
         if values.min() < 0 or values.max() >= num_classes:
-            raise ValueError(f"{name} must lie in 0 to {num_classes - 1}, got {values.min()} to {values.max()}")
+            raise ValueError(
+                f"{name} must lie in 0 to {num_classes - 1}, got {values.min()} to {values.max()}"
+            )
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(confusion, (labels, predictions), 1)
     totals = confusion.sum(axis=1)
@@ -53,21 +60,24 @@ def classification_metrics(
         "count": len(labels),
         "accuracy": float(np.diag(confusion).sum() / len(labels)),
         "balanced_accuracy": float(np.nanmean(recall)),
-        "per_class_recall": {name: None if np.isnan(r) else float(r) for name, r in zip(names, recall, strict=True)},
+        "per_class_recall": {
+            name: None if np.isnan(r) else float(r) for name, r in zip(names, recall, strict=True)
+        },
         "confusion": confusion.tolist(),
         "class_names": names,
     }
 
 
 class HistogramBaseline:
-    """Logistic regression on each volume's grey-level histogram: what is possible without looking at a single structure.
+    """Logistic regression on each volume's grey-level histogram, which shows not a single structure.
 
-    Scanners differ in contrast and brightness, and scaling, padding or a crop leave traces in the histogram as well. An accuracy
-    says something about a model of images only by what it adds to this one, so it is printed next to every accuracy.
+    Scanners differ in contrast and brightness, and scaling, padding or a crop leave traces in the histogram
+    as well. The accuracy of a model of images means something only beyond that of this baseline, which is
+    printed next to it.
 
-    Histograms have `BINS` bins over the volume's slices and are standardised. Classes are weighted equally, as in the balanced
-    accuracy that the baseline is compared in, and cross-validation on the training volumes chooses the regularisation: a baseline
-    that overfits would flatter the model.
+    Histograms have `BINS` bins over the volume's slices and are standardised. Classes are weighted equally,
+    as in the balanced accuracy that the baseline is compared in, and cross-validation on the training volumes
+    chooses the regularisation: a baseline that overfits would flatter the model.
     """
 
     def __init__(self) -> None:
@@ -85,7 +95,12 @@ class HistogramBaseline:
         folds = min(5, int(np.unique(labels, return_counts=True)[1].min()))
         fixed = {"class_weight": "balanced", "max_iter": 5000}
         regression = (
-            GridSearchCV(LogisticRegression(**fixed), {"C": np.logspace(-4, 1, 6)}, scoring="balanced_accuracy", cv=folds)
+            GridSearchCV(
+                LogisticRegression(**fixed),
+                {"C": np.logspace(-4, 1, 6)},
+                scoring="balanced_accuracy",
+                cv=folds,
+            )
             if folds > 1
             else LogisticRegression(**fixed)
         )
@@ -96,7 +111,7 @@ class HistogramBaseline:
         """(V,) predicted labels.
 
         Raises:
-            ValueError: it was not fitted.
+            ValueError: the baseline was not fitted.
         """
         if self._pipeline is None:
             raise ValueError("the histogram baseline must be fitted before it predicts")

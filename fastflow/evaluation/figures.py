@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 INK, PALE = "#22303c", "#d8dee4"
-_NAMES, _TITLE = 0.9, 0.35
+# Names and a title take so many inches of a grid of images.
+_NAMES_WIDTH, _TITLE_HEIGHT = 0.9, 0.35
 LINES = ("#2f6f9f", "#c8702a", "#3f8f5f", "#8a5aa8", "#a8434d", "#6b7785")
 SERIES = {"train": "training", "val": "validation", "test": "unseen subjects", "unseen_head": "unseen head"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Why one slice got its label.
+    """The reasons for the label of one slice.
 
     Attributes:
         image: (H, W) uint8.
@@ -34,7 +35,7 @@ class Explanation:
         contrast: (H, W) nats per pixel of log p(x|label) - log p(x|rival); sums to that difference.
         constant: nats that belong to no pixel and no label.
         truth: the true label, None when unknown.
-        name: what the picture is called.
+        name: the title of the picture.
     """
 
     image: NDArray[np.uint8]
@@ -73,11 +74,16 @@ def _light(axes: Axes) -> None:
     axes.tick_params(colors=INK, labelsize=8, length=3, color=PALE)
 
 
-# -- confusion matrices -------------------------------------------------------------------------------------------------
+# -- confusion matrices --------------------------------------------------------------------------------------
 
 
 def confusion_figure(confusion: NDArray[Any] | Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """A confusion matrix (K, K), rows true and columns predicted: counts on the left, shares of each row on the right."""
+    """A confusion matrix: counts on the left, shares of each true class on the right.
+
+    Args:
+        confusion: (K, K); the first axis is the true class, the second the predicted one.
+        class_names: K names.
+    """
     counts = np.asarray(confusion, dtype=np.float64)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
     size = 1.4 + 0.4 * len(class_names)
@@ -85,19 +91,33 @@ def confusion_figure(confusion: NDArray[Any] | Sequence[Sequence[int]], class_na
     left, right = figure.subplots(1, 2)
     _confusion_panel(left, shares, [[f"{n:.0f}" for n in row] for row in counts], class_names, "Volumes")
     _confusion_panel(
-        right, shares, [[f"{100 * n:.0f}" for n in row] for row in shares], class_names, "Per cent of the true class"
+        right,
+        shares,
+        [[f"{100 * n:.0f}" for n in row] for row in shares],
+        class_names,
+        "Per cent of the true class",
     )
     left.set_ylabel("true", color=INK, fontsize=9)
     right.set_yticklabels([])
     return figure
 
 
-def _confusion_panel(axes: Axes, shares: NDArray[Any], text: list[list[str]], class_names: Sequence[str], title: str) -> None:
+def _confusion_panel(
+    axes: Axes, shares: NDArray[Any], text: list[list[str]], class_names: Sequence[str], title: str
+) -> None:
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.15)
     for i, row in enumerate(text):
         for j, value in enumerate(row):
             if value != "0":
-                axes.text(j, i, value, ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.55 else INK)
+                axes.text(
+                    j,
+                    i,
+                    value,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if shares[i, j] > 0.55 else INK,
+                )
     positions = range(len(class_names))
     axes.set_xticks(positions, class_names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(positions, class_names)
@@ -111,10 +131,12 @@ def _confusion_panel(axes: Axes, shares: NDArray[Any], text: list[list[str]], cl
     axes.set_xlabel("predicted", color=INK, fontsize=9)
 
 
-# -- samples ------------------------------------------------------------------------------------------------------------
+# -- samples -------------------------------------------------------------------------------------------------
 
 
-def samples_figure(real: NDArray[np.uint8], generated: NDArray[np.uint8], class_names: Sequence[str]) -> Figure:
+def samples_figure(
+    real: NDArray[np.uint8], generated: NDArray[np.uint8], class_names: Sequence[str]
+) -> Figure:
     """Real slices (K, n, H, W) beside generated ones (K, m, H, W), a row per class."""
     figure = Figure(figsize=(10.0, _height(10.0, real.shape[1] + generated.shape[1] + 0.4, real)))
     _image_grids(figure, {"Archive": real, "Generated": generated}, class_names)
@@ -130,16 +152,23 @@ def grid_figure(images: NDArray[np.uint8], rows: Sequence[str]) -> Figure:
 
 
 def _height(width: float, columns: float, images: NDArray[np.uint8]) -> float:
-    return _TITLE + len(images) * (width - _NAMES) / columns * images.shape[2] / images.shape[3]
+    return _TITLE_HEIGHT + len(images) * (width - _NAMES_WIDTH) / columns * images.shape[2] / images.shape[3]
 
 
 def _image_grids(figure: Figure, groups: Mapping[str, NDArray[np.uint8]], rows: Sequence[str]) -> None:
-    """Groups of images (R, n, H, W) side by side, with a gap between them and the rows' names on the left."""
+    """Groups of images (R, n, H, W) side by side with a gap between them; names stand on the left."""
     width, height = figure.get_size_inches()
     ratios: list[float] = []
     for images in groups.values():
         ratios += [0.4] * bool(ratios) + [1.0] * images.shape[1]
-    spaces = {"left": _NAMES / width, "right": 0.998, "bottom": 0.002, "top": 1 - _TITLE / height, "wspace": 0.04, "hspace": 0.04}
+    spaces = {
+        "left": _NAMES_WIDTH / width,
+        "right": 0.998,
+        "bottom": 0.002,
+        "top": 1 - _TITLE_HEIGHT / height,
+        "wspace": 0.04,
+        "hspace": 0.04,
+    }
     grid = figure.add_gridspec(len(rows), len(ratios), width_ratios=ratios, **spaces).subplots(squeeze=False)
     for axes in grid.flat:
         _quiet(axes)
@@ -149,15 +178,21 @@ def _image_grids(figure: Figure, groups: Mapping[str, NDArray[np.uint8]], rows: 
     for title, images in groups.items():
         grid[0, column].set_title(title, fontsize=10, color=INK, loc="left")
         for row, column_offset in np.ndindex(*images.shape[:2]):
-            grid[row, column + column_offset].imshow(images[row, column_offset], cmap="gray", vmin=0, vmax=255)
+            grid[row, column + column_offset].imshow(
+                images[row, column_offset], cmap="gray", vmin=0, vmax=255
+            )
         column += images.shape[1] + 1
 
 
-# -- attribution --------------------------------------------------------------------------------------------------------
+# -- attribution ---------------------------------------------------------------------------------------------
 
 
 def attribution_figure(explanations: Sequence[Explanation], class_names: Sequence[str]) -> Figure:
-    """A row per explanation: the slice, log p(x|y) by pixel, the log-odds to the rival by pixel, log-likelihoods by label."""
+    """One row of pictures per explanation.
+
+    A row shows the slice, log p(x|y) by pixel, the log-odds against the rival by pixel, and log-likelihoods
+    by label.
+    """
     figure = _figure(10.0, 2.5 * len(explanations))
     grid = figure.subplots(len(explanations), 4, squeeze=False, width_ratios=(1, 1.25, 1.25, 1.3))
     for row, explanation in zip(grid, explanations, strict=True):
@@ -169,7 +204,7 @@ def _explain_row(figure: Figure, row: list[Axes], e: Explanation, class_names: S
     row[0].imshow(e.image, cmap="gray", vmin=0, vmax=255)
     known = "" if e.truth is None else f"true: {class_names[e.truth]}"
     row[0].set_title("\n".join(part for part in (e.name, known) if part), fontsize=8, color=INK)
-    # The level that all pixels share says nothing about where; the median is taken off for the colours only.
+    # The level that all pixels share says nothing about places, so the colours leave the median out.
     _overlay(
         figure,
         row[1],
@@ -177,7 +212,13 @@ def _explain_row(figure: Figure, row: list[Axes], e: Explanation, class_names: S
         e.attribution - np.median(e.attribution),
         f"log p(x | {class_names[e.label]})\nagainst its median",
     )
-    _overlay(figure, row[2], e.image, e.contrast, f"log-odds of {class_names[e.label]}\nagainst {class_names[e.rival]}")
+    _overlay(
+        figure,
+        row[2],
+        e.image,
+        e.contrast,
+        f"log-odds of {class_names[e.label]}\nagainst {class_names[e.rival]}",
+    )
     _quiet(row[0])
     gaps = e.log_probs - e.log_probs.max()
     colours = [LINES[0] if k == e.label else LINES[1] if k == e.rival else PALE for k in range(len(gaps))]
@@ -190,7 +231,7 @@ def _explain_row(figure: Figure, row: list[Axes], e: Explanation, class_names: S
 
 
 def _overlay(figure: Figure, axes: Axes, image: NDArray[np.uint8], values: NDArray[Any], title: str) -> None:
-    # Latents of the coarse scales sit on one pixel of each block; smoothing spreads them over it and keeps the sum.
+    # Latents of coarse scales sit on one pixel of each block; smoothing distributes them and keeps the sum.
     values = gaussian_filter(values, 1.5, mode="constant")
     limit = max(float(np.percentile(np.abs(values), 99.5)), 1e-9)
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
@@ -203,7 +244,7 @@ def _overlay(figure: Figure, axes: Axes, image: NDArray[np.uint8], values: NDArr
     _quiet(axes)
 
 
-# -- curves -------------------------------------------------------------------------------------------------------------
+# -- curves --------------------------------------------------------------------------------------------------
 
 
 def curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
@@ -211,17 +252,24 @@ def curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     panels = [("_bits_per_dim", "bits/dim (lower is better)"), ("_accuracy", "accuracy of single slices")]
     panels = [(suffix, title) for suffix, title in panels if _series(history, suffix)]
     figure = _figure(10.0, 3.6)
-    for axes, (suffix, title) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=True):
+    for axes, (suffix, title) in zip(
+        figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=True
+    ):
         _curve_panel(axes, _series(history, suffix), title)
     return figure
 
 
-def _series(history: Sequence[Mapping[str, float]], suffix: str) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+def _series(
+    history: Sequence[Mapping[str, float]], suffix: str
+) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     names = dict.fromkeys(key for record in history for key in record if key.endswith(suffix))
     out = {}
     for name in names:
         points = [(record["epoch"], record[name]) for record in history if name in record]
-        out[name.removesuffix(suffix)] = (np.array([p[0] for p in points]), np.array([p[1] for p in points], dtype=np.float64))
+        out[name.removesuffix(suffix)] = (
+            np.array([p[0] for p in points]),
+            np.array([p[1] for p in points], dtype=np.float64),
+        )
     return out
 
 

@@ -62,9 +62,9 @@ def write_report(
         generated: (K, m, H, W) uint8, samples of each class.
         explanations: slices with their likelihood attribution.
         history: one record per epoch, as `train` returns them.
-        details: what reproduces the run (seed, versions, seconds, configuration); nested values are shown as JSON.
+        details: seed, versions, seconds and configuration of the run; nested values are shown as JSON.
         title: of the page.
-        provenance: what the data are; stands beside every number.
+        provenance: the kind of data; stands beside every number.
 
     Raises:
         ValueError: there is no test set, or their class names differ.
@@ -74,7 +74,9 @@ def write_report(
     names: list[str] = list(tests[0].metrics["class_names"])
     if any(list(test.metrics["class_names"]) != names for test in tests):
         raise ValueError("all test sets must have the same class names")
-    environment = Environment(loader=PackageLoader("fastflow.evaluation"), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=PackageLoader("fastflow.evaluation"), autoescape=True, undefined=StrictUndefined
+    )
     environment.filters.update(share=_share, number=_number)
     html = environment.get_template("report.html").render(
         title=title,

@@ -1,4 +1,7 @@
-"""Augmentation of training slices. Source: the published recipe (rotation, shift, noise, and their probabilities)."""
+"""Augmentation of training slices.
+
+Source: the published recipe (rotation, shift, noise, and their probabilities).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ class Augment:
 
     Attributes:
         move_probability: chance that an image is moved.
-        degrees: largest rotation to either side. 0 shifts by whole pixels, which leaves an image's texture as it is.
+        degrees: largest rotation to either side; 0 shifts by whole pixels, which keeps an image's texture.
         pixels: largest shift along each axis.
         noise_probability: chance that an image gets noise.
         noise: standard deviation of Gaussian noise, in units of the [-1, 1] range.
@@ -34,7 +37,9 @@ class Augment:
             x = torch.where(self._chosen(x, self.move_probability, generator), moved, x)
         if self.noise_probability > 0 and self.noise > 0:
             noise = self.noise * torch.randn(x.shape, generator=generator).to(x)
-            x = torch.where(self._chosen(x, self.noise_probability, generator), (x + noise).clamp(-1.0, 1.0), x)
+            x = torch.where(
+                self._chosen(x, self.noise_probability, generator), (x + noise).clamp(-1.0, 1.0), x
+            )
         return x
 
     def _chosen(self, x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -48,19 +53,24 @@ class Augment:
 
 
 def _move(x: Tensor, moves: Tensor) -> Tensor:
-    """Rotate each image by moves[:, 0] radians about its centre and shift it by moves[:, 1:] pixels (x, y)."""
+    """Rotate each image of x (B, C, H, W) about its centre, then shift it.
+
+    Args:
+        x: in [-1, 1].
+        moves: (B, 3): radians, pixels along x, pixels along y.
+    """
     height, width = x.shape[2:]
     angle, shift = moves[:, 0], moves[:, 1:]
     cos, sin = angle.cos(), angle.sin()
     # Grid coordinates run from -1 to 1 along both axes, so a rotation of pixels carries the aspect ratio.
-    rows = torch.stack(
+    affine = torch.stack(
         (
             torch.stack((cos, -sin * height / width, 2.0 * shift[:, 0] / width), dim=1),
             torch.stack((sin * width / height, cos, 2.0 * shift[:, 1] / height), dim=1),
         ),
         dim=1,
     )
-    grid = F.affine_grid(rows.to(x), list(x.shape), align_corners=False)
+    grid = F.affine_grid(affine.to(x), list(x.shape), align_corners=False)
     mode = "bilinear" if bool((angle != 0).any()) else "nearest"
     # Padding with zeros is padding with -1 once the range starts at 0.
     return F.grid_sample(x + 1.0, grid, mode=mode, padding_mode="zeros", align_corners=False) - 1.0

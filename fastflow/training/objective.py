@@ -1,14 +1,17 @@
-"""What training minimises, and the unit in which likelihoods are reported.
+"""The objectives of training, and the unit in which likelihoods are reported.
 
-``likelihood`` is the published objective. ``pairwise`` adds, for one wrong label drawn per image, the logistic loss of the
-log-odds between right and wrong; ``hybrid`` adds the cross-entropy over all labels. Both cost extra passes (one; K - 1) and ask
-the conditioners for what separates the classes, which likelihood alone learns late: a class gap is a few nats of thousands.
+``likelihood`` is the published objective. ``pairwise`` adds, for one wrong label drawn per image, the
+logistic loss of the log-odds between right and wrong; ``hybrid`` adds the cross-entropy over all labels. Both
+cost extra passes (one; K - 1) and make the conditioners learn to separate the classes, which likelihood alone
+does late: a class gap is a few nats of thousands.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ Flow = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
-    """Nats of a density on [-1, 1] to bits per dimension of 8-bit data: ``-(log p / D + log(2 / 255)) / log 2``.
+    """Bits per dimension of 8-bit data, ``-(log p / D + log(2 / 255)) / log 2``, from a density on [-1, 1].
 
     Args:
         log_prob: any shape, nats.
@@ -36,7 +39,9 @@ def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
 
 
 def dequantize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Add uniform noise of one grey level, centred: the density of 8-bit data, padding included, then has an upper bound.
+    """Add centred uniform noise of one grey level.
+
+    The density of 8-bit data, padding included, then has an upper bound.
 
     Source: Theis et al., 2016, section 3.1.
     """
@@ -44,7 +49,7 @@ def dequantize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def log_prob(flow: Flow, x: Tensor, y: Tensor) -> Tensor:
-    """Log p(x|y) (B,) through the flow's forward call, which is what a wrapper for several devices intercepts."""
+    """Log p(x|y) (B,) through the flow's forward call, which a wrapper for several devices intercepts."""
     z, logdet = flow(x, y)
     return kernels.latent_prior(z) + logdet
 
@@ -69,7 +74,7 @@ def pairwise_loss(
         temperature: nats of log-odds that count as one logit.
 
     Returns:
-        `(loss, log p(x|y) (B,), logistic losses (B,))`; the last two only to be looked at.
+        `(loss, log p(x|y) (B,), logistic losses (B,))`; the last two carry no gradient.
     """
     both = log_prob(flow, torch.cat((x, x)), torch.cat((y, wrong)))
     lp, lp_wrong = both.chunk(2)
@@ -78,23 +83,43 @@ def pairwise_loss(
     return loss, lp.detach(), logistic.detach()
 
 
-def hybrid_loss(flow: Flow, x: Tensor, y: Tensor, classes: int, weight: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """Bits/dim of the right label plus the cross-entropy over all labels; arguments and result as `pairwise_loss`."""
+def hybrid_loss(
+    flow: Flow, x: Tensor, y: Tensor, classes: int, weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Bits/dim of the right label plus the cross-entropy over all labels.
+
+    Args:
+        flow: maps (x, y) to (z, logdet).
+        x: (B, C, H, W).
+        y: (B,) right labels.
+        classes: K.
+        weight: of the cross-entropy.
+        temperature: nats of log-odds that count as one logit.
+
+    Returns:
+        `(loss, log p(x|y) (B,))`.
+    """
     labels = torch.arange(classes, device=x.device).repeat(x.shape[0])
     lp_all = log_prob(flow, x.repeat_interleave(classes, dim=0), labels).view(-1, classes)
     lp = lp_all.gather(1, y[:, None]).squeeze(1)
     return bits_per_dim(lp, x[0].numel()).mean() + weight * F.cross_entropy(lp_all / temperature, y), lp
 
 
-class Rivals:
-    """Which wrong label to train against: drawn in proportion to how badly the pair is told apart so far.
+class HardNegatives:
+    """Wrong labels to train against, drawn by how hard they are.
 
-    Most pairs of classes are soon easy; drawing them as often as the hard ones would waste most of the passes.
+    A label is drawn in proportion to the loss of its pair with the right label so far.
+
+    Most pairs of classes are soon easy; drawing them as often as the hard ones would waste most of the
+    passes.
 
     Args:
         classes: K, at least 2.
         memory: share of a pair's running loss that an observation leaves.
         floor: least weight of a pair, as a share of the mean: no pair is forgotten.
+
+    Attributes:
+        losses: (K, K) running logistic loss of each pair (right, wrong); 0 on the diagonal.
     """
 
     def __init__(self, classes: int, memory: float = 0.9, floor: float = 0.1) -> None:
@@ -102,7 +127,7 @@ class Rivals:
         self.losses = 1.0 - torch.eye(classes)
 
     def draw(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One label (B,) per sample, never its own."""
+        """One wrong label (B,) per sample with right labels y (B,)."""
         weights = self.losses + self.floor * self.losses.mean()
         weights.fill_diagonal_(0.0)
         return torch.multinomial(weights[y.cpu()], 1, generator=generator).squeeze(1).to(y.device)
@@ -114,3 +139,11 @@ class Rivals:
         total = torch.zeros_like(self.losses).index_put_(index, losses.float().cpu(), accumulate=True)
         seen = self.memory * self.losses + (1.0 - self.memory) * total / count.clamp_min(1.0)
         self.losses = torch.where(count > 0, seen, self.losses)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Rivals":
+        message = "fastflow.training.objective.Rivals is now called HardNegatives; the old name goes in 0.3"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return HardNegatives
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import fastflow
 from fastflow import workflow
 from fastflow.archive.classify import Summary
-from fastflow.archive.shards import read_results
+from fastflow.archive.results import read_results
 from fastflow.cli.main import app
 from fastflow.data.manifest import index_folder, write_manifest
 from fastflow.evaluation.classification import classification_metrics
@@ -47,11 +47,21 @@ def test_version() -> None:
 def test_doctor_names_versions_and_the_device() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0
-    for word in ("torch", "triton", "device", "backend", "op affine_coupling", "op norm_film_act", fastflow.__version__):
+    for word in (
+        "torch",
+        "triton",
+        "device",
+        "backend",
+        "op affine_coupling",
+        "op norm_film_act",
+        fastflow.__version__,
+    ):
         assert word in result.stdout
 
 
-def test_demo_prints_the_baseline_beside_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_prints_the_baseline_beside_every_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ("flat", "striped")
     good = classification_metrics(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 1]), 2, names)
     poor = classification_metrics(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0]), 2, names)
@@ -62,7 +72,9 @@ def test_demo_prints_the_baseline_beside_every_figure(tmp_path: Path, monkeypatc
         options["on_epoch"]({"epoch": 1, "train_bits_per_dim": 4.5})
         test = TestSet("Unseen subjects", good, poor, 3.25)
         counts = {"ok": 4, "flagged": 0, "error": 0}
-        summary = Summary("results", (), counts, {}, names, np.array([[3, 0], [0, 1]]), 4, 1.0, {"bound_by": None})
+        summary = Summary(
+            "results", (), counts, {}, names, np.array([[3, 0], [0, 1]]), 4, 1.0, {"bound_by": None}
+        )
         return workflow.DemoResult(tmp_path, {"seconds": 12.0}, (test,), summary)
 
     monkeypatch.setattr(workflow, "run_demo", run_demo)
@@ -77,7 +89,10 @@ def test_demo_prints_the_baseline_beside_every_figure(tmp_path: Path, monkeypatc
 
 def test_from_scans_to_pictures(scans: Path, tmp_path: Path) -> None:
     manifest, model, results = tmp_path / "m.csv", tmp_path / "model", tmp_path / "r"
-    assert "20 files of 20 subjects" in invoke("index", scans, "--out", manifest, "--val", 0.2, "--test", 0.2).stdout
+    assert (
+        "20 files of 20 subjects"
+        in invoke("index", scans, "--out", manifest, "--val", 0.2, "--test", 0.2).stdout
+    )
     trained = invoke(
         "train",
         manifest,
@@ -95,16 +110,24 @@ def test_from_scans_to_pictures(scans: Path, tmp_path: Path) -> None:
         2,
     )
     assert trained.exit_code == 0, trained.output
-    assert json.loads((model / "config.json").read_text(encoding="utf-8"))["config"]["condition_from_step"] == 2
+    assert (
+        json.loads((model / "config.json").read_text(encoding="utf-8"))["config"]["condition_from_step"] == 2
+    )
     assert "val_accuracy" in trained.stdout
     assert trained.stderr.count("epoch ") == 2
-    assert [json.loads(line)["epoch"] for line in (model / "history.jsonl").read_text().splitlines()] == [1, 2]
+    assert [json.loads(line)["epoch"] for line in (model / "history.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+    ]
     classified = invoke("classify", manifest, "--split", "test", "--model", model, "--out", results)
     assert classified.exit_code == 0, classified.output
     assert "4 inputs, 4 classified, 0 failed" in classified.stdout
     # A model that was trained here knows what is typical; one of two epochs may find anything else unlike it.
     assert all(row["status"] in ("ok", "flagged") and row["typicality"] for row in read_results(results))
-    assert invoke("sample", "--model", model, "--out", tmp_path / "s", "--count", 1, "--label", "flat").exit_code == 0
+    assert (
+        invoke("sample", "--model", model, "--out", tmp_path / "s", "--count", 1, "--label", "flat").exit_code
+        == 0
+    )
     assert (tmp_path / "s/flat-1.png").exists()
     assert invoke("explain", manifest, "--model", model, "--out", tmp_path / "e", "--limit", 1).exit_code == 0
     assert len(list((tmp_path / "e").glob("*.png"))) == 1
@@ -122,7 +145,9 @@ def test_error_rows_exit_with_3_and_are_named(scans: Path, model_folder: Path, t
     resumed = invoke("classify", *inputs, "--model", model_folder, "--out", tmp_path / "r", "--resume")
     assert resumed.exit_code == 3
     assert "2 of them were there before this run" in resumed.stdout
-    stopped = invoke("classify", *inputs, "--model", model_folder, "--out", tmp_path / "s", "--on-error", "fail")
+    stopped = invoke(
+        "classify", *inputs, "--model", model_folder, "--out", tmp_path / "s", "--on-error", "fail"
+    )
     assert stopped.exit_code == 1
     assert "--resume goes on" in stopped.stderr
     assert invoke("explain", *inputs, "--model", model_folder, "--out", tmp_path / "e").exit_code == 1
@@ -130,9 +155,22 @@ def test_error_rows_exit_with_3_and_are_named(scans: Path, model_folder: Path, t
 
 def test_classify_options_reach_the_run(scans: Path, model_folder: Path, tmp_path: Path) -> None:
     write_manifest(index_folder(scans), tmp_path / "m.csv")
-    options = ("--format", "parquet", "--id-from", "hash", "--slices", "3,4", "--combine", "mean", "--prior", "0.7,0.3")
+    options = (
+        "--format",
+        "parquet",
+        "--id-from",
+        "hash",
+        "--slices",
+        "3,4",
+        "--combine",
+        "mean",
+        "--prior",
+        "0.7,0.3",
+    )
     manifest = ("--manifest", tmp_path / "m.csv", "--shard", "2/2", "--workers", 2, "--batch-size", 5)
-    done = invoke("classify", *manifest, *options, "--model", model_folder, "--out", tmp_path / "r", "--device", "cpu")
+    done = invoke(
+        "classify", *manifest, *options, "--model", model_folder, "--out", tmp_path / "r", "--device", "cpu"
+    )
     assert done.exit_code == 0, done.output
     folder = tmp_path / "r/shard-00002-of-00002"
     rows = list(read_results(folder))
@@ -140,7 +178,14 @@ def test_classify_options_reach_the_run(scans: Path, model_folder: Path, tmp_pat
     assert {len(row["path"]) for row in rows} == {32}
     assert {row["prior"] for row in rows} == {"0.7 0.3"}
     configuration = json.loads((folder / "summary.json").read_text())["configuration"]
-    expected = {"combine": "mean", "format": "parquet", "shard": "2/2", "workers": 2, "batch_size": 5, "device": "cpu"}
+    expected = {
+        "combine": "mean",
+        "format": "parquet",
+        "shard": "2/2",
+        "workers": 2,
+        "batch_size": 5,
+        "device": "cpu",
+    }
     assert {name: configuration[name] for name in expected} == expected
     assert configuration["preprocess"]["slices"] == "3,4"
 
@@ -212,9 +257,18 @@ def test_from_demo_data_to_pictures(tmp_path: Path) -> None:
     built = invoke("demo-data", archive, "--size", "tiny", "--seed", 3)
     assert "15 train, 7 val, 7 test, 7 unseen_head" in built.stdout
     assert invoke("index", archive / "manifest.csv", "--out", tmp_path / "m.csv").exit_code == 0
-    trained = invoke("train", tmp_path / "m.csv", "--out", model, "--preset", "small", "--epochs", 1, "--warmup", 0)
+    trained = invoke(
+        "train", tmp_path / "m.csv", "--out", model, "--preset", "small", "--epochs", 1, "--warmup", 0
+    )
     assert trained.exit_code == 0, trained.output
-    classified = invoke("classify", tmp_path / "m.csv", "--split", "unseen_head", "--model", model, "--out", tmp_path / "r")
+    classified = invoke(
+        "classify", tmp_path / "m.csv", "--split", "unseen_head", "--model", model, "--out", tmp_path / "r"
+    )
     assert "7 inputs, 7 classified, 0 failed" in classified.stdout
     assert invoke("sample", "--model", model, "--out", tmp_path / "s", "--count", 1).exit_code == 0
-    assert invoke("explain", tmp_path / "m.csv", "--model", model, "--out", tmp_path / "e", "--limit", 1).exit_code == 0
+    assert (
+        invoke(
+            "explain", tmp_path / "m.csv", "--model", model, "--out", tmp_path / "e", "--limit", 1
+        ).exit_code
+        == 0
+    )

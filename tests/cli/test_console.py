@@ -5,7 +5,9 @@ import pytest
 from fastflow.cli import _console
 
 
-def test_lines_of_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_progress_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = 100.0
     monkeypatch.setattr("fastflow.cli._console.time.monotonic", lambda: now)
     with _console.run_progress("classifying") as notify:

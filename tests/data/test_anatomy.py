@@ -22,7 +22,10 @@ def test_heads_are_on_the_grid_and_look_like_heads(name):
     # Millilitres: adult brains.
     assert 600 < brain["grey_matter"] < 1100 and 400 < brain["white_matter"] < 800
     white = head.t1[head.fractions[1] == 1].mean()
-    assert 150 < white < 200 and white > head.t1[head.fractions[0] == 1].mean() > head.t1[head.fractions[2] == 1].mean()
+    assert (
+        150 < white < 200
+        and white > head.t1[head.fractions[0] == 1].mean() > head.t1[head.fractions[2] == 1].mean()
+    )
     affine = nib.load(str(ASSETS / f"{name}_T1w.nii.gz")).affine
     assert np.array_equal(affine, anatomy.AFFINE)
 
@@ -30,9 +33,19 @@ def test_heads_are_on_the_grid_and_look_like_heads(name):
 def test_every_head_has_its_licence():
     table = (ASSETS / "LICENCES.md").read_text(encoding="utf-8")
     # The BSD licences ask for their own words, once for each of the two copyright holders.
-    for words in ("must retain the above copyright notice", "must reproduce the above copyright notice", "IMPLIED WARRANTIES"):
+    for words in (
+        "must retain the above copyright notice",
+        "must reproduce the above copyright notice",
+        "IMPLIED WARRANTIES",
+    ):
         assert table.count(words) >= 2
-    for word in (*(name for name in anatomy.HEADS if "aomic" not in name), "aomic_0017, aomic_0042", "BSD-3", "BSD-2", "CC0"):
+    for word in (
+        *(name for name in anatomy.HEADS if "aomic" not in name),
+        "aomic_0017, aomic_0042",
+        "BSD-3",
+        "BSD-2",
+        "CC0",
+    ):
         assert word in table
 
 
@@ -75,7 +88,9 @@ def test_registration_finds_a_shift():
     source, target = (anatomy.Head("ball", part[1], part) for part in (fractions, moved))
     displacement = anatomy.exponentiate(anatomy.register(source, target))
     images = [anatomy._coarsen(head.fractions[1], 2) for head in (source, target)]
-    before, after = (np.abs(image - images[1]).sum() for image in (images[0], anatomy.warp(images[0], displacement)))
+    before, after = (
+        np.abs(image - images[1]).sum() for image in (images[0], anatomy.warp(images[0], displacement))
+    )
     assert after < 0.35 * before and anatomy.jacobian_determinant(displacement).min() > 0
 
 
@@ -86,7 +101,9 @@ def test_unknown_heads_are_named():
         anatomy.load_velocity("colin27", "colin27")
 
 
-@pytest.mark.parametrize("shape", [(184, 184), (182, 182), (96, 96), (48, 48), (16, 16), (1, 1), (200, 96), (23, 64)])
+@pytest.mark.parametrize(
+    "shape", [(184, 184), (182, 182), (96, 96), (48, 48), (16, 16), (1, 1), (200, 96), (23, 64)]
+)
 def test_mask_is_binary_in_every_shape(shape):
     mask = anatomy.coronal_mask(shape)
     assert mask.shape == shape and mask.dtype == np.uint8 and set(np.unique(mask)) <= {0, 1}

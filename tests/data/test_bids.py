@@ -34,7 +34,9 @@ def dataset(root: Path, files: list[str], **description: str) -> Path:
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x")
-    (root / "dataset_description.json").write_text(json.dumps({"Name": "n", "BIDSVersion": "1.10.0"} | description))
+    (root / "dataset_description.json").write_text(
+        json.dumps({"Name": "n", "BIDSVersion": "1.10.0"} | description)
+    )
     return root
 
 

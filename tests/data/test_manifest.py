@@ -31,10 +31,13 @@ def touch(root: Path, *names: str) -> None:
         (root / name).touch()
 
 
-# -- reading and writing ----------------------------------------------------------------------------------------------------
+# -- reading and writing -------------------------------------------------------------------------------------
 
-# Every character but NUL and surrogates, which file names or UTF-8 lack; fields are read without white space around them.
-text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=12).map(str.strip)
+# Every character but NUL and surrogates, which file names or UTF-8 lack; fields are read without white space
+# around them.
+text = st.text(
+    st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=12
+).map(str.strip)
 names = text.filter(lambda name: name not in ("", ".", "..") and "/" not in name)
 
 
@@ -48,15 +51,22 @@ names = text.filter(lambda name: name not in ("", ".", "..") and "/" not in name
     ),
     ending=st.sampled_from(FORMATS),
 )
-def test_round_trip_of_any_text(tmp_path: Path, rows: list[tuple[str, str | None, str, str | None]], ending: str) -> None:
+def test_round_trip_of_any_text(
+    tmp_path: Path, rows: list[tuple[str, str | None, str, str | None]], ending: str
+) -> None:
     records = [Record(str(tmp_path / name), label, subject, split) for name, label, subject, split in rows]
     write_manifest(records, tmp_path / f"m{ending}")
     assert read_manifest(tmp_path / f"m{ending}") == records
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_paths_are_relative_to_the_manifest(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = [Record(str(tmp_path / "data/a.nii.gz"), "x", "a", "train"), Record("/elsewhere/b.nii.gz", None, "b")]
+def test_paths_are_relative_to_the_manifest(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [
+        Record(str(tmp_path / "data/a.nii.gz"), "x", "a", "train"),
+        Record("/elsewhere/b.nii.gz", None, "b"),
+    ]
     write_manifest(records, tmp_path / "data" / f"m{ending}")
     content = (tmp_path / "data" / f"m{ending}").read_text()
     assert "a.nii.gz" in content and str(tmp_path) not in content and "/elsewhere/b.nii.gz" in content
@@ -78,14 +88,23 @@ def test_links_keep_their_names(tmp_path: Path) -> None:
     touch(tmp_path, "store/MD5-1234.nii.gz")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/sub-01_T1w.nii.gz").symlink_to(tmp_path / "store/MD5-1234.nii.gz")
-    write_manifest([Record(str(tmp_path / "data/sub-01_T1w.nii.gz"), None, "sub-01")], tmp_path / "data/m.csv")
+    write_manifest(
+        [Record(str(tmp_path / "data/sub-01_T1w.nii.gz"), None, "sub-01")], tmp_path / "data/m.csv"
+    )
     assert read_manifest(tmp_path / "data/m.csv")[0].path.endswith("data/sub-01_T1w.nii.gz")
 
 
 def test_only_the_path_is_needed(tmp_path: Path) -> None:
-    (tmp_path / "m.csv").write_text("\ufeffpath,note\r\nsub-01_T1w.nii.gz,first\r\n  b.c.nii.gz ,\r\n", encoding="utf-8")
-    (tmp_path / "m.jsonl").write_text('{"path": "sub-01_T1w.nii.gz", "label": null}\n{"path": "b.c.nii.gz", "note": 3}\n')
-    expected = [Record(str(tmp_path / "sub-01_T1w.nii.gz"), None, "sub-01"), Record(str(tmp_path / "b.c.nii.gz"), None, "b.c")]
+    (tmp_path / "m.csv").write_text(
+        "\ufeffpath,note\r\nsub-01_T1w.nii.gz,first\r\n  b.c.nii.gz ,\r\n", encoding="utf-8"
+    )
+    (tmp_path / "m.jsonl").write_text(
+        '{"path": "sub-01_T1w.nii.gz", "label": null}\n{"path": "b.c.nii.gz", "note": 3}\n'
+    )
+    expected = [
+        Record(str(tmp_path / "sub-01_T1w.nii.gz"), None, "sub-01"),
+        Record(str(tmp_path / "b.c.nii.gz"), None, "b.c"),
+    ]
     assert read_manifest(tmp_path / "m.csv") == expected
     assert read_manifest(tmp_path / "m.jsonl") == expected
 
@@ -108,7 +127,11 @@ def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("m.csv", "", r"line 1: no column 'path'"),
-        ("m.csv", "file,label\na.nii,x\n", r"line 1: no column 'path'; columns are path, label, subject, split"),
+        (
+            "m.csv",
+            "file,label\na.nii,x\n",
+            r"line 1: no column 'path'; columns are path, label, subject, split",
+        ),
         ("m.csv", "path,label\n", "has no entries"),
         ("m.csv", "path,label\na.nii,x\nb.nii\n", "line 3: has another number of fields"),
         ("m.csv", "path,label\na.nii,x,y\n", "line 2: has another number of fields"),
@@ -145,7 +168,10 @@ def test_manifest_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=80) | st.text(',"\npath\r{}:[]').map(str.encode), ending=st.sampled_from(FORMATS))
+@given(
+    content=st.binary(max_size=80) | st.text(',"\npath\r{}:[]').map(str.encode),
+    ending=st.sampled_from(FORMATS),
+)
 def test_any_content_gives_records_or_a_named_error(tmp_path: Path, content: bytes, ending: str) -> None:
     path = tmp_path / f"m{ending}"
     path.write_bytes((b"path,label\n" if ending == ".csv" else b"") + content)
@@ -174,11 +200,18 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "m.jsonl")[0].path == str(tmp_path / odd)
 
 
-# -- folders ------------------------------------------------------------------------------------------------------------------
+# -- folders -------------------------------------------------------------------------------------------------
 
 
 def test_published_layout_of_images(tmp_path: Path) -> None:
-    touch(tmp_path, "train/old/a.png", "train/young/b.png", "val/old/c.png", "validation/old/d.png", "test/young/e.png")
+    touch(
+        tmp_path,
+        "train/old/a.png",
+        "train/young/b.png",
+        "val/old/c.png",
+        "validation/old/d.png",
+        "test/young/e.png",
+    )
     records = index_folder(tmp_path)
     assert [(Path(r.path).name, r.label, r.subject, r.split) for r in records] == [
         ("e.png", "young", "e", "test"),
@@ -191,7 +224,12 @@ def test_published_layout_of_images(tmp_path: Path) -> None:
 
 
 def test_class_folders_of_volumes(tmp_path: Path) -> None:
-    touch(tmp_path, "old/sub-01/anat/sub-01_ses-2_T1w.nii.gz", "old/sub-01/anat/extra.nii", "young/1.2.840.nii.gz")
+    touch(
+        tmp_path,
+        "old/sub-01/anat/sub-01_ses-2_T1w.nii.gz",
+        "old/sub-01/anat/extra.nii",
+        "young/1.2.840.nii.gz",
+    )
     touch(tmp_path, "young/notes.txt", "young/.hidden.nii", ".cache/old/x.nii")
     assert [(Path(r.path).name, r.label, r.subject, r.split) for r in index_folder(tmp_path)] == [
         ("extra.nii", "old", "sub-01", None),
@@ -243,17 +281,24 @@ def test_subject_of(path: str, subject: str) -> None:
     assert subject_of(Path("/data") / path) == subject
 
 
-# -- classes and splits ---------------------------------------------------------------------------------------------------------
+# -- classes and splits --------------------------------------------------------------------------------------
 
 
 def test_class_names_are_sorted_and_unique() -> None:
-    assert class_names([Record(str(i), label, "s") for i, label in enumerate(["b", None, "a", "b"])]) == ("a", "b")
+    assert class_names([Record(str(i), label, "s") for i, label in enumerate(["b", None, "a", "b"])]) == (
+        "a",
+        "b",
+    )
     assert class_names([]) == ()
 
 
 def archive(subjects: dict[str, int], files: int = 2) -> list[Record]:
     people = [(label, f"{label}{n}") for label, count in subjects.items() for n in range(count)]
-    return [Record(f"{label}/{subject}_{i}.nii", label, subject) for label, subject in people for i in range(files)]
+    return [
+        Record(f"{label}/{subject}_{i}.nii", label, subject)
+        for label, subject in people
+        for i in range(files)
+    ]
 
 
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
@@ -276,7 +321,9 @@ def test_each_label_is_split_alike() -> None:
     st.lists(st.integers(0, 5), min_size=1, max_size=4),
     st.integers(0, 2**32),
 )
-def test_a_subject_is_in_one_split(files: list[tuple[int, str | None]], weights: list[int], seed: int) -> None:
+def test_a_subject_is_in_one_split(
+    files: list[tuple[int, str | None]], weights: list[int], seed: int
+) -> None:
     assume(sum(weights) > 0)
     records = [Record(f"{i}.nii", label, f"sub-{number}", "old") for i, (number, label) in enumerate(files)]
     fractions = {f"part{i}": weight / sum(weights) for i, weight in enumerate(weights)}
@@ -298,7 +345,9 @@ def test_the_seed_decides_and_the_order_of_files_does_not() -> None:
     assert backwards[::-1] == first
 
 
-@pytest.mark.parametrize("fractions", [{}, {"a": 0.5}, {"a": 1.5, "b": -0.5}, {"a": float("nan")}, {"a": 0.6, "b": 0.6}])
+@pytest.mark.parametrize(
+    "fractions", [{}, {"a": 0.5}, {"a": 1.5, "b": -0.5}, {"a": float("nan")}, {"a": 0.6, "b": 0.6}]
+)
 def test_fractions_that_do_not_fit(fractions: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="fractions must not be negative and sum to 1, got"):
         split_by_subject(archive({"a": 3}), fractions)

@@ -24,7 +24,7 @@ def ramp(shape: tuple[int, int, int] = (6, 9, 5)) -> np.ndarray:
     return np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
 
 
-# -- settings -----------------------------------------------------------------------------------------------------------
+# -- settings ------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -89,7 +89,7 @@ def test_unknown_and_missing_fields_are_named() -> None:
         Preprocess.from_dict({"slices": "center"})
 
 
-# -- which slices ---------------------------------------------------------------------------------------------------------
+# -- which slices --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_centred_slices_are_symmetric(reach: int, stride: int, length: int) -> N
     assert 0 <= min(indices) <= max(indices) < length
 
 
-# -- from a volume to images ----------------------------------------------------------------------------------------------
+# -- from a volume to images ---------------------------------------------------------------------------------
 
 
 def test_slices_are_taken_turned_and_padded() -> None:
@@ -230,7 +230,7 @@ def test_grid_and_size(changes: dict[str, Any], code: str | None) -> None:
     assert caught.value.path == "scan.nii.gz"
 
 
-# -- padding and range ----------------------------------------------------------------------------------------------------
+# -- padding and range ---------------------------------------------------------------------------------------
 
 
 def test_top_and_left_take_the_floor() -> None:
@@ -244,7 +244,12 @@ def test_padding_is_even(height: int, width: int, more_rows: int, more_columns: 
     padded = pad_evenly(np.ones((height, width), dtype=np.uint8), (height + more_rows, width + more_columns))
     assert padded.shape == (height + more_rows, width + more_columns)
     rows, columns = np.flatnonzero(padded.any(axis=1)), np.flatnonzero(padded.any(axis=0))
-    assert (rows[0], columns[0], len(rows), len(columns)) == (more_rows // 2, more_columns // 2, height, width)
+    assert (rows[0], columns[0], len(rows), len(columns)) == (
+        more_rows // 2,
+        more_columns // 2,
+        height,
+        width,
+    )
 
 
 @pytest.mark.parametrize("size", [(2, 9), (9, 3)])

@@ -27,11 +27,13 @@ from fastflow.errors import VolumeError
 SIZE = (8, 10)
 PREPROCESS = (Preprocess(SIZE), Preprocess(SIZE, "center+-1"), Preprocess(SIZE, "0,2", scaling="fixed"))
 MIB = 1 << 20
-# Of 2- and 4-byte fields: sizes, types, offsets and codes that provoke.
+# Sizes, types, offsets and codes that provoke, in fields of 2 and 4 bytes.
 ODD = [0, 1, -1, 2, 3, 4, 7, 8, 16, 64, 512, 768, 255, 32767, -32768, 1 << 24, -(1 << 31), (1 << 31) - 1]
 
 
-def nifti(dtype: str, shape: tuple[int, ...] = (6, 5, 4), model: type = nib.Nifti1Header, **fields: object) -> bytes:
+def nifti(
+    dtype: str, shape: tuple[int, ...] = (6, 5, 4), model: type = nib.Nifti1Header, **fields: object
+) -> bytes:
     """A single-file NIfTI in either byte order."""
     header = model(endianness=dtype[0])
     header.set_data_dtype(np.dtype(dtype).newbyteorder("="))
@@ -102,7 +104,13 @@ def remove(rng: np.random.Generator, content: bytearray, start: int, stop: int) 
     del content[at : at + int(rng.integers(1, 40))]
 
 
-MUTATIONS: list[Callable[[np.random.Generator, bytearray, int, int], None]] = [flip, overwrite, cut, insert, remove]
+MUTATIONS: list[Callable[[np.random.Generator, bytearray, int, int], None]] = [
+    flip,
+    overwrite,
+    cut,
+    insert,
+    remove,
+]
 
 
 def damaged(rng: np.random.Generator, name: str, content: bytes, header: int) -> bytes:
@@ -122,7 +130,7 @@ def damaged(rng: np.random.Generator, name: str, content: bytes, header: int) ->
 
 
 def outcome(path: Path, preprocess: Preprocess) -> str:
-    """The error's code, or "read" or the flags of images that keep the promises; any other exception fails the test."""
+    """The error's code, or "read" or the flags of sound images; any other exception fails the test."""
     try:
         loaded = read_image(str(path), preprocess)
     except VolumeError as error:
@@ -156,18 +164,20 @@ def fuzz(folder: Path, count: int, seed: int) -> Counter[str]:
 def test_sources_are_read(tmp_path: Path) -> None:
     for name, content, _ in SOURCES:
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("z") else content)
-        assert [outcome(tmp_path / name, preprocess) for preprocess in PREPROCESS] == ["read"] * len(PREPROCESS)
+        assert [outcome(tmp_path / name, preprocess) for preprocess in PREPROCESS] == ["read"] * len(
+            PREPROCESS
+        )
 
 
 def test_damaged_files(tmp_path: Path) -> None:
-    assert fuzz(tmp_path, 2_000, seed=1).total() == 2_000
+    assert fuzz(tmp_path, 900, seed=1).total() == 900
 
 
 def test_damaged_files_cost_little_memory(tmp_path: Path) -> None:
     test_sources_are_read(tmp_path)
     tracemalloc.start()
     try:
-        for seed in range(40):
+        for seed in range(15):
             before = tracemalloc.get_traced_memory()[0]
             tracemalloc.reset_peak()
             fuzz(tmp_path, len(SOURCES), seed)
@@ -185,15 +195,17 @@ def test_many_damaged_files(tmp_path: Path) -> None:
     # The damage reaches most of what can be wrong with a file that exists.
     assert len(set(outcomes) & set(ERROR_CODES)) >= 14, outcomes
     assert outcomes["read"] > 1_000, outcomes
-    # Of kilobytes, where getrusage counts in them.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024 * (1024 if sys.platform == "darwin" else 1)
+    # getrusage counts in bytes on macOS and in kilobytes elsewhere.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024 * (
+        1024 if sys.platform == "darwin" else 1
+    )
 
 
 def test_isal_and_zlib_judge_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(4)
     packed = [source for source in SOURCES if source[0].endswith("z")]
     files = []
-    for number, (name, content, header) in zip(range(400), itertools.cycle(packed), strict=False):
+    for number, (name, content, header) in zip(range(180), itertools.cycle(packed), strict=False):
         path = tmp_path / f"{number}{name}"
         path.write_bytes(damaged(rng, name, content, header))
         files.append(path)
@@ -201,7 +213,7 @@ def test_isal_and_zlib_judge_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_gzip, "GzipFile", gzip.GzipFile)
     plain = [outcome(path, PREPROCESS[0]) for path in files]
     unlike = [pair for pair in zip(fast, plain, strict=True) if pair[0] != pair[1]]
-    # Both refuse it; one may see that a stream is corrupt before it gives out the header, or the byte too many, for which the
-    # other refuses it.
+    # Both refuse it; one may see that a stream is corrupt before it gives out the header, or the byte too
+    # many, for which the other refuses it.
     assert all({"crc", "truncated"} & set(pair) and set(pair) <= set(ERROR_CODES) for pair in unlike), unlike
     assert len(unlike) < 0.1 * len(files)

@@ -1,3 +1,4 @@
+# Over budget: the faults of all formats share the builders of headers and the list of outcomes.
 from __future__ import annotations
 
 import gzip
@@ -28,10 +29,14 @@ DATA = np.arange(60, dtype=np.int16).reshape(SHAPE) - 7
 MIB = 1 << 20
 
 # The folder is shared by the examples of a test, which overwrite one file.
-fuzz = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+fuzz = settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
-def nifti(data: np.ndarray = DATA, *, version: int = 1, order: str = "<", tail: bytes = b"", **fields: Any) -> bytes:
+def nifti(
+    data: np.ndarray = DATA, *, version: int = 1, order: str = "<", tail: bytes = b"", **fields: Any
+) -> bytes:
     """A single-file NIfTI written field by field, so that it can also be wrong."""
     header = {1: nib.Nifti1Header, 2: nib.Nifti2Header}[version](endianness=order)
     header.set_data_dtype(data.dtype)
@@ -40,7 +45,9 @@ def nifti(data: np.ndarray = DATA, *, version: int = 1, order: str = "<", tail: 
     header["vox_offset"] = header.sizeof_hdr + 4
     for name, value in fields.items():
         header[name] = value
-    return header.binaryblock + b"\0" * 4 + data.astype(data.dtype.newbyteorder(order)).tobytes(order="F") + tail
+    return (
+        header.binaryblock + b"\0" * 4 + data.astype(data.dtype.newbyteorder(order)).tobytes(order="F") + tail
+    )
 
 
 def store(folder: Path, content: bytes, name: str = "scan.nii") -> Path:
@@ -50,7 +57,7 @@ def store(folder: Path, content: bytes, name: str = "scan.nii") -> Path:
 
 
 def outcome(path: Path, max_voxels: int = 1000) -> Volume | VolumeError:
-    """What `read_volume` gives or raises; any other exception fails the test, and so does a result that breaks its promises."""
+    """The result of `read_volume`, or its error; other exceptions and broken promises fail the test."""
     try:
         volume = read_volume(path, max_voxels)
     except VolumeError as error:
@@ -78,12 +85,14 @@ def code_of(path: Path, max_voxels: int = 1000) -> str:
     return result.code
 
 
-# -- what is read ---------------------------------------------------------------------------------------------------------
+# -- what is read --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("flips", list(itertools.product((1, -1), repeat=3)))
-def test_all_orientations_as_nibabel_does(tmp_path: Path, order: tuple[int, ...], flips: tuple[int, ...]) -> None:
+def test_all_orientations_as_nibabel_does(
+    tmp_path: Path, order: tuple[int, ...], flips: tuple[int, ...]
+) -> None:
     affine = np.eye(4)
     affine[:3, :3] = np.diag([2.0, 2.5, 3.0])[:, order] * flips
     affine[:3, 3] = (-5, 6, 7)
@@ -99,7 +108,14 @@ def test_all_orientations_as_nibabel_does(tmp_path: Path, order: tuple[int, ...]
 
 def test_oblique_affine_as_nibabel_does(tmp_path: Path) -> None:
     angle = 0.3
-    turn = np.array([[np.cos(angle), -np.sin(angle), 0, 0], [np.sin(angle), np.cos(angle), 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    turn = np.array(
+        [
+            [np.cos(angle), -np.sin(angle), 0, 0],
+            [np.sin(angle), np.cos(angle), 0, 0],
+            [0, 0, 1, 0],
+            [0, 0, 0, 1],
+        ]
+    )
     image = nib.Nifti1Image(DATA, turn @ AFFINE @ np.diag([-1, 1, 1, 1]))
     nib.save(image, tmp_path / "scan.nii")
     expected = nib.as_closest_canonical(image)
@@ -123,7 +139,13 @@ def test_every_real_type(tmp_path: Path, dtype: str, order: str, version: int, n
 
 @pytest.mark.parametrize(
     ("slope", "inter", "expected"),
-    [(0.5, 10.0, DATA * 0.5 + 10), (-2.0, 0.0, DATA * -2.0), (0.0, 10.0, DATA), (np.nan, 10.0, DATA), (1.0, 0.0, DATA)],
+    [
+        (0.5, 10.0, DATA * 0.5 + 10),
+        (-2.0, 0.0, DATA * -2.0),
+        (0.0, 10.0, DATA),
+        (np.nan, 10.0, DATA),
+        (1.0, 0.0, DATA),
+    ],
 )
 def test_slope_and_intercept(tmp_path: Path, slope: float, inter: float, expected: np.ndarray) -> None:
     path = store(tmp_path, nifti(scl_slope=slope, scl_inter=inter))
@@ -145,7 +167,9 @@ def test_header_extensions_are_skipped(tmp_path: Path) -> None:
 def test_quaternion_whose_qfac_is_zero(tmp_path: Path) -> None:
     # The standard reads 0 as 1; files converted from Analyze have it.
     pixdim = [0, 2.0, 2.5, 3.0, 1, 1, 1, 1]
-    path = store(tmp_path, nifti(sform_code=0, qform_code=1, pixdim=pixdim, qoffset_x=-5, qoffset_y=-6, qoffset_z=-7))
+    path = store(
+        tmp_path, nifti(sform_code=0, qform_code=1, pixdim=pixdim, qoffset_x=-5, qoffset_y=-6, qoffset_z=-7)
+    )
     np.testing.assert_allclose(read_volume(path).affine, AFFINE)
 
 
@@ -161,11 +185,14 @@ def test_limit_is_inclusive(tmp_path: Path) -> None:
     assert code_of(path, max_voxels=59) == "too_large"
 
 
-# -- MGH ------------------------------------------------------------------------------------------------------------------
+# -- MGH -----------------------------------------------------------------------------------------------------
 
 
 def mgh(
-    data: np.ndarray = DATA, affine: np.ndarray = AFFINE, tail: bytes = b"", changes: dict[int, bytes] | None = None
+    data: np.ndarray = DATA,
+    affine: np.ndarray = AFFINE,
+    tail: bytes = b"",
+    changes: dict[int, bytes] | None = None,
 ) -> bytes:
     content = bytearray(nib.MGHImage(data, affine).to_bytes() + tail)
     for start, value in (changes or {}).items():
@@ -224,13 +251,15 @@ def test_footer_of_mgh_is_bounded_and_drained(tmp_path: Path) -> None:
     assert code_of(store(tmp_path, mgh(tail=bytes(17 * MIB)), "scan.mgz")) == "too_long"
 
 
-# -- frames ---------------------------------------------------------------------------------------------------------------
+# -- frames --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sub-1_pet.nii.gz", "sub-1_pet.nii", "pet/sub-1.nii", "sub-1_pet.mgz"])
 @pytest.mark.parametrize("frames", [2, 3, 4])
-def test_pet_becomes_its_median_frame(tmp_path: Path, name: str, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastflow.data.volume._CHUNK", 80)
+def test_pet_becomes_its_median_frame(
+    tmp_path: Path, name: str, frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastflow.data.volume._CHUNK_BYTES", 80)
     (tmp_path / "pet").mkdir()
     data = np.random.default_rng(0).integers(0, 500, (*SHAPE, frames)).astype(np.int16)
     content = mgh(data) if name.endswith("mgz") else nifti(data, scl_slope=0.5, order=">")
@@ -260,16 +289,26 @@ def test_what_is_not_pet(tmp_path: Path, name: str) -> None:
     assert code_of(store(tmp_path, nifti(np.zeros((5, 4, 3, 2), dtype=np.int16)), name)) == "four_dimensional"
 
 
-# -- doubts ---------------------------------------------------------------------------------------------------------------
+# -- doubts --------------------------------------------------------------------------------------------------
 
 
 def turned(degrees: float) -> dict[str, Any]:
     """sform of axes turned about the vertical one."""
     cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    return {"srow_x": [2 * cosine, -2.5 * sine, 0, 0], "srow_y": [2 * sine, 2.5 * cosine, 0, 0], "srow_z": [0, 0, 3, 0]}
+    return {
+        "srow_x": [2 * cosine, -2.5 * sine, 0, 0],
+        "srow_y": [2 * sine, 2.5 * cosine, 0, 0],
+        "srow_z": [0, 0, 3, 0],
+    }
 
 
-SPACED = {"qform_code": 1, "pixdim": [1, 2.0, 2.5, 3.0, 1, 1, 1, 1], "qoffset_x": -5, "qoffset_y": -6, "qoffset_z": -7}
+SPACED = {
+    "qform_code": 1,
+    "pixdim": [1, 2.0, 2.5, 3.0, 1, 1, 1, 1],
+    "qoffset_x": -5,
+    "qoffset_y": -6,
+    "qoffset_z": -7,
+}
 
 
 @pytest.mark.parametrize(
@@ -299,7 +338,7 @@ def test_doubts_are_flags(tmp_path: Path, codes: list[str], fields: dict[str, An
     assert pickle.loads(pickle.dumps(volume.flags)) == volume.flags
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------------
+# -- what is refused -----------------------------------------------------------------------------------------
 
 
 def _with(data: np.ndarray, value: float) -> np.ndarray:
@@ -332,7 +371,10 @@ BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
     "complex": ("dtype", lambda: nifti(DATA.astype(np.complex64))),
     "unknown type": ("dtype", lambda: nifti(datatype=999)),
     "too large": ("too_large", lambda: nifti(dim=[3, 5000, 5000, 5000, 1, 1, 1, 1])),
-    "overflowing size": ("too_large", lambda: nifti(version=2, dim=[3, 1 << 40, 1 << 40, 1 << 40, 1, 1, 1, 1])),
+    "overflowing size": (
+        "too_large",
+        lambda: nifti(version=2, dim=[3, 1 << 40, 1 << 40, 1 << 40, 1, 1, 1, 1]),
+    ),
     "offset inside the header": ("header", lambda: nifti(vox_offset=100)),
     "negative offset": ("header", lambda: nifti(vox_offset=-352)),
     "offset not finite": ("header", lambda: nifti(vox_offset=np.nan)),
@@ -394,7 +436,7 @@ def test_garbage_after_the_gzip_stream(tmp_path: Path, garbage: bytes) -> None:
 
 
 def test_bomb_is_not_inflated(tmp_path: Path) -> None:
-    path = store(tmp_path, nifti(tail=bytes(64 * MIB)), "scan.nii.gz")
+    path = store(tmp_path, nifti(tail=bytes(32 * MIB)), "scan.nii.gz")
     assert path.stat().st_size < MIB
     tracemalloc.start()
     code = code_of(path)
@@ -417,9 +459,12 @@ def test_bomb_is_not_inflated_into_slices_either(tmp_path: Path) -> None:
         "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()\n"
         "try:\n    read_image(sys.argv[1], Preprocess((8, 8)))\n"
         "except VolumeError as error:\n    code = error.code\n"
-        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.perf_counter() - start)\n"
+        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(code, after - before, time.perf_counter() - start)\n"
     )
-    told = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True).stdout.split()
+    told = subprocess.run(
+        [sys.executable, "-c", script, path], capture_output=True, text=True, check=True
+    ).stdout.split()
     unit = 1 if sys.platform == "darwin" else 1024
     assert told[0] == "too_long" and int(told[1]) * unit < 8 * MIB and float(told[2]) < 1
 
@@ -446,10 +491,15 @@ def test_error_says_what_and_where_and_survives_pickling(tmp_path: Path) -> None
     assert isinstance(error, FastflowError) and isinstance(error, ValueError)
     assert "125000" in str(error) and "1000" in str(error) and str(tmp_path) in str(error)
     again = pickle.loads(pickle.dumps(error))
-    assert (type(again), again.path, again.code, str(again)) == (VolumeError, error.path, error.code, str(error))
+    assert (type(again), again.path, again.code, str(again)) == (
+        VolumeError,
+        error.path,
+        error.code,
+        str(error),
+    )
 
 
-# -- anything ---------------------------------------------------------------------------------------------------------------
+# -- anything ------------------------------------------------------------------------------------------------
 
 
 @fuzz
@@ -483,7 +533,9 @@ def test_no_flipped_bit_of_a_gzip_stream_changes_voxels(tmp_path: Path, where: f
     order=st.sampled_from("<>"),
     name=st.sampled_from(["scan.nii", "scan.nii.gz"]),
 )
-def test_changed_header_bytes(tmp_path: Path, changes: dict[int, int], version: int, order: str, name: str) -> None:
+def test_changed_header_bytes(
+    tmp_path: Path, changes: dict[int, int], version: int, order: str, name: str
+) -> None:
     content = bytearray(nifti(version=version, order=order))
     for position, value in changes.items():
         content[position % (348 if version == 1 else 540)] = value
@@ -500,9 +552,13 @@ def test_arbitrary_header(tmp_path: Path, data: st.DataObject) -> None:
     for name in data.draw(st.sets(st.sampled_from(names))):
         item = model.structarr[name]
         floats = st.floats(width=item.dtype.itemsize * 8)
-        fields[name] = data.draw(st.lists(floats, min_size=item.size, max_size=item.size) if item.size > 1 else floats)
+        fields[name] = data.draw(
+            st.lists(floats, min_size=item.size, max_size=item.size) if item.size > 1 else floats
+        )
     if data.draw(st.booleans()):
-        fields["sform_code"], fields["qform_code"] = data.draw(st.sampled_from([(0, 0), (0, 1), (1, 0), (5, 5)]))
+        fields["sform_code"], fields["qform_code"] = data.draw(
+            st.sampled_from([(0, 0), (0, 1), (1, 0), (5, 5)])
+        )
     _read_within_limits(store(tmp_path, nifti(version=version, order=order, **fields)))
 
 

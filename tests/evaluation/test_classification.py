@@ -4,14 +4,20 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from fastflow.data.slices import SliceSet
-from fastflow.evaluation.classification import BINS, HistogramBaseline, classification_metrics, volume_histograms
+from fastflow.evaluation.classification import (
+    BINS,
+    HistogramBaseline,
+    classification_metrics,
+    volume_histograms,
+)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
 def test_metrics_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     labels, predictions = np.array(pairs).T
@@ -19,7 +25,9 @@ def test_metrics_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None
     assert got["accuracy"] == pytest.approx(reference.accuracy_score(labels, predictions))
     assert got["confusion"] == reference.confusion_matrix(labels, predictions, labels=range(4)).tolist()
     recall = reference.recall_score(labels, predictions, labels=range(4), average=None, zero_division=np.nan)
-    assert list(got["per_class_recall"].values()) == [None if np.isnan(r) else pytest.approx(r) for r in recall]
+    assert list(got["per_class_recall"].values()) == [
+        None if np.isnan(r) else pytest.approx(r) for r in recall
+    ]
     assert got["balanced_accuracy"] == pytest.approx(np.nanmean(recall))
     json.dumps(got)
 
@@ -42,7 +50,9 @@ def test_majority_vote_does_not_pass_for_balanced() -> None:
         ([0], [0], ["a", "b"], "class_names must be 3"),
     ],
 )
-def test_bad_arguments_are_named(labels: list[int], predictions: list[int], names: list[str] | None, message: str) -> None:
+def test_bad_arguments_are_named(
+    labels: list[int], predictions: list[int], names: list[str] | None, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         classification_metrics(np.array(labels, dtype=int), np.array(predictions, dtype=int), 3, names)
 
@@ -52,7 +62,9 @@ def make_set(levels: list[int], per_volume: int = 2, seed: int = 0) -> SliceSet:
     rng = np.random.default_rng(seed)
     volumes = np.repeat(np.arange(len(levels)), per_volume)
     images = (
-        rng.normal(np.array(levels)[volumes][:, None, None, None], 6.0, (len(volumes), 1, 8, 8)).clip(0, 255).astype(np.uint8)
+        rng.normal(np.array(levels)[volumes][:, None, None, None], 6.0, (len(volumes), 1, 8, 8))
+        .clip(0, 255)
+        .astype(np.uint8)
     )
     labels = (np.array(levels)[volumes] >= 128).astype(np.int64)
     names = tuple(str(v) for v in range(len(levels)))
@@ -74,7 +86,9 @@ def test_histograms_share_out_every_pixel() -> None:
     histograms = volume_histograms(data)
     assert histograms.shape == (2, BINS)
     np.testing.assert_allclose(histograms.sum(axis=1), 1.0)
-    np.testing.assert_allclose(histograms[1], np.histogram(data.images[3:], bins=BINS, range=(0, 256))[0] / (3 * 64))
+    np.testing.assert_allclose(
+        histograms[1], np.histogram(data.images[3:], bins=BINS, range=(0, 256))[0] / (3 * 64)
+    )
 
 
 def test_baseline_needs_two_classes() -> None:

@@ -18,13 +18,17 @@ from fastflow.evaluation.figures import Explanation
 from fastflow.evaluation.report import TestSet, write_report
 
 NAMES = ["Aster", "Borea <b>", "Cirrus & co"]
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
 
 def metrics(seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     labels = np.arange(30) % 3
-    return classification_metrics(labels, np.where(rng.random(30) < 0.7, labels, rng.integers(0, 3, 30)), 3, NAMES)
+    return classification_metrics(
+        labels, np.where(rng.random(30) < 0.7, labels, rng.integers(0, 3, 30)), 3, NAMES
+    )
 
 
 def content() -> dict[str, Any]:
@@ -38,7 +42,9 @@ def content() -> dict[str, Any]:
         ],
         "real": images,
         "generated": images[:, ::-1],
-        "explanations": [Explanation(images[0, 0], np.array([-5.0, -1.0, -9.0]), 1, 0, attribution, contrast, 0.5, truth=1)],
+        "explanations": [
+            Explanation(images[0, 0], np.array([-5.0, -1.0, -9.0]), 1, 0, attribution, contrast, 0.5, truth=1)
+        ],
         "history": [
             {
                 "epoch": e,
@@ -118,7 +124,8 @@ def test_class_that_does_not_occur_has_no_recall(tmp_path: Path) -> None:
     values = content()
     empty = classification_metrics(np.array([0, 1]), np.array([0, 1]), 3, NAMES)
     write_report(
-        tmp_path / "r.html", **{**values, "tests": [TestSet("Few", empty, empty, 1.0)], "explanations": [], "history": []}
+        tmp_path / "r.html",
+        **{**values, "tests": [TestSet("Few", empty, empty, 1.0)], "explanations": [], "history": []},
     )
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert len(page.all("img")) == 2
@@ -130,39 +137,61 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         write_report(tmp_path / "r.html", **{**values, "tests": []})
     other = classification_metrics(np.array([0]), np.array([0]), 3)
     with pytest.raises(ValueError, match="same class names"):
-        write_report(tmp_path / "r.html", **{**values, "tests": [values["tests"][0], TestSet("x", other, other, 1.0)]})
+        write_report(
+            tmp_path / "r.html", **{**values, "tests": [values["tests"][0], TestSet("x", other, other, 1.0)]}
+        )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 def test_browser_shows_every_picture_without_a_network(report: Path, tmp_path: Path) -> None:
-    assert widths_in_browser(report, tmp_path) == Page(report.read_text(encoding="utf-8")).all("img").__len__() * [True]
+    assert widths_in_browser(report, tmp_path) == Page(report.read_text(encoding="utf-8")).all(
+        "img"
+    ).__len__() * [True]
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 def test_browser_check_notices_a_broken_picture(report: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
-    broken.write_text(report.read_text(encoding="utf-8").replace("data:image/png;base64,iVBOR", "data:image/png;base64,AAAA", 1))
+    broken.write_text(
+        report.read_text(encoding="utf-8").replace(
+            "data:image/png;base64,iVBOR", "data:image/png;base64,AAAA", 1
+        )
+    )
     assert widths_in_browser(broken, tmp_path).count(False) == 1
 
 
 def widths_in_browser(page: Path, folder: Path) -> list[bool]:
-    """Whether each picture of a page has a width once it is loaded: asked by a script in a copy whose policy allows scripts."""
+    """Whether each picture of a page has a width once it is loaded.
+
+    A script asks in a copy of the page whose policy allows scripts.
+    """
     script = (
         "<script>addEventListener('load', () => { document.title = 'widths:' + "
         "[...document.images].map(i => i.complete && i.naturalWidth > 0).join(',') })</script></body>"
     )
     text = page.read_text(encoding="utf-8")
-    text = text.replace("style-src 'unsafe-inline'", "style-src 'unsafe-inline'; script-src 'unsafe-inline'").replace(
-        "</body>", script
-    )
+    text = text.replace(
+        "style-src 'unsafe-inline'", "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    ).replace("</body>", script)
     copy = folder / "copy.html"
     copy.write_text(text, encoding="utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
     # Every name resolves to nothing, so whatever is not in the page cannot appear.
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000", "--dump-dom", copy.as_uri()]
+    command += [
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        copy.as_uri(),
+    ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     found = re.search(r"<title>widths:([a-z,]*)</title>", dom)
     assert found, dom[:500]

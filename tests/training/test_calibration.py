@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastflow.training.calibration import fit_temperature, negative_log_posterior, typicality
+from fastflow.decision import typicality
+from fastflow.training.calibration import fit_temperature, negative_log_posterior
 
 
 def samples(temperature, prior, count=20000, seed=0):
-    """Log-likelihoods whose posterior at `temperature` is exactly the distribution that the labels are drawn from."""
+    """Log-likelihoods whose posterior at `temperature` is the distribution that the labels are drawn from."""
     rng = np.random.default_rng(seed)
     log_probs = rng.normal(-30000, 3 * temperature, (count, len(prior)))
     logits = log_probs / temperature + np.log(prior)
@@ -42,10 +43,16 @@ def test_it_refuses_what_does_not_fit():
 def test_typicality_is_a_two_sided_rank(values: list[float], value: float) -> None:
     ordered = sorted(values)
     below, above = sum(v <= value for v in values), sum(v >= value for v in values)
-    assert typicality(value, ordered) == pytest.approx(min(1.0, 2 * (1 + min(below, above)) / (len(values) + 1)))
+    assert typicality(value, ordered) == pytest.approx(
+        min(1.0, 2 * (1 + min(below, above)) / (len(values) + 1))
+    )
     # Outside of all of them it is as small as it can be.
     lowest = min(1.0, 2 / (len(values) + 1))
-    assert typicality(ordered[0] - 1.0, ordered) == typicality(ordered[-1] + 1.0, ordered) == pytest.approx(lowest)
+    assert (
+        typicality(ordered[0] - 1.0, ordered)
+        == typicality(ordered[-1] + 1.0, ordered)
+        == pytest.approx(lowest)
+    )
 
 
 def test_typicality_of_like_data_is_uniform() -> None:

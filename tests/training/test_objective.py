@@ -26,12 +26,16 @@ def test_dequantise_stays_within_a_grey_level():
     x = torch.zeros(2, 1, 50, 50)
     noisy = objective.dequantize(x, torch.Generator().manual_seed(0))
     assert noisy.abs().max() <= objective.GREY_LEVEL / 2
-    assert abs(float(noisy.mean())) < 1e-4 and float(noisy.std()) == pytest.approx(objective.GREY_LEVEL / 12**0.5, rel=0.05)
+    assert abs(float(noisy.mean())) < 1e-4 and float(noisy.std()) == pytest.approx(
+        objective.GREY_LEVEL / 12**0.5, rel=0.05
+    )
 
 
 def test_losses_add_what_they_say():
     x, y = torch.randn(6, 1, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
-    every = torch.stack([objective.log_prob(gaussian_flow, x, torch.full_like(y, k)) for k in range(3)], dim=1)
+    every = torch.stack(
+        [objective.log_prob(gaussian_flow, x, torch.full_like(y, k)) for k in range(3)], dim=1
+    )
     right = every[torch.arange(6), y]
     plain, lp = objective.likelihood_loss(gaussian_flow, x, y)
     assert torch.allclose(lp, right) and torch.allclose(plain, objective.bits_per_dim(right, 4).mean())
@@ -45,20 +49,22 @@ def test_losses_add_what_they_say():
 
     hybrid, lp = objective.hybrid_loss(gaussian_flow, x, y, 3, weight=0.5, temperature=2.0)
     assert torch.allclose(lp, right)
-    assert torch.allclose(hybrid, plain - 0.5 * torch.log_softmax(every / 2.0, dim=1)[torch.arange(6), y].mean())
+    assert torch.allclose(
+        hybrid, plain - 0.5 * torch.log_softmax(every / 2.0, dim=1)[torch.arange(6), y].mean()
+    )
 
 
-def test_rivals_are_wrong_cover_the_rest_and_follow_the_losses():
+def test_hard_negatives_are_wrong_cover_the_rest_and_follow_the_losses():
     y = torch.arange(4).repeat(500)
-    rivals = objective.Rivals(4)
-    wrong = rivals.draw(y, torch.Generator().manual_seed(0))
+    negatives = objective.HardNegatives(4)
+    wrong = negatives.draw(y, torch.Generator().manual_seed(0))
     assert (wrong != y).all() and set(wrong[y == 2].tolist()) == {0, 1, 3}
     for _ in range(60):
-        rivals.update(y, wrong, torch.where((y == 2) & (wrong == 3), 2.0, 0.01))
-    again = rivals.draw(y, torch.Generator().manual_seed(0))
+        negatives.update(y, wrong, torch.where((y == 2) & (wrong == 3), 2.0, 0.01))
+    again = negatives.draw(y, torch.Generator().manual_seed(0))
     assert float((again[y == 2] == 3).float().mean()) > 0.85
     assert set(again[y == 2].tolist()) == {0, 1, 3}
-    assert abs(float(rivals.losses[2, 3]) - 2.0) < 0.01 and (rivals.losses.diagonal() == 0).all()
+    assert abs(float(negatives.losses[2, 3]) - 2.0) < 0.01 and (negatives.losses.diagonal() == 0).all()
 
 
 def test_objectives_take_a_real_flow():
@@ -70,3 +76,10 @@ def test_objectives_take_a_real_flow():
     assert torch.allclose(lp, model.log_prob(x, y))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_old_name_still_works():
+    with pytest.warns(DeprecationWarning, match="HardNegatives"):
+        assert objective.Rivals is objective.HardNegatives
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = objective.Nothing

@@ -12,6 +12,13 @@ from fastflow.data.slices import SliceSet
 from fastflow.training.trainer import TrainConfig, evaluate_bits_per_dim, middle_slices, train
 
 NAMES = ("dark", "bright")
+# Two squeezes and a split in half as many steps as the preset has.
+LAYOUT = {
+    "masks": ("custom", "checkerboard", "channel"),
+    "squeeze_before": (0, 1),
+    "split_after": (1,),
+    "widths": ((8, 8, 8),) * 3,
+}
 
 
 def make_set(volumes=12, slices=2, seed=0, names=NAMES):
@@ -38,11 +45,16 @@ def config(**changes):
 
 def new_model(**changes):
     torch.manual_seed(0)
-    return MagicFlow(FlowConfig.tiny(2, dequantize="uniform", class_names=NAMES, **changes))
+    return MagicFlow(FlowConfig.tiny(2, dequantize="uniform", class_names=NAMES, **LAYOUT, **changes))
 
 
 @pytest.mark.parametrize(
-    "objective", ["likelihood", pytest.param("pairwise", marks=pytest.mark.slow), pytest.param("hybrid", marks=pytest.mark.slow)]
+    "objective",
+    [
+        "likelihood",
+        pytest.param("pairwise", marks=pytest.mark.slow),
+        pytest.param("hybrid", marks=pytest.mark.slow),
+    ],
 )
 def test_it_learns_and_records(tmp_path, objective):
     model, seen = new_model(), []
@@ -58,14 +70,22 @@ def test_it_learns_and_records(tmp_path, objective):
     assert seen == history and [r["epoch"] for r in history] == [1, 2, 3, 4, 5]
     assert history[-1]["train_bits_per_dim"] < history[0]["train_bits_per_dim"] - 0.1
     assert history[-1]["val_accuracy"] >= 0.75
-    assert all({"val_bits_per_dim", "other_bits_per_dim", "seconds", "learning_rate"} <= set(r) for r in history)
+    assert all(
+        {"val_bits_per_dim", "other_bits_per_dim", "seconds", "learning_rate"} <= set(r) for r in history
+    )
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
 
 
 def test_same_seed_same_weights(tmp_path):
     def weights(folder, **changes):
         model = new_model()
-        train(model, make_set(), make_set(4, seed=1), config(epochs=1, augment="paper", **changes), tmp_path / folder)
+        train(
+            model,
+            make_set(8),
+            make_set(4, seed=1),
+            config(epochs=1, augment="paper", **changes),
+            tmp_path / folder,
+        )
         return model.state_dict()
 
     first, again, other = weights("a"), weights("b"), weights("c", seed=1)
@@ -73,8 +93,7 @@ def test_same_seed_same_weights(tmp_path):
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("select", ["accuracy", "loss"])
-@pytest.mark.parametrize("ema", [0.0, 0.5])
+@pytest.mark.parametrize(("select", "ema"), [("accuracy", 0.0), ("loss", 0.5)])
 def test_the_folder_holds_the_selected_epoch(tmp_path, select, ema):
     model, val = new_model(), make_set(8, seed=1)
     history = train(model, make_set(), val, config(select=select, ema=ema), tmp_path)
@@ -83,36 +102,46 @@ def test_the_folder_holds_the_selected_epoch(tmp_path, select, ema):
     assert saved.metadata["training"]["select"] == select and not model.training
     assert MagicFlow.load(tmp_path / "checkpoints" / "accuracy").initialized
     found = evaluate_bits_per_dim(saved, *middle_slices(val))
-    assert found == pytest.approx(history[saved.metadata["training"]["kept_epoch"] - 1]["val_bits_per_dim"], abs=1e-6)
+    assert found == pytest.approx(
+        history[saved.metadata["training"]["kept_epoch"] - 1]["val_bits_per_dim"], abs=1e-6
+    )
     if select == "loss":
         assert found == pytest.approx(min(r["val_bits_per_dim"] for r in history), abs=1e-6)
 
 
 def test_without_validation_the_last_epoch_stays(tmp_path):
     model = new_model()
-    history = train(model, make_set(), None, config(epochs=1), tmp_path)
+    history = train(model, make_set(), None, config(epochs=1, batch_size=24), tmp_path)
     assert set(history[0]) == {"epoch", "learning_rate", "train_bits_per_dim", "seconds"}
     assert MagicFlow.load(tmp_path).initialized
 
 
 def test_an_earlier_run_in_the_folder_leaves_nothing_behind(tmp_path):
-    train(new_model(), make_set(), make_set(4, seed=1), config(epochs=1), tmp_path)
+    once = config(epochs=1, batch_size=24, seed=4)
+    train(new_model(), make_set(), make_set(4, seed=1), config(epochs=1, batch_size=24), tmp_path)
     model = new_model()
-    train(model, make_set(seed=3), None, config(epochs=1, seed=4), tmp_path)
+    train(model, make_set(seed=3), None, once, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
-    train(alone := new_model(), make_set(seed=3), None, config(epochs=1, seed=4), tmp_path / "alone")
+    train(alone := new_model(), make_set(seed=3), None, once, tmp_path / "alone")
     assert all(torch.equal(value, alone.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_schedule_warms_up_and_ends_at_the_minimum(tmp_path):
-    rates = [r["learning_rate"] for r in train(new_model(), make_set(), None, config(epochs=4, warmup_epochs=1.0), tmp_path)]
+    rates = [
+        r["learning_rate"]
+        for r in train(
+            new_model(), make_set(), None, config(epochs=4, warmup_epochs=1.0, batch_size=24), tmp_path
+        )
+    ]
     assert rates[0] == pytest.approx(0.01 * 3e-3) and rates[1] == pytest.approx(3e-3)
     assert rates[1] > rates[2] > rates[3] > 1e-5
 
 
 def test_conditioners_in_bfloat16_learn_too(tmp_path):
     model = new_model()
-    history = train(model, make_set(), make_set(4, seed=1), config(precision="bf16-mixed"), tmp_path)
+    history = train(
+        model, make_set(), make_set(4, seed=1), config(precision="bf16-mixed", epochs=2), tmp_path
+    )
     assert history[-1]["train_bits_per_dim"] < history[0]["train_bits_per_dim"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -122,6 +151,27 @@ def test_balanced_sampling_takes_a_class_imbalance(tmp_path):
     few = data.subset([0, 2, 4, 6, 8, 10, 1])
     history = train(new_model(), few, make_set(4, seed=1), config(sampler="balanced", epochs=1), tmp_path)
     assert np.isfinite(history[0]["train_bits_per_dim"])
+
+
+def test_a_number_of_threads_gives_one_model_on_any_machine(tmp_path):
+    """Weights depend on the number of threads, so a recipe can state it."""
+    before = torch.get_num_threads()
+
+    def weights(available):
+        torch.set_num_threads(available)
+        model = new_model()
+        settings = config(epochs=1, batch_size=8, objective="pairwise", threads=1)
+        train(model, make_set(8), None, settings, tmp_path / str(available))
+        assert torch.get_num_threads() == available
+        return model.state_dict()
+
+    try:
+        one, two = weights(1), weights(2)
+    finally:
+        torch.set_num_threads(before)
+    differ = [name for name, value in one.items() if not torch.equal(value, two[name])]
+    assert not differ
+    assert TrainConfig.demo().threads == 1 and TrainConfig.paper().threads is None
 
 
 def test_middle_slices_takes_one_per_volume():
@@ -136,7 +186,9 @@ def test_bits_per_dim_does_not_depend_on_the_batch():
     model.initialize(torch.rand(4, 1, 16, 16))
     model.eval()
     whole = evaluate_bits_per_dim(model, data.images, data.labels)
-    assert evaluate_bits_per_dim(model, data.images, data.labels, batch_size=5) == pytest.approx(whole, abs=1e-5)
+    assert evaluate_bits_per_dim(model, data.images, data.labels, batch_size=5) == pytest.approx(
+        whole, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,6 +204,7 @@ def test_bits_per_dim_does_not_depend_on_the_batch():
         ("ema", 1.0),
         ("precision", "8-bit"),
         ("contrast_temperature", 0.0),
+        ("threads", 0),
     ],
 )
 def test_settings_out_of_range_are_named(field, value):

@@ -3,44 +3,58 @@
 import hashlib
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from fastflow.data import anatomy, demo
+from fastflow.data.demo import archive as archive_module
 from fastflow.data.manifest import read_manifest
 
-NAMES = tuple(scanner.name for scanner in demo.SCANNERS)
-FEW = {"train": (2, 1, 1, 0, 0, 0, 0), "test": (0, 0, 0, 1, 1, 0, 0), "unseen_head": (0, 0, 0, 0, 0, 1, 1)}
+SIZE = {"train": (2, 0, 1, 0, 0, 0, 0), "test": (0, 0, 0, 1, 0, 0, 0), "unseen_head": (0, 0, 0, 0, 0, 0, 1)}
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     folder = tmp_path_factory.mktemp("archive")
     told = []
-    records = demo.build_archive(folder, seed=5, size=FEW, workers=2, progress=lambda done, total: told.append((done, total)))
-    assert told == [(i, 8) for i in range(1, 9)]
+    records = demo.build_archive(
+        folder, seed=5, size=SIZE, workers=2, progress=lambda done, total: told.append((done, total))
+    )
+    assert told == [(i, 5) for i in range(1, 6)]
     return folder, records
 
 
 def digests(folder):
     return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
     }
 
 
 def test_same_seed_same_bytes_whatever_the_workers(archive, tmp_path):
     folder, _ = archive
-    demo.build_archive(tmp_path / "again", seed=5, size=FEW, workers=1)
+    demo.build_archive(tmp_path / "again", seed=5, size=SIZE, workers=1)
     assert digests(tmp_path / "again") == digests(folder)
-    scan = demo.plan_archive(FEW, seed=6)[0]
+    scan = demo.plan_archive(SIZE, seed=6)[0]
     other, _ = demo.make_scan(scan)
     first = nib.load(folder / "sub-0001/anat/sub-0001_acq-Aster_T1w.nii.gz")
     assert not np.array_equal(other, np.asarray(first.dataobj))
 
 
-def test_a_smaller_archive_leaves_no_volume_of_the_larger_one(tmp_path):
+class Pool(ThreadPoolExecutor):
+    """In place of processes, which take seconds to start."""
+
+    def __init__(self, workers, mp_context):
+        super().__init__(workers)
+
+
+def test_a_smaller_archive_leaves_no_volume_of_the_larger_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive_module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(archive_module, "make_scan", lambda scan: (np.zeros((2, 2, 2), np.int16), {}))
     keep = tmp_path / "sub-0002-notes.txt"
     demo.build_archive(tmp_path, size={"test": (1, 1, 0, 0, 0, 0, 0)}, workers=1)
     keep.write_text("mine")
@@ -67,7 +81,10 @@ def test_volumes_are_real_files_on_one_grid(archive):
 
 def test_sidecars_say_what_was_simulated(archive):
     folder, records = archive
-    assert json.loads((folder / "dataset_description.json").read_text())["Name"] == "Simulated scanners on real anatomy"
+    assert (
+        json.loads((folder / "dataset_description.json").read_text())["Name"]
+        == "Simulated scanners on real anatomy"
+    )
     for record in records:
         with open(record.path.replace(".nii.gz", ".json")) as stream:
             sidecar = json.load(stream)
@@ -102,52 +119,3 @@ def test_sizes_are_checked():
         demo.plan_archive({"val": (1, 1, 1, 1, 1, 1, -1)})
     with pytest.raises(ValueError, match=r"unseen_head, got 'unseen-head'"):
         demo.plan_archive({"unseen-head": (1,) * 7})
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_subjects_are_diffeomorphic_and_never_of_the_unseen_head(seed):
-    subject = demo.draw_subject(np.random.default_rng(seed), demo.TRAINING_HEADS)
-    assert demo.UNSEEN_HEAD not in subject.heads and abs(sum(subject.weights) - 1) < 1e-6
-    for displacement in subject.displacements:
-        assert displacement.shape == (3, *anatomy.GRID)
-        assert anatomy.jacobian_determinant(displacement).min() > 0
-        # Millimetres: heads stay where a registered head is.
-        assert 2 * np.abs(displacement).mean() > 0.2 and 2 * np.abs(displacement).max() < 25
-
-
-def test_subjects_mix_two_heads_about_as_often_as_stated():
-    drawn = [demo.draw_subject(np.random.default_rng(seed), demo.TRAINING_HEADS) for seed in range(12)]
-    assert 3 <= sum(len(subject.heads) == 2 for subject in drawn) <= 12
-    assert {head for subject in drawn for head in subject.heads} == set(demo.TRAINING_HEADS)
-
-
-@pytest.mark.parametrize("scanner", demo.SCANNERS, ids=NAMES)
-def test_contrast_is_that_of_a_t1_weighted_scan(scanner):
-    for seed in range(20):
-        grey, white, csf, bone, soft = demo.tissue_signals(scanner, np.random.default_rng(seed))
-        assert white == 1.0 and csf < grey < white and bone < grey and 0.3 < soft < 1.6
-
-
-def test_the_grain_of_the_noise_leaves_its_strength_alone():
-    """A histogram must not see the grain: windows and g-factors are normalised."""
-    quiet = np.zeros(anatomy.GRID, dtype=np.float32)
-    strengths = {}
-    for scanner in demo.SCANNERS:
-        magnitudes = demo.acquire(scanner, quiet, np.random.default_rng(0))
-        strengths[scanner.name] = float(np.sqrt((magnitudes**2).mean() / 2))
-    low, high = demo.NOISE
-    assert all(0.97 * low < s < 1.03 * high for s in strengths.values()), strengths
-
-
-def test_windows_keep_the_mean_blur_and_ghost():
-    sharp, soft = demo.window_matrix(91, 1.0, 0.4), demo.window_matrix(91, 0.6, 0.4)
-    assert np.allclose(sharp, np.eye(91), atol=1e-5)
-    assert np.allclose(soft.sum(axis=1), 1.0, atol=1e-5) and soft[40, 40] < 0.8
-    assert np.allclose(demo.window_matrix(91, 1.0, 0.4, ghost=0.1).sum(axis=1), 1.1, atol=1e-5)
-
-
-def test_bias_fields_are_smooth_and_near_one():
-    for seed, scanner in enumerate(demo.SCANNERS):
-        field = demo.bias_field(scanner, np.random.default_rng(seed))
-        assert field.shape == anatomy.GRID and field.min() > 0.3 and field.max() < 2.5
-        assert max(np.abs(np.diff(field, axis=axis)).max() for axis in range(3)) < 0.1
