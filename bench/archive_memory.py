@@ -1,8 +1,9 @@
 """How memory follows the number of inputs. ``python -m bench.archive_memory [OUT]``.
 
-Runs over 100, 1,000 and 10,000 inputs (hard links to a few tiny volumes, a tiny model, one worker), each in a process of its own;
-then the listing of a manifest of 1,000,000 paths, and what a resumed run keeps of a journal of 1,000,000 rows. Peaks are VmHWM:
-of the process, and of the largest process that read files. Writes OUT/archive_memory.csv (default: docs/data). Linux only.
+Runs over 100, 1,000 and 10,000 inputs (hard links to a few tiny volumes, a tiny model, one worker), each in a
+process of its own; then the listing of a manifest of 1,000,000 paths, and what a resumed run keeps of a
+journal of 1,000,000 rows. Peaks are VmHWM: of the process, and of the largest process that read files. Writes
+OUT/archive_memory.csv (default: docs/data). Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SHAPE = (14, 9, 15)
 
 
 def peak_mib(process: int | str = "self") -> float:
-    """VmHWM of a process; 0 when it is gone."""
+    """The peak of resident memory (VmHWM) of a process in MiB; 0 when the process is gone."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -34,20 +35,22 @@ def peak_mib(process: int | str = "self") -> float:
 
 
 def children() -> list[int]:
+    """Processes that this one has started."""
     found = []
     for task in Path("/proc/self/task").iterdir():
         try:
             found += [int(child) for child in (task / "children").read_text().split()]
         except OSError:
-            # A thread that has ended.
+            # The thread has ended.
             continue
     return found
 
 
-# -- inputs ---------------------------------------------------------------------------------------------------------------
+# -- inputs --------------------------------------------------------------------------------------------------
 
 
 def write_links(folder: Path, count: int) -> None:
+    """Write `VOLUMES` tiny volumes, and `count` hard links to them into ``folder/links``."""
     import nibabel as nib
     import numpy as np
 
@@ -63,6 +66,7 @@ def write_links(folder: Path, count: int) -> None:
 
 
 def write_model(folder: Path) -> None:
+    """Save a tiny model that knows how to prepare the volumes."""
     import torch
 
     from fastflow import FlowConfig, MagicFlow
@@ -76,15 +80,19 @@ def write_model(folder: Path) -> None:
 
 
 def write_paths(path: Path, count: int) -> None:
+    """Write a manifest of `count` paths of files that do not exist."""
     with path.open("w", encoding="utf-8") as stream:
         stream.write("path,label\n")
-        stream.writelines(f"site-{i % 40:02d}/sub-{i:07d}/anat/sub-{i:07d}_T1w.nii.gz,A\n" for i in range(count))
+        stream.writelines(
+            f"site-{i % 40:02d}/sub-{i:07d}/anat/sub-{i:07d}_T1w.nii.gz,A\n" for i in range(count)
+        )
 
 
-# -- what is measured, in a process of its own ----------------------------------------------------------------------------
+# -- measures, each run in a process of its own --------------------------------------------------------------
 
 
 def run(links: str, model: str, out: str) -> dict[str, float]:
+    """Classify everything below `links`."""
     from fastflow.archive.classify import classify
 
     largest = 0.0
@@ -101,6 +109,7 @@ def run(links: str, model: str, out: str) -> dict[str, float]:
 
 
 def listing(manifest: str) -> dict[str, float]:
+    """Go through the inputs that a manifest names."""
     from fastflow.archive.inputs import Inputs
 
     before, start = peak_mib(), time.perf_counter()
@@ -109,19 +118,26 @@ def listing(manifest: str) -> dict[str, float]:
 
 
 def resuming(count: str) -> dict[str, float]:
-    from fastflow.archive.journal import KEY_BYTES, Done
+    """Make what a resumed run keeps of a journal with `count` rows."""
+    from fastflow.archive.journal import KEY_BYTES, FinishedInputs
 
     def keys() -> Iterator[bytes]:
         for _ in range(int(count)):
             yield os.urandom(KEY_BYTES)
 
     before, start = peak_mib(), time.perf_counter()
-    Done(keys())
+    FinishedInputs(keys())
     return measured(int(count), before, time.perf_counter() - start)
 
 
 def measured(inputs: int, before: float, seconds: float) -> dict[str, float]:
-    return {"inputs": inputs, "peak_mib": round(peak_mib(), 1), "before_mib": round(before, 1), "seconds": round(seconds, 1)}
+    """The measurements of this process so far, as a row."""
+    return {
+        "inputs": inputs,
+        "peak_mib": round(peak_mib(), 1),
+        "before_mib": round(before, 1),
+        "seconds": round(seconds, 1),
+    }
 
 
 MEASURES: dict[str, Callable[..., dict[str, float]]] = {"run": run, "listing": listing, "resuming": resuming}
@@ -135,6 +151,7 @@ def alone(what: str, *arguments: object) -> dict[str, object]:
 
 
 def measure(counts: Sequence[int] = COUNTS, listed: int = LISTED) -> Iterator[dict[str, object]]:
+    """Rows of runs over each of `counts` inputs, and of a listing and a resumed run of `listed` inputs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")

@@ -1,11 +1,15 @@
-"""A GPU in a few minutes: errors, gradients and images/s of the whole model. ``python -m bench.gpu [PRESET] [EXPORT...]``.
+"""A GPU in a few minutes: errors, gradients and images/s of the whole model.
 
-For both tasks of a preset (`paper` by default), 7 labels, random weights: log-odds of the reference, of the kernels and of the
-scorer's engines against the model in float64 (TF32 off), the error of inverse(forward(x)), gradients of kernels against those of
-the reference, and images/s of scoring, sampling and training steps, each the median of calls that were waited for. EXPORT are
-folders of `fastflow export`: images/s of an `OnnxScorer` on CUDA with and without CUDA graphs, and log-odds against its CPU.
+``python -m bench.gpu [PRESET] [EXPORT...]``
 
-Without a GPU everything runs on the CPU, kernels as their references, which tests the script and measures nothing.
+For both tasks of a preset (`paper` by default), 7 labels, random weights: log-odds of the reference, of the
+kernels and of the scorer's engines against the model in float64 (TF32 off), the error of inverse(forward(x)),
+gradients of kernels against those of the reference, and images/s of scoring, sampling and training steps,
+each the median of calls that were waited for. EXPORT are folders of `fastflow export`: images/s of an
+`OnnxScorer` on CUDA with and without CUDA graphs, and log-odds against its CPU.
+
+Without a GPU everything runs on the CPU, kernels as their references, which tests the script and measures
+nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from fastflow.models.scoring import LabelScorer
 CLASSES = 7
 CALLS = 5
 BATCHES = {"classification": (1, 16, 64), "generation": (1, 16)}
-# (backend, engine, precision); on a CPU there are no CUDA graphs.
+# Each way to score is (backend, engine, precision). A CPU has no CUDA graphs.
 WAYS = (
     ("reference", "eager", "float32"),
     ("auto", "eager", "float32"),
@@ -41,6 +45,7 @@ WAYS = (
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
+    """A block in which a backend runs the ops."""
     before = kernels.get_backend()
     kernels.set_backend(name)
     try:
@@ -50,7 +55,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def attempt(name: str, work: Callable[[], str]) -> None:
-    """One failure must not hide the rest."""
+    """Print what `work` says, or its failure, which must not hide the rest."""
     try:
         print(f"{name}: {work()}", flush=True)
     except Exception:
@@ -58,6 +63,7 @@ def attempt(name: str, work: Callable[[], str]) -> None:
 
 
 def build(preset: str, task: str) -> MagicFlow:
+    """A preset with random weights on the device, in evaluation mode."""
     torch.manual_seed(0)
     model = MagicFlow(FlowConfig.preset(preset, CLASSES, task=task))
     randomize(model)
@@ -66,7 +72,7 @@ def build(preset: str, task: str) -> MagicFlow:
 
 
 def randomize(model: MagicFlow) -> None:
-    """Heads and films, which start at zero, get weights; the 1x1 convolutions stay what they are."""
+    """Give weights to heads and films, which start at zero; the 1x1 convolutions stay as they are."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "conv.lower" not in name and "conv.upper" not in name:
@@ -74,26 +80,30 @@ def randomize(model: MagicFlow) -> None:
 
 
 def images(model: MagicFlow, count: int) -> Tensor:
+    """Random images, the same at every call."""
     shape = (count, *model.config.input_shape)
     return (torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1).to(DEVICE)
 
 
 def log_odds_error(got: Tensor, want: Tensor) -> float:
+    """The largest error of a log-odds of any two labels, in nats."""
     error = got.double() - want.double()
     return float((error.max(dim=1).values - error.min(dim=1).values).max())
 
 
 def median(work: Callable[[], object], calls: int = CALLS) -> float:
+    """Median seconds of `calls` calls."""
     run, times = synchronised(work), []
     for _ in range(calls + 2):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    # Kernels compile and allocations settle first.
+    # Kernels compile and allocations settle in the first two calls.
     return statistics.median(times[2:])
 
 
 def errors(model: MagicFlow, task: str, count: int) -> None:
+    """Print the errors of every way to score, against the model in float64."""
     x = images(model, count)
     y = torch.arange(count, device=DEVICE) % CLASSES
     with torch.no_grad(), backend("reference"):
@@ -108,16 +118,21 @@ def errors(model: MagicFlow, task: str, count: int) -> None:
     def scorer(engine: str, precision: str) -> str:
         scores = LabelScorer(model, precision, engine)
         first, again = scores(x), scores(x)
-        return f"log-odds {log_odds_error(first, want):.2e} nats, the same bits again {torch.equal(first, again)}"
+        error, same = log_odds_error(first, want), torch.equal(first, again)
+        return f"log-odds {error:.2e} nats, the same bits again {same}"
 
     for name in ("reference", "auto"):
         attempt(f"{task}, {name}", lambda name=name: log_prob(name))
     for _, engine, precision in ways()[1:]:
-        attempt(f"{task}, scorer {engine} {precision}", lambda engine=engine, precision=precision: scorer(engine, precision))
+        attempt(
+            f"{task}, scorer {engine} {precision}",
+            lambda engine=engine, precision=precision: scorer(engine, precision),
+        )
     attempt(f"{task}, gradients", lambda: gradients(model, x, y))
 
 
 def gradients(model: MagicFlow, x: Tensor, y: Tensor) -> str:
+    """Compare gradients of the kernels with those of the reference."""
     found = {}
     for name in ("reference", "auto"):
         with backend(name):
@@ -130,10 +145,13 @@ def gradients(model: MagicFlow, x: Tensor, y: Tensor) -> str:
 
 
 def ways() -> Sequence[tuple[str, str, str]]:
+    """Those of `WAYS` that the device has."""
     return [way for way in WAYS if DEVICE == "cuda" or way[1] != "cuda_graph"]
 
 
 def speed(model: MagicFlow, task: str) -> None:
+    """Print images per second of scoring, training steps and sampling."""
+
     def score(batch: int, way: tuple[str, str, str]) -> str:
         with backend(way[0]):
             scorer, x = LabelScorer(model, way[2], way[1]), images(model, batch)
@@ -155,12 +173,15 @@ def speed(model: MagicFlow, task: str) -> None:
 
     for batch in BATCHES[task]:
         for way in ways():
-            attempt(f"{task}, {batch} images, {' '.join(way)}", lambda batch=batch, way=way: score(batch, way))
+            attempt(
+                f"{task}, {batch} images, {' '.join(way)}", lambda batch=batch, way=way: score(batch, way)
+            )
     for name in ("reference", "auto"):
         attempt(f"{task}, 16 images, {name}", lambda name=name: train(name))
 
 
 def exports(folder: str) -> None:
+    """Print images per second and errors of an export."""
     from fastflow.export.runtime import OnnxScorer
 
     def compare(graph: bool) -> str:
@@ -168,7 +189,8 @@ def exports(folder: str) -> None:
         x = (np.random.default_rng(1).random((16, *cpu.input_shape)) * 2 - 1).astype(np.float32)
         rates = [f"{n}: {n / median(lambda n=n: scorer.run(x[:n])):.1f}" for n in (1, 4, 16)]
         error = log_odds_error(torch.from_numpy(scorer.score(x[:8])), torch.from_numpy(cpu.score(x[:8])))
-        return f"images/s {', '.join(rates)}; log-odds against its CPU {error:.2e} nats; {', '.join(scorer.providers)}"
+        providers = ", ".join(scorer.providers)
+        return f"images/s {', '.join(rates)}; log-odds against its CPU {error:.2e} nats; {providers}"
 
     for graph in (False, True) if DEVICE == "cuda" else (False,):
         attempt(f"{folder}, cuda_graph={graph}", lambda graph=graph: compare(graph))

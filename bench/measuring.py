@@ -1,21 +1,42 @@
-"""What the benchmarks share: synchronised work, the peak of allocated tensors, the share of a kind of op in the time."""
+"""Helpers of the benchmarks: random weights, synchronised work, peaks of memory, shares of the time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name() -> str:
+    """The name of the GPU, or ``"cpu"``."""
     return torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
 
 
+def randomize(module: nn.Module, vector_scale: float = 0.05) -> None:
+    """Move every parameter from its initial value: new heads are zero, and couplings the identity.
+
+    Exponentials and gradients of an identity are not those of a trained coupling.
+
+    Args:
+        module: its parameters are changed in place.
+        vector_scale: standard deviation of the noise of parameters with one dimension. That of the others
+        follows from
+            their size.
+    """
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = vector_scale if parameter.ndim == 1 else 0.3 / parameter[0].numel() ** 0.5
+            parameter.add_(scale * torch.randn_like(parameter))
+
+
 def synchronised(work: Callable[[], object]) -> Callable[[], None]:
-    def run():
+    """`work` that ends when the device is done with it."""
+
+    def run() -> None:
         work()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
@@ -24,7 +45,7 @@ def synchronised(work: Callable[[], object]) -> Callable[[], None]:
 
 
 def peak_mib(work: Callable[[], object]) -> float:
-    """Most memory that tensors made by `work` hold at one time."""
+    """The most MiB that tensors made by `work` hold at one time."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,19 +1,20 @@
-"""The published form of MAGIC-Flow, op for op in plain ATen: the baseline that benchmarks compare the package with.
+"""The published form of MAGIC-Flow, op for op in plain ATen, which benchmarks compare the package with.
 
-It takes its weights from a `fastflow.MagicFlow` and computes the same numbers, up to rounding, the way the authors' research code
-is described to: the label embedding and FiLM's two linear maps for every image at every half-step, weight norm at every call,
-GroupNorm with its affine part, FiLM, GELU and dropout one after the other, attention in single ops, dense heads over the
-concatenated features of image and label, masks by multiplication, ActNorm apart from a dense 1x1 convolution with its `slogdet`,
-and one pass for each label. Two costs of that code are left out, in the baseline's favour: its dense normal prior (a covariance
-of 4.6 GB; here an elementwise sum) and masks that are built anew at every forward.
+It takes its weights from a `fastflow.MagicFlow` and computes the same numbers, up to rounding, the way the
+authors' research code is described to: the label embedding and FiLM's two linear maps for every image at
+every half-step, weight norm at every call, GroupNorm with its affine part, FiLM, GELU and dropout one after
+the other, attention in single ops, dense heads over the concatenated features of image and label, masks by
+multiplication, ActNorm apart from a dense 1x1 convolution with its `slogdet`, and one pass for each label.
+Two costs of that code are left out, in the baseline's favour: its dense normal prior (a covariance of 4.6 GB;
+here an elementwise sum) and masks that are built anew at every forward.
 
-What published checkpoints hold in another form than the package (`heads`, `Weights`) is joined once, outside of what is timed.
-Source: Caldera, Bottacini, Cavinato, arXiv 2510.22070, and the facts stated in the project's notes on it; nothing here is copied.
+What published checkpoints hold in another form than the package (`heads`, `Weights`) is joined once, outside
+of what is timed. Source: Caldera, Bottacini, Cavinato, arXiv 2510.22070, and the facts stated in the
+project's notes on it; nothing here is copied.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,18 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow import MagicFlow
-from fastflow.models.conditioners import ClassificationConditioner, GenerationConditioner
-from fastflow.models.conditioners.blocks import CBAM, BatchNormFiLM, FiLM, NormFiLM, ResidualBlock
-from fastflow.models.conditioners.classification import DenseHead
-from fastflow.models.conditioners.generation import ASPP, GlobalContext, GlobalFusion
+from fastflow.numerics import LOG_2PI
 
-Conditioner = ClassificationConditioner | GenerationConditioner
 Heads = tuple[Tensor, Tensor]
-LOG_2PI = math.log(2.0 * math.pi)
 
 
 class StepWeights(NamedTuple):
-    """What one step's checkpoint holds: ActNorm's scale (1, C, 1, 1), the dense 1x1 convolution, masks, each half's heads."""
+    """A step as published: ActNorm's scale (1, C, 1, 1), dense 1x1 convolution, mask, each half's heads."""
 
     scale: Tensor
     mixing: Tensor
@@ -40,14 +36,21 @@ class StepWeights(NamedTuple):
     heads: tuple[Heads | None, ...]
 
 
-# -- weights in their published form --------------------------------------------------------------------------------------
+# -- weights in their published form -------------------------------------------------------------------------
 
 
-def joined_heads(net: Conditioner) -> Heads | None:
-    """The last maps of the (log-scale, shift) heads as the published (N, 128) matrices; None where heads are convolutions."""
-    if isinstance(net, GenerationConditioner):
+def is_generation(net: nn.Module) -> bool:
+    """Whether a conditioner is that of generation, which alone has atrous pyramids."""
+    return hasattr(net, "aspp1")
+
+
+def joined_heads(net: nn.Module) -> Heads | None:
+    """The last maps of the (log-scale, shift) heads as (N, 128) matrices; None if heads are convolutions."""
+    if is_generation(net):
         return None
-    scale, shift = (torch.cat((head.image_out.weight, head.label_out.weight), dim=1) for head in (net.scale, net.shift))
+    scale, shift = (
+        torch.cat((head.image_out.weight, head.label_out.weight), dim=1) for head in (net.scale, net.shift)
+    )
     return scale, shift
 
 
@@ -64,7 +67,7 @@ def weights_of(model: MagicFlow) -> list[StepWeights]:
     ]
 
 
-# -- parts of a conditioner -----------------------------------------------------------------------------------------------
+# -- parts of a conditioner ----------------------------------------------------------------------------------
 
 
 def one_hot(layer: nn.Linear, y: Tensor) -> Tensor:
@@ -81,21 +84,23 @@ def normed_conv(conv: nn.Conv2d, v: Tensor) -> Tensor:
 
 
 def conv2d(conv: nn.Conv2d, v: Tensor) -> Tensor:
+    """A convolution by ATen's own code, whatever form the package takes on a CPU."""
     return F.conv2d(v, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation)
 
 
-def film(layer: FiLM, v: Tensor, e: Tensor) -> Tensor:
+def film(layer: nn.Module, v: Tensor, e: Tensor) -> Tensor:
     gamma, beta = layer.gamma(e)[:, :, None, None], layer.beta(e)[:, :, None, None]
     return gamma * v + beta
 
 
-def norm_film(layer: NormFiLM | BatchNormFiLM, v: Tensor, e: Tensor) -> Tensor:
-    if isinstance(layer, BatchNormFiLM):
+def norm_film(layer: nn.Module, v: Tensor, e: Tensor) -> Tensor:
+    if hasattr(layer, "norm"):
+        # A norm of batches.
         return film(layer.film, layer.norm(v), e)
     return film(layer.film, F.group_norm(v, layer.groups, layer.weight, layer.bias), e)
 
 
-def residual_block(block: ResidualBlock, x: Tensor, e: Tensor) -> Tensor:
+def residual_block(block: nn.Module, x: Tensor, e: Tensor) -> Tensor:
     v = F.gelu(norm_film(block.norm1, conv2d(block.conv1, x), e))
     v = norm_film(block.norm2, conv2d(block.conv2, v), e)
     return F.gelu(v + x)
@@ -106,7 +111,7 @@ def pointwise(layer: nn.Linear, v: Tensor) -> Tensor:
     return F.conv2d(v, layer.weight[:, :, None, None], layer.bias)
 
 
-def cbam(block: CBAM, v: Tensor) -> Tensor:
+def cbam(block: nn.Module, v: Tensor) -> Tensor:
     mean = pointwise(block.up, F.relu(pointwise(block.down, F.adaptive_avg_pool2d(v, 1))))
     peak = pointwise(block.up, F.relu(pointwise(block.down, F.adaptive_max_pool2d(v, 1))))
     v = v * torch.sigmoid(mean + peak)
@@ -114,32 +119,32 @@ def cbam(block: CBAM, v: Tensor) -> Tensor:
     return v * torch.sigmoid(conv2d(block.spatial, pooled))
 
 
-def global_fusion(block: GlobalFusion, v: Tensor) -> Tensor:
+def global_fusion(block: nn.Module, v: Tensor) -> Tensor:
     pooled = F.adaptive_avg_pool2d(v, 1).flatten(1)
     return v + block.up(F.gelu(block.down(pooled)))[:, :, None, None]
 
 
-def global_context(block: GlobalContext, v: Tensor) -> Tensor:
+def global_context(block: nn.Module, v: Tensor) -> Tensor:
     pooled = F.adaptive_avg_pool2d(v, 1).flatten(1)
     gate = torch.sigmoid(block.up(F.relu(block.down(pooled))))[:, :, None, None]
     return v + v * gate
 
 
-def aspp(block: ASPP, v: Tensor) -> Tensor:
+def aspp(block: nn.Module, v: Tensor) -> Tensor:
     pyramid = torch.cat([conv2d(branch, v) for branch in block.branches], dim=1)
     gate = pointwise(block.up, F.relu(pointwise(block.down, F.adaptive_avg_pool2d(pyramid, 1))))
     return conv2d(block.output, pyramid * torch.sigmoid(gate))
 
 
-def dense_head(head: DenseHead, v: Tensor, e: Tensor, weight: Tensor) -> Tensor:
+def dense_head(head: nn.Module, v: Tensor, e: Tensor, weight: Tensor) -> Tensor:
     features = torch.cat((F.gelu(head.image(v)), F.gelu(head.label(e))), dim=1)
     return F.linear(features, weight, head.label_out.bias)
 
 
-# -- conditioners ---------------------------------------------------------------------------------------------------------
+# -- conditioners --------------------------------------------------------------------------------------------
 
 
-def classification(net: ClassificationConditioner, a: Tensor, y: Tensor, heads: Heads | None = None) -> tuple[Tensor, Tensor]:
+def classification(net: nn.Module, a: Tensor, y: Tensor, heads: Heads | None = None) -> tuple[Tensor, Tensor]:
     """Masked input (B, C, H, W) and labels (B,) -> (raw log-scale, shift), each (B, C, H, W)."""
     scale, shift = joined_heads(net) if heads is None else heads
     label = net.embedding
@@ -156,7 +161,7 @@ def classification(net: ClassificationConditioner, a: Tensor, y: Tensor, heads: 
     return dense_head(net.scale, v, e, scale).view_as(a), dense_head(net.shift, v, e, shift).view_as(a)
 
 
-def generation(net: GenerationConditioner, a: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def generation(net: nn.Module, a: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Masked input (B, C, H, W) and labels (B,) -> (raw log-scale, shift), each (B, C, H, W)."""
     e = F.gelu(F.gelu(net.embedding(one_hot(net.embedding, y))))
     v = cbam(net.cbam1, F.gelu(norm_film(net.norm1, normed_conv(net.conv1, a), e)))
@@ -168,20 +173,20 @@ def generation(net: GenerationConditioner, a: Tensor, y: Tensor) -> tuple[Tensor
     return conv2d(net.scale, v), conv2d(net.shift, v)
 
 
-def conditioner(net: Conditioner, a: Tensor, y: Tensor, heads: Heads | None = None) -> tuple[Tensor, Tensor]:
-    """Masked input (B, C, H, W) and labels (B,) -> (raw log-scale, shift); `heads` of `joined_heads`, joined here when None."""
-    if isinstance(net, GenerationConditioner):
+def conditioner(net: nn.Module, a: Tensor, y: Tensor, heads: Heads | None = None) -> tuple[Tensor, Tensor]:
+    """The conditioner of either task; `heads` are those of `joined_heads`, joined here when None."""
+    if is_generation(net):
         return generation(net, a, y)
     return classification(net, a, y, heads)
 
 
-# -- the flow -------------------------------------------------------------------------------------------------------------
+# -- the flow ------------------------------------------------------------------------------------------------
 
 
 def half_step(
-    net: Conditioner, h: Tensor, y: Tensor, mask: Tensor, bound: float, heads: Heads | None = None
+    net: nn.Module, h: Tensor, y: Tensor, mask: Tensor, bound: float, heads: Heads | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One half of a coupling: h (B, C, H, W) where the 0/1 `mask` is 1 is passive. Returns (the result, logdet (B,))."""
+    """Half of a coupling: h (B, C, H, W) is kept where the 0/1 `mask` is 1. Gives (result, logdet (B,))."""
     a = mask * h
     raw_scale, shift = conditioner(net, a, y, heads)
     s = bound * torch.tanh(raw_scale)
@@ -196,7 +201,9 @@ def squeeze(h: Tensor) -> Tensor:
     return h.reshape(b, 4 * c, height // 2, width // 2)
 
 
-def encode(model: MagicFlow, x: Tensor, y: Tensor, weights: list[StepWeights] | None = None) -> tuple[Tensor, Tensor]:
+def encode(
+    model: MagicFlow, x: Tensor, y: Tensor, weights: list[StepWeights] | None = None
+) -> tuple[Tensor, Tensor]:
     """Images and labels -> (latent (B, D), logdet (B,)), for an initialised model."""
     h, latents, logdet = x, [], x.new_zeros(x.shape[0])
     for step, (scale, mixing, mask, heads) in zip(model.steps, weights or weights_of(model), strict=True):
@@ -207,7 +214,9 @@ def encode(model: MagicFlow, x: Tensor, y: Tensor, weights: list[StepWeights] | 
         h = F.conv2d(h, mixing[:, :, None, None])
         logdet = logdet + step.pixels * torch.linalg.slogdet(mixing).logabsdet
         for passive, index in ((mask, 0), (1.0 - mask, -1)):
-            h, more = half_step(step.coupling.conditioners[index], h, y, passive, step.coupling.bound, heads[index])
+            h, more = half_step(
+                step.coupling.conditioners[index], h, y, passive, step.coupling.bound, heads[index]
+            )
             logdet = logdet + more
         if step.split:
             h, block = h.chunk(2, dim=1)
@@ -216,7 +225,7 @@ def encode(model: MagicFlow, x: Tensor, y: Tensor, weights: list[StepWeights] | 
 
 
 def log_prob(model: MagicFlow, x: Tensor, y: Tensor, weights: list[StepWeights] | None = None) -> Tensor:
-    """(B,) log p(x|y) in nats; `weights` of `weights_of`, taken here when None."""
+    """(B,) log p(x|y) in nats; `weights` are those of `weights_of`, taken here when None."""
     z, logdet = encode(model, x, y, weights)
     return (-0.5 * (z * z + LOG_2PI)).sum(dim=1) + logdet
 

@@ -1,8 +1,11 @@
-"""What scoring costs against labels, images and label-free steps. ``python -m bench.scoring_cost OUT [ENGINE]``.
+"""The cost of scoring against labels, images and label-free steps.
 
-Paper preset with random weights, the compiled engine unless another is named. Each case is timed in rounds, before each of which
-the reference (7 labels, 4 images, no label-free step) is timed too; a case's cost is the median of the rounds' ratios of time per
-image, which a shared machine's drift leaves alone. Writes OUT/scoring_cost.csv and OUT/scoring_cost.png.
+``python -m bench.scoring_cost OUT [ENGINE]``
+
+Paper preset with random weights, the compiled engine unless another is named. Each case is timed in rounds,
+before each of which the reference (7 labels, 4 images, no label-free step) is timed too; a case's cost is the
+median of the rounds' ratios of time per image, which a shared machine's drift leaves alone. Writes
+OUT/scoring_cost.csv and OUT/scoring_cost.png.
 """
 
 from __future__ import annotations
@@ -40,17 +43,20 @@ ROUNDS = 3
 
 
 def cases() -> list[tuple[str, dict[str, int]]]:
+    """(axis, case) pairs, in each of which one number differs from the reference."""
     axes = {"labels": LABELS, "images": IMAGES, "label_free": LABEL_FREE}
     return [(axis, REFERENCE | {axis: value}) for axis, values in axes.items() for value in values]
 
 
 def seconds(scorer: LabelScorer, x: torch.Tensor) -> float:
+    """Seconds per image of one call."""
     start = time.perf_counter()
     synchronised(lambda: scorer(x))()
     return (time.perf_counter() - start) / len(x)
 
 
 def measure(engine: str) -> list[dict[str, object]]:
+    """A row for each of `cases`."""
     reference = LabelScorer(build(REFERENCE["labels"]), engine=engine)
     seconds(reference, images(REFERENCE["images"]))
     rows = []
@@ -62,13 +68,20 @@ def measure(engine: str) -> list[dict[str, object]]:
         row = {"axis": axis, **case, "cost_per_image": round(statistics.median(b / a for a, b in pairs), 3)}
         row["images_per_second"] = round(1 / statistics.median(b for _, b in pairs), 2)
         rows.append(
-            row | {"engine": engine, "device": device_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            row
+            | {
+                "engine": engine,
+                "device": device_name(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            }
         )
         print(row, flush=True)
     return rows
 
 
 def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
+    """Draw the rows, a panel for each axis."""
     mpl.use("Agg")
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     titles = {
@@ -77,12 +90,18 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
         "label_free": "label-free steps of 24, 7 labels, 4 images",
     }
     for ax, (axis, title) in zip(axes, titles.items(), strict=True):
-        points = [(int(str(row[axis])), float(str(row["cost_per_image"]))) for row in rows if row["axis"] == axis]
+        points = [
+            (int(str(row[axis])), float(str(row["cost_per_image"]))) for row in rows if row["axis"] == axis
+        ]
         values, costs = zip(*points, strict=True)
         ax.plot(values, costs, "o-", label="measured")
         if axis == "labels":
             ax.plot(
-                values, [value / REFERENCE["labels"] for value in values], ":", color="0.5", label="proportional to the labels"
+                values,
+                [value / REFERENCE["labels"] for value in values],
+                ":",
+                color="0.5",
+                label="proportional to the labels",
             )
         if axis == "label_free":
             ideal = [(value / 7 + 24 - value) / 24 for value in values]

@@ -1,10 +1,12 @@
-"""Semi-conditional models on the demo archive: what label-free steps cost in accuracy. ``python -m bench.semi_conditional OUT``.
+"""Semi-conditional models on the demo archive: the cost of label-free steps in accuracy.
 
-Trains the demo model once for each number n of label-free steps (``FlowConfig.condition_from_step``), with the demo's own recipe
-and seed, classifies its held-out scans, and writes a row for each into OUT/semi_conditional.csv: accuracy on unseen subjects and
-on the unseen head, bits/dim, epoch that was kept. The demo has 12 steps; 0, 3, 6 and 9 of them are the fractions that 0, 6, 12
-and 18 are of the paper's 24. What n saves in time, ``bench/scoring_cost.py`` measures. One run takes as
-long as ``make demo``.
+``python -m bench.semi_conditional OUT``
+
+Trains the demo model once for each number n of label-free steps (``FlowConfig.condition_from_step``), with
+the demo's own recipe and seed, classifies its held-out scans, and writes a row for each into
+OUT/semi_conditional.csv: accuracy on unseen subjects and on the unseen head, bits/dim, epoch that was kept.
+The demo has 12 steps; 0, 3, 6 and 9 of them are the fractions that 0, 6, 12 and 18 are of the paper's 24.
+What n saves in time, ``bench/scoring_cost.py`` measures. One run takes as long as ``make demo``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ def run(n: int, folder: Path) -> dict[str, object]:
     names = sorted(scanner.name for scanner in SCANNERS)
     config = FlowConfig.demo(len(names), class_names=names, condition_from_step=n)
     if not (folder / "metrics.json").exists():
-        run_demo(folder, config=config, on_epoch=lambda record: print(f"n = {n}:", record, file=sys.stderr, flush=True))
+        run_demo(
+            folder,
+            config=config,
+            on_epoch=lambda record: print(f"n = {n}:", record, file=sys.stderr, flush=True),
+        )
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     saved = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
     return {

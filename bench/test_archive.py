@@ -1,22 +1,24 @@
 """Archives: `classify` beside the loop that one would write, and reading a slice beside nibabel's slicing.
 
 Run it with ``pytest bench/test_archive.py --benchmark-only``. It takes about 25 minutes on two cores.
-``FASTFLOW_BENCH_VOLUMES=n`` classifies n volumes instead of 160 at 2 mm and 48 at 1 mm, and ``FASTFLOW_BENCH_ROUNDS=n`` does it
-n times instead of 3.
+``FASTFLOW_BENCH_VOLUMES=n`` classifies n volumes instead of 160 at 2 mm and 48 at 1 mm, and
+``FASTFLOW_BENCH_ROUNDS=n`` does it n times instead of 3.
 
-Volumes are the shipped heads on the grid with Rician noise that is drawn anew for each, so that gzip (level 6) finds what it
-finds in a scan. The first `DISTINCT` differ, the others are copies of them.
+Volumes are the shipped heads on the grid with Rician noise that is drawn anew for each, so that gzip (level
+6) finds what it finds in a scan. The first `DISTINCT` differ, the others are copies of them.
 
-**End to end** (`test_classify`): the demo preset, 7 labels, random weights, the centre slice, float32, default workers. Before
-each round `plain_loop` does the same work: nibabel, one image at a time through ``log_prob_all``, a CSV at the end. Neither time
-holds imports or the loading of the model. `extra_info` has the medians of the rounds' ratios (loop / classify) and the rates: all
-of the run with the start of its workers, and from the end of the first batch on without it. Batches are always full, so numbers
-of volumes that 16 does not divide pay for what the last batch lacks. ``cold`` asks the system to drop the files from its page
-cache before each run of either. That is advice, so `loop_storage_mib` says how much then came from storage.
+**End to end** (`test_classify`): the demo preset, 7 labels, random weights, the centre slice, float32,
+default workers. Before each round `plain_loop` does the same work: nibabel, one image at a time through
+``log_prob_all``, a CSV at the end. Neither time holds imports or the loading of the model. `extra_info` has
+the medians of the rounds' ratios (loop / classify) and the rates: all of the run with the start of its
+workers, and from the end of the first batch on without it. Batches are always full, so numbers of volumes
+that 16 does not divide pay for what the last batch lacks. ``cold`` asks the system to drop the files from its
+page cache before each run of either. That is advice, so `loop_storage_mib` says how much then came from
+storage.
 
-**Reading** (`test_read_slice`): `decode_one` (CRC, finiteness, orientation, percentile of the volume, 8 bits) in this process,
-beside ``nib.load(path).dataobj[:, j, :]``, which checks and computes none of that, and beside nibabel and NumPy doing the same
-work.
+**Reading** (`test_read_slice`): `decode_one` (CRC, finiteness, orientation, percentile of the volume, 8 bits)
+in this process, beside ``nib.load(path).dataobj[:, j, :]``, which checks and computes none of that, and
+beside nibabel and NumPy doing the same work.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import gzip
 import os
 import shutil
 import statistics
@@ -32,99 +33,36 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before OpenMP is loaded: as `fastflow classify` sets it.
+# `fastflow classify` sets it too, before OpenMP is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
+from bench.archive_inputs import (
+    CLASSES,
+    KINDS,
+    make_volume,
+    preprocess_for,
+    write_archive,
+    write_model,
+    write_volume,
+)
 from bench.measuring import device_name
-from fastflow import FlowConfig, MagicFlow
+from fastflow import MagicFlow
 from fastflow.archive.classify import Summary, classify, pick_workers
 from fastflow.archive.decode import decode_one
 from fastflow.archive.inputs import Item
-from fastflow.archive.shards import read_results
-from fastflow.data import anatomy
 from fastflow.data.preprocess import Preprocess, pad_evenly
-from fastflow.data.slices import load_image
 
-CLASSES = 7
+# Volumes of an archive by their size of voxels in millimetres.
 VOLUMES = {2: 160, 1: 48}
-DISTINCT = 16
 ROUNDS = int(os.environ.get("FASTFLOW_BENCH_ROUNDS", "3"))
-# Kinds of voxels: as scanners store them, after a resampling to float, and after the removal of all that is not brain.
-KINDS = ("int16", "float32", "float32 brain")
 
 
-# -- the archive ----------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def head(name: str, mm: int) -> tuple[np.ndarray, np.ndarray]:
-    """(intensities, where there is brain) of a shipped head on a grid of `mm` millimetres."""
-    found = anatomy.load_head(name)
-    brain = found.fractions[:3].sum(axis=0)
-    if mm == 2:
-        return found.t1, brain > 0.5
-    return tuple(ndimage.zoom(values, 2.0 / mm, order=1) for values in (found.t1, brain.astype(np.float32)))
-
-
-def make_volume(mm: int, kind: str, seed: int) -> nib.Nifti1Image:
-    rng = np.random.default_rng((mm, seed))
-    ideal, brain = head(anatomy.HEADS[seed % len(anatomy.HEADS)], mm)
-    # Rician: a fiftieth of white matter's signal.
-    real, imaginary = (3.4 * rng.standard_normal(ideal.shape, dtype=np.float32) for _ in range(2))
-    voxels = np.hypot(ideal * rng.uniform(0.9, 1.1) + real, imaginary).astype(np.float32) * np.float32(rng.uniform(3.0, 5.0))
-    if kind == "float32 brain":
-        voxels[brain <= 0.5] = 0.0
-    stored = np.rint(voxels).astype(np.int16) if kind == "int16" else voxels
-    return nib.Nifti1Image(stored, np.diag([mm, mm, mm, 1.0]))
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        # Pages that are not on the disk yet cannot be dropped from the cache.
-        os.fsync(stream.fileno())
-
-
-def write_archive(folder: Path, mm: int, count: int, distinct: int = DISTINCT) -> list[str]:
-    """Compressed int16 volumes."""
-    paths = [folder / f"sub-{i:05d}_T1w.nii.gz" for i in range(count)]
-    for i, path in enumerate(paths):
-        if i < distinct:
-            write_durably(path, gzip.compress(make_volume(mm, "int16", i).to_bytes(), 6, mtime=0))
-        else:
-            write_durably(path, paths[i % distinct].read_bytes())
-    return [str(path) for path in paths]
-
-
-def preprocess_for(mm: int) -> Preprocess:
-    """The centre slice, padded to the next multiple of 8."""
-    shape = head(anatomy.HEADS[0], mm)[0].shape
-    return Preprocess((-(-shape[2] // 8) * 8, -(-shape[0] // 8) * 8), "center", (mm, mm, mm), shape)
-
-
-def write_model(folder: Path, mm: int, paths: Sequence[str]) -> MagicFlow:
-    """The demo preset with random weights, initialised on images; new heads are zero, and couplings the identity."""
-    torch.manual_seed(0)
-    preprocess = preprocess_for(mm)
-    model = MagicFlow(FlowConfig.demo(CLASSES, input_shape=(1, *preprocess.size)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.05 if parameter.ndim == 1 else 0.3 / parameter[0].numel() ** 0.5
-            parameter.add_(scale * torch.randn_like(parameter))
-    images = np.concatenate([load_image(path, preprocess) for path in paths[:4]])
-    model.initialize(torch.from_numpy(images).float() * (2.0 / 255.0) - 1.0)
-    model.metadata["preprocess"] = preprocess.to_dict()
-    # Tempered as a trained model would be, so that posteriors do not all round to 0 and 1.
-    model.temperature = 100.0
-    model.eval().save(folder)
-    return model
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 def forget(paths: Sequence[str]) -> None:
@@ -136,7 +74,7 @@ def forget(paths: Sequence[str]) -> None:
 
 
 def storage_bytes() -> int:
-    """What this process has read from storage so far; -1 where the system does not count it."""
+    """Bytes that this process has read from storage so far; -1 where the system does not count them."""
     try:
         fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     except OSError:
@@ -144,7 +82,7 @@ def storage_bytes() -> int:
     return int(fields["read_bytes"])
 
 
-# -- the two runs ---------------------------------------------------------------------------------------------------------
+# -- the two runs --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -165,7 +103,7 @@ class Times:
 
 
 def read_plainly(path: str, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) uint8."""
+    """The middle slice as a plain program reads it, (H, W) uint8."""
     data = nib.as_closest_canonical(nib.load(path)).get_fdata()
     plane = data[:, data.shape[1] // 2, ::-1].T
     top = np.percentile(data[data > 0], 99.9)
@@ -173,8 +111,10 @@ def read_plainly(path: str, size: tuple[int, int]) -> np.ndarray:
 
 
 @torch.inference_mode()
-def plain_loop(paths: Sequence[str], model: MagicFlow, size: tuple[int, int], out: Path) -> tuple[Times, np.ndarray]:
-    """What one would write: file by file, rows in a list, a CSV at the end. Returns also the (n, K) log-likelihoods."""
+def plain_loop(
+    paths: Sequence[str], model: MagicFlow, size: tuple[int, int], out: Path
+) -> tuple[Times, np.ndarray]:
+    """A plain program: file by file, rows in a list, a CSV at the end. Returns also the (n, K) nats."""
     reading = scoring = 0.0
     rows, scores = [], []
     start = time.perf_counter()
@@ -196,6 +136,7 @@ def plain_loop(paths: Sequence[str], model: MagicFlow, size: tuple[int, int], ou
 
 
 def run_classify(paths: Sequence[str], model_folder: Path, out: Path) -> tuple[Times, Summary]:
+    """`classify` with its defaults."""
     marks: list[tuple[float, int]] = []
 
     def progress(done: int, total: int | None, errors: int) -> None:
@@ -207,24 +148,37 @@ def run_classify(paths: Sequence[str], model_folder: Path, out: Path) -> tuple[T
     total = summary.seconds / len(paths)
     steady = (last - first) / (done - begun) if done > begun else total
     rates = summary.rates
-    return Times(total, steady, 1 / rates["reading_files_per_second"], 1 / rates["scoring_files_per_second"]), summary
+    return Times(
+        total, steady, 1 / rates["reading_files_per_second"], 1 / rates["scoring_files_per_second"]
+    ), summary
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a result file."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def log_probs_of(out: Path) -> tuple[np.ndarray, list[str]]:
     """((n, K) log-likelihoods, n predictions) of a run's folder."""
-    rows = list(read_results(out))
-    return np.array([[float(row[f"logp_{k}"]) for k in range(CLASSES)] for row in rows]), [row["predicted"] for row in rows]
+    rows = [row for path in sorted(out.glob("results-*.csv")) for row in read_csv(path)]
+    return np.array([[float(row[f"logp_{k}"]) for k in range(CLASSES)] for row in rows]), [
+        row["predicted"] for row in rows
+    ]
 
 
 def ratios(loop: Sequence[Times], own: Sequence[Times]) -> dict[str, float]:
     """Medians over rounds of loop / classify."""
     return {
-        f"ratio_{name}": statistics.median(getattr(a, name) / getattr(b, name) for a, b in zip(loop, own, strict=True))
+        f"ratio_{name}": statistics.median(
+            getattr(a, name) / getattr(b, name) for a, b in zip(loop, own, strict=True)
+        )
         for name in ("total", "steady", "reading", "scoring")
     }
 
 
 def rates(name: str, times: Sequence[Times]) -> dict[str, float]:
+    """Medians over rounds of volumes per second."""
     return {
         f"{name}_{field.name}_per_second": 1 / statistics.median(getattr(one, field.name) for one in times)
         for field in dataclasses.fields(Times)
@@ -270,7 +224,7 @@ def test_classify(benchmark, archives, tmp_path, mm, cache):
         assert summary.counts["ok"] + summary.counts["flagged"] == len(paths)
         own.append(times)
 
-    # One pass of each, for what is compiled or cached by the first call.
+    # The first call compiles and fills caches.
     plain_loop(paths[:2], model, size, tmp_path / "loop.csv")
     benchmark.group = f"classify {mm} mm"
     benchmark.pedantic(work, setup=before, rounds=ROUNDS)
@@ -288,7 +242,9 @@ def test_classify(benchmark, archives, tmp_path, mm, cache):
             "megabytes": sum(map(os.path.getsize, paths)) / 1e6,
             "max_log_prob_difference": float(np.abs(found - scores).max()),
             "classes_predicted": len(set(predicted)),
-            "cache": "POSIX_FADV_DONTNEED on every file before each run: advice" if cache == "cold" else "warm",
+            "cache": "POSIX_FADV_DONTNEED on every file before each run: advice"
+            if cache == "cold"
+            else "warm",
             "loop_storage_mib": storage / 2**20,
             "workers": pick_workers(None),
             "threads": torch.get_num_threads(),
@@ -298,20 +254,13 @@ def test_classify(benchmark, archives, tmp_path, mm, cache):
     )
 
 
-# -- reading alone --------------------------------------------------------------------------------------------------------
+# -- reading alone -------------------------------------------------------------------------------------------
 
 
 def slice_by_nibabel(path: str) -> np.ndarray:
-    """Nothing of the volume but one plane, as far as the format allows."""
+    """One plane of a volume, reading no more of it than the format demands."""
     image = nib.load(path)
     return np.asarray(image.dataobj[:, image.shape[1] // 2, :])
-
-
-def write_volume(folder: Path, mm: int, kind: str, ending: str) -> str:
-    path = folder / f"{mm}mm_{kind.replace(' ', '_')}{ending}"
-    content = make_volume(mm, kind, 0).to_bytes()
-    write_durably(path, gzip.compress(content, 6, mtime=0) if ending.endswith("z") else content)
-    return str(path)
 
 
 def read_round(path: str, preprocess: Preprocess) -> dict[str, float]:
@@ -349,7 +298,8 @@ def test_read_slice(benchmark, tmp_path, mm, kind, ending):
     seconds = benchmark.stats.stats.data
     before = before[-len(seconds) :]
     benchmark.extra_info |= {
-        f"ratio_{name}": statistics.median(a[name] / b for a, b in zip(before, seconds, strict=True)) for name in before[0]
+        f"ratio_{name}": statistics.median(a[name] / b for a, b in zip(before, seconds, strict=True))
+        for name in before[0]
     } | {
         "volumes_per_second": 1 / benchmark.stats.stats.median,
         "compressed_to": os.path.getsize(path) / len(make_volume(mm, kind, 0).to_bytes()),

@@ -2,13 +2,15 @@
 
 Run it with ``pytest bench/test_conditioners.py --benchmark-only``.
 
-One coupling of the paper preset, both halves, as a pass of the model runs it: labels and the step's input in, the coupled x and
-its log-determinant out. A row's time is the package's; before each of its rounds the published form (`bench/published.py`) does
-the same work with the same weights, so that drift of a shared machine touches both. `extra_info` holds the published form's
-median, the median of the rounds' ratios (published / package), each form's peak of allocated tensors in MiB, threads, versions.
-Passes: "forward" in evaluation mode without gradients, "forward and backward" in training mode, dropout included, with gradients
-for the parameters and for x. With one thread on a CPU (``OMP_NUM_THREADS=1``) times are the process's CPU time, which other work
-on the machine touches less, else wall time. Absolute times are not comparable between runs; the ratio is what to read.
+One coupling of the paper preset, both halves, as a pass of the model runs it: labels and the step's input in,
+the coupled x and its log-determinant out. A row's time is the package's; before each of its rounds the
+published form (`bench/published.py`) does the same work with the same weights, so that drift of a shared
+machine touches both. `extra_info` holds the published form's median, the median of the rounds' ratios
+(published / package), each form's peak of allocated tensors in MiB, threads, versions. Passes: "forward" in
+evaluation mode without gradients, "forward and backward" in training mode, dropout included, with gradients
+for the parameters and for x. With one thread on a CPU (``OMP_NUM_THREADS=1``) times are the process's CPU
+time, which other work on the machine touches less, else wall time. Absolute times are not comparable between
+runs; the ratio is what to read.
 """
 
 from __future__ import annotations
@@ -19,15 +21,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from bench import published
-from bench.measuring import DEVICE, device_name, peak_mib, synchronised
-from fastflow import FlowConfig
-from fastflow.models.layers import AffineCoupling
-from fastflow.models.masks import application_mask, build_mask
+from bench.measuring import DEVICE, device_name, peak_mib, randomize, synchronised
+from fastflow import FlowConfig, MagicFlow
 
 CLASSES = 7
-# Task, step, batch: step 1 is 1x184x184, step 14 is 4x46x46.
+# A case is (task, step, batch). Step 1 is 1x184x184, step 14 is 4x46x46.
 CASES = [("classification", 1, 4), ("classification", 14, 4), ("generation", 1, 1), ("generation", 14, 4)]
 PASSES = ("forward", "forward and backward")
 ROUNDS = 9
@@ -36,36 +37,38 @@ CLOCK = time.process_time if DEVICE == "cpu" and torch.get_num_threads() == 1 el
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 
-def build(task: str, step: int) -> AffineCoupling:
-    """One coupling of the paper preset with random weights."""
+def build(task: str, step: int) -> nn.Module:
+    """The coupling of a step of the paper preset, with random weights, from a model of that step alone."""
     torch.manual_seed(0)
-    config = FlowConfig.paper(CLASSES, task=task)
-    shape = config.step_shapes[step]
-    pattern = application_mask(None, *shape[1:]) if config.masks[step] == "custom" else None
-    mask = build_mask(config.masks[step], step, shape, pattern, config.block_size)
-    coupling = AffineCoupling(config, step, shape, mask)
-    with torch.no_grad():
-        # New heads are zero and the coupling the identity, whose exponentials and gradients are not those of a trained one.
-        for parameter in coupling.parameters():
-            scale = 0.1 if parameter.ndim == 1 else 0.3 / parameter[0].numel() ** 0.5
-            parameter.add_(scale * torch.randn_like(parameter))
+    paper = FlowConfig.paper(CLASSES, task=task)
+    config = FlowConfig(
+        num_classes=CLASSES,
+        input_shape=paper.step_shapes[step],
+        task=task,
+        masks=(paper.masks[step],),
+        widths=(paper.widths[step],),
+    )
+    coupling = MagicFlow(config).steps[0].coupling
+    randomize(coupling, vector_scale=0.1)
     return coupling.to(DEVICE)
 
 
-def package_form(coupling: AffineCoupling, x: torch.Tensor, y: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+def package_form(
+    coupling: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     def run():
-        # One table row per class, or per sample where there are fewer samples, as `MagicFlow` does.
+        # As in `MagicFlow`, tables have a row per class, or per sample where there are fewer samples.
         few = len(y) < CLASSES
         labels = y if few else torch.arange(CLASSES, device=y.device)
-        rows = torch.arange(len(y), device=y.device) if few else y
+        label_index = torch.arange(len(y), device=y.device) if few else y
         masked = x.masked_fill(~coupling.mask, 0.0)
-        out, logdet, _ = coupling(x, masked, coupling.tables(labels), rows)
+        out, logdet, _ = coupling(x, masked, coupling.label_params(labels), label_index)
         return out, logdet
 
     return run
 
 
-def published_form(coupling: AffineCoupling, x: torch.Tensor, y: torch.Tensor, leaves: list[torch.Tensor]):
+def published_form(coupling: nn.Module, x: torch.Tensor, y: torch.Tensor, leaves: list[torch.Tensor]):
     net, mask = coupling.conditioners[0], coupling.mask.to(x.dtype)
     heads = published.joined_heads(net)
     if heads is not None:
@@ -118,7 +121,9 @@ def test_coupling(benchmark, case, passes):
         grad = torch.randn_like(x)
     leaves = [x, *coupling.parameters()]
     forms = package_form(coupling, x, y), published_form(coupling, x, y, leaves)
-    package, baseline = (synchronised(training(form, leaves, grad) if backward else evaluation(form)) for form in forms)
+    package, baseline = (
+        synchronised(training(form, leaves, grad) if backward else evaluation(form)) for form in forms
+    )
     before: list[float] = []
 
     def time_baseline():

@@ -1,8 +1,8 @@
 """Whole models: images per second and peak memory. ``pytest bench/test_model.py --benchmark-only``.
 
-The paper preset (1x184x184, 7 classes, 151.6 M parameters) and the demo preset score all labels, sample and take a training step.
-`extra_info` of each row holds images per second, the peak resident memory of the process and, on a GPU, the allocator's peak.
-Absolute times drift on shared machines; compare rows of one run.
+The paper preset (1x184x184, 7 classes, 151.6 M parameters) and the demo preset score all labels, sample and
+take a training step. `extra_info` of each row holds images per second, the peak resident memory of the
+process and, on a GPU, the allocator's peak. Absolute times drift on shared machines; compare rows of one run.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import resource
 import pytest
 import torch
 
+from bench.measuring import DEVICE, device_name
 from fastflow import FlowConfig, MagicFlow
 from fastflow.training.objective import likelihood_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [("paper", "classification", 1), ("paper", "generation", 1), ("demo", "classification", 8)]
 
 
@@ -37,11 +37,11 @@ def measure(benchmark, work, images, rounds=3):
         return out
 
     result = benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=1)
-    # Resident memory only grows, so a later row's peak includes the earlier rows'.
+    # The peak of resident memory only grows, so that of a later row includes the earlier rows.
     benchmark.extra_info |= {
         "images_per_second": images / benchmark.stats.stats.median,
         "peak_resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
     }
     if DEVICE == "cuda":

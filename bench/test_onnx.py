@@ -1,24 +1,27 @@
-"""ONNX Runtime beside `LabelScorer` and beside a pass for each label: scoring, loading, and processes from their start.
+"""ONNX Runtime beside `LabelScorer` and a pass for each label: scoring, loading, and whole processes.
 
-Run it with ``pytest bench/test_onnx.py --benchmark-only``. It takes about 35 minutes on one core, and 15 of them go into
-exporting and compiling: each preset is exported once into a temporary folder (1.3 GB for `paper`), of `paper` the score graph
-alone, and none is compared with the model. ``FASTFLOW_BENCH_PRESETS=demo`` leaves `paper` out.
+Run it with ``pytest bench/test_onnx.py --benchmark-only``. It takes about 35 minutes on one core, and 15 of
+them go into exporting and compiling: each preset is exported once into a temporary folder (1.3 GB for
+`paper`), of `paper` the score graph alone, and none is compared with the model.
+``FASTFLOW_BENCH_PRESETS=demo`` leaves `paper` out.
 
-Presets `demo` (1x96x96) and `paper` (1x184x184), 7 labels, random weights, float32. Arrays in and arrays out, on the device that
-ONNX Runtime uses. A row's time is that of an `OnnxScorer` with its defaults; before each of its rounds the others do the same
-work, so that drift of a shared machine touches all. `extra_info` holds the medians of the rounds' ratios (other / OnnxScorer:
-above 1 OnnxScorer is faster), their smallest and largest, the threads of both sides, which are equal, and sizes on disk.
+Presets `demo` (1x96x96) and `paper` (1x184x184), 7 labels, random weights, float32. Arrays in and arrays out,
+on the device that ONNX Runtime uses. A row's time is that of an `OnnxScorer` with its defaults; before each
+of its rounds the others do the same work, so that drift of a shared machine touches all. `extra_info` holds
+the medians of the rounds' ratios (other / OnnxScorer: above 1 OnnxScorer is faster), their smallest and
+largest, the threads of both sides, which are equal, and sizes on disk.
 
-**Scoring** (`test_all_labels`): `whole`, an `OnnxScorer` that takes all images in one pass (on a CPU the default takes one image,
-so that with one image the ratio shows the noise), the engines of `LabelScorer` (`compile` where there is a C++ compiler), and a
-pass for each label: `log_prob`, a call of this package's, and `published`, the published algorithm op for op in plain ATen
-(`bench/published.py`).
+**Scoring** (`test_all_labels`): `whole`, an `OnnxScorer` that takes all images in one pass (on a CPU the
+default takes one image, so that with one image the ratio shows the noise), the engines of `LabelScorer`
+(`compile` where there is a C++ compiler), and a pass for each label: `log_prob`, a call of this package's,
+and `published`, the published algorithm op for op in plain ATen (`bench/published.py`).
 
-**Loading** (`test_loading`), files in the page cache: an `OnnxScorer` that checks hashes, beside `unchecked`, which does not, and
-`pytorch`: a model from its checkpoint, whose hash is checked, with an eager `LabelScorer`.
+**Loading** (`test_loading`), files in the page cache: an `OnnxScorer` that checks hashes, beside `unchecked`,
+which does not, and `pytorch`: a model from its checkpoint, whose hash is checked, with an eager
+`LabelScorer`.
 
-**Processes** (`test_process`), on the CPU: start, imports, loading and scoring, and the peak of resident memory, mapped files
-included (Linux).
+**Processes** (`test_process`), on the CPU: start, imports, loading and scoring, and the peak of resident
+memory, mapped files included (Linux).
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from fastflow.export.onnx import export_onnx
 from fastflow.export.runtime import OnnxScorer
 
 from bench import published
+from bench.measuring import randomize
 from fastflow import FlowConfig, MagicFlow
 from fastflow.models.scoring import LabelScorer
 
@@ -55,7 +59,7 @@ PRESETS = {"demo": tuple(GRAPHS), "paper": ("score",)}
 ROUNDS = {"demo": {1: 25, 4: 11, 16: 5}, "paper": {1: 7, 4: 5, 16: 3}}
 ROOT = Path(__file__).parents[1]
 
-# What a process does whose time and memory are measured. The first one must not need PyTorch.
+# Code of the processes whose time and memory are measured. The first one must not need PyTorch.
 PROCESSES = {
     "onnx": """
 from fastflow.export.runtime import OnnxScorer
@@ -83,8 +87,8 @@ from bench.archive_memory import peak_mib
 model, export, threads, images = sys.argv[1], sys.argv[2], int(sys.argv[3]), np.load(sys.argv[4])
 """
 END = """
-found = {"peak_mib": peak_mib(), "before_mib": before, "torch": "torch" in sys.modules, "finite": bool(np.isfinite(scores).all())}
-print(json.dumps(found))
+found = {"peak_mib": peak_mib(), "before_mib": before, "torch": "torch" in sys.modules}
+print(json.dumps(found | {"finite": bool(np.isfinite(scores).all())}))
 """
 
 Work = Callable[[], np.ndarray]
@@ -94,7 +98,7 @@ Work = Callable[[], np.ndarray]
 class Case:
     """A model in memory, on disk, and exported."""
 
-    preset: str
+    name: str
     model: MagicFlow
     folder: Path
     export: Path
@@ -103,7 +107,7 @@ class Case:
     threads: int
 
     def sizes(self) -> dict[str, object]:
-        """In MiB; of the export all that lies in the folder, and what scoring needs."""
+        """MiB of all files of the export, of those that scoring needs, and of the checkpoint."""
         mib = {path.name: path.stat().st_size / 2**20 for path in self.export.iterdir()}
         graphs = sorted(name.removesuffix(".onnx") for name in mib if name.endswith(".onnx"))
         score = mib["score.onnx"] + mib.get("weights.data", 0.0)
@@ -115,23 +119,35 @@ class Case:
         }
 
 
-# -- models ---------------------------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------------------
 
 
-def prepare(preset: str, folder: Path, graphs: Sequence[str]) -> Case:
-    """A preset with random weights, saved and exported. New heads are zero, and couplings the identity, so both are moved."""
+def prepare(name: str, config: FlowConfig, folder: Path, graphs: Sequence[str]) -> Case:
+    """A model with random weights, saved and exported.
+
+    Args:
+        name: what the case is called.
+        config: the model.
+        folder: gets the model and the export.
+        graphs: of the export.
+    """
     torch.manual_seed(0)
-    model = MagicFlow(FlowConfig.preset(preset, CLASSES))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.05 if parameter.ndim == 1 else 0.3 / parameter[0].numel() ** 0.5
-            parameter.add_(scale * torch.randn_like(parameter))
+    model = MagicFlow(config)
+    randomize(model)
     model.initialize(torch.from_numpy(images(model, 4)))
     model.eval().save(folder / "model")
     start = time.perf_counter()
     exported = export_onnx(folder / "model", folder / "export", graphs, check=False)
     seconds = time.perf_counter() - start
-    return Case(preset, model, folder / "model", exported.folder, exported.checkpoint_bytes, seconds, torch.get_num_threads())
+    return Case(
+        name,
+        model,
+        folder / "model",
+        exported.folder,
+        exported.checkpoint_bytes,
+        seconds,
+        torch.get_num_threads(),
+    )
 
 
 def images(model: MagicFlow, count: int) -> np.ndarray:
@@ -141,10 +157,11 @@ def images(model: MagicFlow, count: int) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=os.environ.get("FASTFLOW_BENCH_PRESETS", ",".join(PRESETS)).split(","))
 def case(request) -> Iterator[Case]:
-    # Not pytest's folders: it would keep gigabytes of three runs.
+    # pytest would keep gigabytes of three runs in its own folders.
     with tempfile.TemporaryDirectory() as folder:
-        made = prepare(request.param, Path(folder), PRESETS[request.param])
-        # As the scorers of the export are told to.
+        config = FlowConfig.preset(request.param, CLASSES)
+        made = prepare(request.param, config, Path(folder), PRESETS[request.param])
+        # The scorers of the export are told to use as many threads.
         torch.set_num_threads(made.threads)
         yield made
     gc.collect()
@@ -168,7 +185,7 @@ def label_scorers(model: MagicFlow) -> dict[str, LabelScorer]:
     return made
 
 
-# -- measuring ------------------------------------------------------------------------------------------------------------
+# -- measuring -----------------------------------------------------------------------------------------------
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -178,7 +195,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def ratios(before: Sequence[dict[str, float]], seconds: Sequence[float]) -> dict[str, object]:
-    """Medians and extremes of others / own by round; of the others' rounds only the last have one of our own."""
+    """Medians and extremes of others / own by round; only the last rounds of the others have one of ours."""
     rounds = list(zip(before[-len(seconds) :], seconds, strict=True))
     found: dict[str, object] = {}
     for name in before[0]:
@@ -187,9 +204,13 @@ def ratios(before: Sequence[dict[str, float]], seconds: Sequence[float]) -> dict
     return found
 
 
-def interleave(benchmark, own: Callable[[], object], others: dict[str, Callable[[], object]], rounds: int) -> None:
+def interleave(
+    benchmark, own: Callable[[], object], others: dict[str, Callable[[], object]], rounds: int
+) -> None:
     before: list[dict[str, float]] = []
-    benchmark.pedantic(own, setup=lambda: before.append({name: timed(work) for name, work in others.items()}), rounds=rounds)
+    benchmark.pedantic(
+        own, setup=lambda: before.append({name: timed(work) for name, work in others.items()}), rounds=rounds
+    )
     if benchmark.stats is not None:
         benchmark.extra_info |= ratios(before, benchmark.stats.stats.data)
 
@@ -206,11 +227,11 @@ def conditions(case: Case) -> dict[str, object]:
     }
 
 
-# -- scoring --------------------------------------------------------------------------------------------------------------
+# -- scoring -------------------------------------------------------------------------------------------------
 
 
 def works(case: Case, engines: dict[str, LabelScorer], batch: int) -> dict[str, Work]:
-    """Ways to score the same images, arrays (B, K) of nats; first the one that the others are compared with."""
+    """Ways to score the same images, (B, K) nats. The first one is what the others are compared with."""
     x = images(case.model, batch)
     own = OnnxScorer(case.export, threads=case.threads, verify_hashes=False)
     whole = OnnxScorer(case.export, threads=case.threads, buckets=(batch,), verify_hashes=False)
@@ -228,7 +249,11 @@ def works(case: Case, engines: dict[str, LabelScorer], batch: int) -> dict[str, 
 
     @torch.inference_mode()
     def published_form() -> np.ndarray:
-        return published.log_prob_all(case.model, torch.from_numpy(x).to(case.model.device), weights).cpu().numpy()
+        return (
+            published.log_prob_all(case.model, torch.from_numpy(x).to(case.model.device), weights)
+            .cpu()
+            .numpy()
+        )
 
     ways: dict[str, Work] = {"onnx": lambda: own.score(x), "whole": lambda: whole.score(x)}
     ways |= {name: run(scorer) for name, scorer in engines.items()}
@@ -243,10 +268,10 @@ def log_odds_difference(found: np.ndarray, wanted: np.ndarray) -> float:
 @pytest.mark.parametrize("batch", list(ROUNDS["demo"]))
 def test_all_labels(benchmark, case, engines, batch):
     ways = works(case, engines, batch)
-    # Compiles, and settles what is allocated.
+    # The first calls compile, and settle what is allocated.
     found = {name: work() for name, work in ways.items()}
-    benchmark.group = f"score {case.preset} {batch} images"
-    interleave(benchmark, ways.pop("onnx"), ways, ROUNDS[case.preset][batch])
+    benchmark.group = f"score {case.name} {batch} images"
+    interleave(benchmark, ways.pop("onnx"), ways, ROUNDS[case.name][batch])
     if benchmark.stats is None:
         return
     benchmark.extra_info |= {
@@ -256,11 +281,11 @@ def test_all_labels(benchmark, case, engines, batch):
     }
 
 
-# -- loading --------------------------------------------------------------------------------------------------------------
+# -- loading -------------------------------------------------------------------------------------------------
 
 
 def loaders(case: Case) -> dict[str, Callable[[], object]]:
-    """Ways to get ready to score; first the one that the others are compared with."""
+    """Ways to get ready to score. The first one is what the others are compared with."""
     return {
         "onnx": lambda: OnnxScorer(case.export, threads=case.threads),
         "unchecked": lambda: OnnxScorer(case.export, threads=case.threads, verify_hashes=False),
@@ -270,12 +295,12 @@ def loaders(case: Case) -> dict[str, Callable[[], object]]:
 
 def test_loading(benchmark, case):
     ways = loaders(case)
-    benchmark.group = f"load {case.preset}"
+    benchmark.group = f"load {case.name}"
     interleave(benchmark, ways.pop("onnx"), ways, rounds=5)
     benchmark.extra_info |= conditions(case)
 
 
-# -- processes ------------------------------------------------------------------------------------------------------------
+# -- processes -----------------------------------------------------------------------------------------------
 
 
 def run_process(case: Case, kind: str, array: Path) -> dict[str, float]:
@@ -298,7 +323,7 @@ def test_process(benchmark, case, tmp_path, batch):
 
         return work
 
-    benchmark.group = f"process {case.preset} {batch} images"
+    benchmark.group = f"process {case.name} {batch} images"
     others = {kind: run(kind) for kind in PROCESSES if kind != "onnx"}
     interleave(benchmark, run("onnx"), others, rounds=3 if batch == 1 else 1)
     assert not found["onnx"]["torch"]

@@ -1,53 +1,40 @@
 """The ops of the flow and of its conditioners, timed: ``pytest bench/test_ops.py --benchmark-only``.
 
-Each op runs as its definition ("reference", plain ATen), as the compiler's version of that ("inductor", `torch.compile`) and as
-the package's Triton kernels ("triton", on CUDA devices only), forward as a training step runs it and with its backward pass. A
-group holds one op, shape and pass, its rows one after the other, so that a ratio within a group is little touched by drift;
-absolute times on shared machines are not comparable between runs. On a GPU the half-steps of the paper's model, outside of
-their conditioners, and bfloat16 conditioner tensors are timed too.
+Each op runs as its definition ("reference", plain ATen), as the compiler's version of that ("inductor",
+`torch.compile`) and as the package's Triton kernels ("triton", on CUDA devices only), forward as a training
+step runs it and with its backward pass. A group holds one op, shape and pass, its rows one after the other,
+so that a ratio within a group is little touched by drift; absolute times on shared machines are not
+comparable between runs. On a GPU the half-steps of the paper's model, outside of their conditioners, and
+bfloat16 conditioner tensors are timed too.
 
-`extra_info` of each row: needed and moved bytes (counted, see `bench/roofline.py`), device and versions; on a GPU the achieved
-GB/s (needed bytes / median) and, where the device's bandwidth is known, its fraction of the bound. The group "copy" is the
-yardstick: what this device reaches with one read and one write.
+`extra_info` of each row: needed and moved bytes (counted, see `bench/roofline`), device and versions; on a
+GPU the achieved GB/s (needed bytes / median) and, where the device's bandwidth is known, its fraction of the
+bound. The group "copy" is the yardstick: what this device reaches with one read and one write.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import roofline
+from bench.measuring import DEVICE, device_name
 
-def _load_roofline() -> ModuleType:
-    # By its path: only `python -m pytest` in the repository's root has `bench` on the import path.
-    spec = importlib.util.spec_from_file_location("fastflow_roofline", Path(__file__).with_name("roofline.py"))
-    assert spec is not None and spec.loader is not None
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-roofline = _load_roofline()
-
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-# On a GPU, tensors well above its L2 cache, out of which small ones would be served faster than memory allows.
+GPU = DEVICE == "cuda"
+# On a GPU tensors are well above its L2 cache, which would serve small ones faster than memory does.
 BATCH = 512 if GPU else 4
 ROUNDS, ITERATIONS = (30, 10) if GPU else (15, 1)
 IMPLEMENTATIONS = ("reference", "inductor", "triton")
 
 
 def _timer() -> float:
-    """Seconds, when all that was queued is done: a round's launches overlap, its ends do not."""
+    """Seconds, after all that was queued is done: launches of a round overlap, rounds do not."""
     if GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -57,7 +44,7 @@ pytestmark = pytest.mark.benchmark(timer=_timer)
 
 
 class Case(NamedTuple):
-    """Which work of `bench/roofline.py`, by place in its lists."""
+    """A work of `bench/roofline`: the function that lists it, and its index in the list."""
 
     name: str
     works: str
@@ -95,11 +82,11 @@ def _cases() -> Iterator[Case]:
 def case(request):
     torch.manual_seed(0)
     case = request.param
-    # Every shape is compiled for itself; left from other cases, builds would use up the compiler's limit on versions.
+    # Every shape is compiled for itself. Builds of other cases would use up the compiler's limit on versions.
     torch.compiler.reset()
     work = case.build(DEVICE)
     with FakeTensorMode():
-        counts = [roofline.count(case.build("cpu"), backward) for backward in (False, True)]
+        counts = roofline.count(case.build("cpu"))
     return case, work, torch.compile(work.composite, dynamic=False, fullgraph=True), counts
 
 
@@ -121,7 +108,7 @@ def _version(package: str) -> str:
 
 def measure(benchmark, work: Callable[[], object], needed: int, moved: int) -> None:
     benchmark.pedantic(work, rounds=ROUNDS, iterations=ITERATIONS, warmup_rounds=2)
-    device = torch.cuda.get_device_name() if GPU else "cpu"
+    device = device_name()
     benchmark.extra_info |= {
         "needed_bytes": needed,
         "moved_bytes": moved,

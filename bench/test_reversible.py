@@ -1,19 +1,21 @@
-"""Reversible training against keeping and checkpointing activations: ``pytest bench/test_reversible.py --benchmark-only``.
+"""Reversible training against keeping and checkpointing activations.
 
-A training step (forward and backward, dropout on) of couplings at one scale, 8 and 24 steps, in three modes: "normal" keeps
-everything; "checkpoint" wraps each conditioner in `torch.utils.checkpoint` (non-reentrant, its random state replayed);
-"reversible" is ``FlowConfig(reversible=True)``. Each mode runs in a process of its own for the memory figures, in which freed
-memory goes back to the system at once; times come from one process, one mode after the other within a round, and `ratio`
-compares medians with the normal mode's.
+Run it with ``pytest bench/test_reversible.py --benchmark-only``.
 
-`extra_info`: `kept_mib`, the peak of what autograd holds (`torch.autograd.graph.saved_tensors_hooks`, parameters and their views
-left out, each memory once), inner graphs of the backward pass included; `resident_mib`, the growth of the process's peak resident
-memory over the step, gradients of parameters allocated before; and ratios to 8 steps and to the normal mode.
+A training step (forward and backward, dropout on) of couplings at one scale, 8 and 24 steps, in three modes:
+"normal" keeps everything; "checkpoint" wraps each conditioner in `torch.utils.checkpoint` (non-reentrant, its
+random state replayed); "reversible" is ``FlowConfig(reversible=True)``. Each mode runs in a process of its
+own for the memory figures, in which freed memory goes back to the system at once; times come from one
+process, one mode after the other within a round, and `ratio` compares medians with the normal mode's.
+
+`extra_info`: `kept_mib`, the peak of what autograd holds (`torch.autograd.graph.saved_tensors_hooks`,
+parameters and their views left out, each memory once), inner graphs of the backward pass included;
+`resident_mib`, the growth of the process's peak resident memory over the step, gradients of parameters
+allocated before; and ratios to 8 steps and to the normal mode.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -31,10 +33,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastflow import FlowConfig, MagicFlow
 
-# Of glibc: what is freed is returned, so that resident memory is memory in use.
+# glibc then returns what is freed, so that resident memory is memory in use.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 MODES = ("normal", "checkpoint", "reversible")
-# (C, H, W), batch and widths of the paper's steps 5 to 7.
+# A case is (C, H, W), batch and widths of the paper's steps 5 to 7.
 CASES = {"classification": ((4, 92, 92), 8, (16, 32, 32)), "generation": ((4, 46, 46), 2, (16, 32, 32))}
 
 
@@ -43,8 +45,8 @@ def build(task: str, steps: int, mode: str) -> tuple[MagicFlow, Tensor, Tensor]:
     torch.manual_seed(0)
     shape, batch, widths = CASES[task]
     config = FlowConfig(
-        num_classes=7, input_shape=shape, task=task, masks=("checkerboard",) * steps, widths=(widths,) * steps,
-        reversible=mode == "reversible",
+        num_classes=7, input_shape=shape, task=task,
+        masks=("checkerboard",) * steps, widths=(widths,) * steps, reversible=mode == "reversible",
     )  # fmt: skip
     model = MagicFlow(config)
     x = torch.rand(batch, *shape) * 2 - 1
@@ -78,14 +80,14 @@ class Held:
 
     def __init__(self, kept: Kept, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self.kept, self.tensor, self.place, self.size = kept, tensor, storage.data_ptr(), storage.nbytes()
-        kept.users[self.place] = kept.users.get(self.place, 0) + 1
-        kept.bytes += self.size * (kept.users[self.place] == 1)
+        self.kept, self.tensor, self.address, self.size = kept, tensor, storage.data_ptr(), storage.nbytes()
+        kept.users[self.address] = kept.users.get(self.address, 0) + 1
+        kept.bytes += self.size * (kept.users[self.address] == 1)
         kept.peak = max(kept.peak, kept.bytes)
 
     def __del__(self) -> None:
-        self.kept.users[self.place] -= 1
-        self.kept.bytes -= self.size * (self.kept.users[self.place] == 0)
+        self.kept.users[self.address] -= 1
+        self.kept.bytes -= self.size * (self.kept.users[self.address] == 0)
 
 
 def training_step(model: MagicFlow, x: Tensor, y: Tensor) -> None:
@@ -96,7 +98,7 @@ def training_step(model: MagicFlow, x: Tensor, y: Tensor) -> None:
 
 
 def _resident(field: str) -> int:
-    """Of this process, in bytes: VmRSS now, VmHWM at most."""
+    """Resident bytes of this process, by the system's name of the field: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -107,7 +109,8 @@ def memory(task: str, steps: int, mode: str) -> dict[str, float]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     small = {"x": x[:1], "y": y[:1]}
-    training_step(model, **small)  # libraries allocate their own workspaces once
+    # Libraries allocate their own workspaces once.
+    training_step(model, **small)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     training_step(model, x, y)
@@ -121,11 +124,16 @@ def memory(task: str, steps: int, mode: str) -> dict[str, float]:
 @functools.cache
 def measured(task: str, steps: int, mode: str) -> dict[str, float]:
     """`memory` in a process of its own."""
-    code = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_reversible as t; "
+    call = f"memory({task!r}, {steps}, {mode!r})"
+    code = f"import json; from bench.test_reversible import memory; print(json.dumps({call}))"
     done = subprocess.run(
-        [sys.executable, "-c", code + f"print(json.dumps(t.memory({task!r}, {steps}, {mode!r})))"],
-        capture_output=True, text=True, check=True, env=os.environ | RETURN_MEMORY,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | RETURN_MEMORY,
+    )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -163,5 +171,5 @@ def test_training_step(benchmark, task, steps, mode):
         "normal_over_resident": normal["resident_mib"] / here["resident_mib"],
         "batch": len(x),
         "threads": torch.get_num_threads(),
-        "config": {k: str(v) for k, v in dataclasses.asdict(model.config).items() if k in ("input_shape", "widths")},
+        "config": {"input_shape": str(model.config.input_shape), "widths": str(model.config.widths)},
     }

@@ -1,13 +1,15 @@
-"""Scoring all labels: the engines of `LabelScorer` beside the published algorithm and beside one call of `log_prob` per label.
+"""Scoring all labels: the engines of `LabelScorer` beside a pass per label, the published one and ours.
 
-Run it with ``pytest bench/test_scoring.py --benchmark-only``. It takes about 15 minutes on two cores, compilation included.
+Run it with ``pytest bench/test_scoring.py --benchmark-only``. It takes about 15 minutes on two cores,
+compilation included.
 
-Paper preset, 7 labels, 1x184x184, random weights, 4 and 16 images. A row's time is the scorer's; before each of its rounds the
-two baselines do the same work with the same weights, so that drift of a shared machine touches all three: (a) the published
-algorithm op for op in plain ATen (`bench/published.py`: a pass per label), (b) a call of this package's `log_prob` per label.
-`extra_info` holds the medians of the rounds' ratios (baseline / scorer), rows and images per second, the peak of allocated
-tensors in MiB, the share of the time in convolutions, the largest difference of a log-odds to (b), threads, versions. ``"mixed"``
-is skipped where the device has no bfloat16 arithmetic, since conditioners then stay in float32.
+Paper preset, 7 labels, 1x184x184, random weights, 4 and 16 images. A row's time is the scorer's; before each
+of its rounds the two baselines do the same work with the same weights, so that drift of a shared machine
+touches all three: (a) the published algorithm op for op in plain ATen (`bench/published.py`: a pass per
+label), (b) a call of this package's `log_prob` per label. `extra_info` holds the medians of the rounds'
+ratios (baseline / scorer), rows and images per second, the peak of allocated tensors in MiB, the share of the
+time in convolutions, the largest difference of a log-odds to (b), threads, versions. ``"mixed"`` is skipped
+where the device has no bfloat16 arithmetic, since conditioners then stay in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import pytest
 import torch
 
 from bench import published
-from bench.measuring import DEVICE, device_name, peak_mib, share_of, synchronised
+from bench.measuring import DEVICE, device_name, peak_mib, randomize, share_of, synchronised
 from fastflow import FlowConfig, MagicFlow
 from fastflow.models.scoring import LabelScorer, has_bfloat16
 
@@ -29,13 +31,10 @@ ENGINES = ("eager", "compile", "cuda_graph") if DEVICE == "cuda" else ("eager", 
 
 
 def build(classes: int = CLASSES, **changes) -> MagicFlow:
-    """The paper preset with random weights; new heads are zero, and couplings the identity."""
+    """The paper preset with random weights."""
     torch.manual_seed(0)
     model = MagicFlow(FlowConfig.paper(classes, **changes)).to(DEVICE)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.05 if parameter.ndim == 1 else 0.3 / parameter[0].numel() ** 0.5
-            parameter.add_(scale * torch.randn_like(parameter))
+    randomize(model)
     model.initialize(images(4))
     return model.eval()
 
@@ -56,7 +55,7 @@ def scorers(model):
 
     def get(engine: str, precision: str) -> LabelScorer:
         if (engine, precision) not in made:
-            # One at a time: a compiled scorer holds its own copy of the weights.
+            # Only one is kept, since a compiled scorer holds its own copy of the weights.
             made.clear()
             made[engine, precision] = LabelScorer(model, precision, engine)
         return made[engine, precision]
@@ -106,7 +105,9 @@ def test_all_labels(benchmark, model, scorers, engine, precision, batch):
         return
     seconds = benchmark.stats.stats.data
     ratios = {
-        f"ratio_{name}": statistics.median(a / b for a, b in zip(times[-len(seconds) :], seconds, strict=True))
+        f"ratio_{name}": statistics.median(
+            a / b for a, b in zip(times[-len(seconds) :], seconds, strict=True)
+        )
         for name, times in before.items()
     }
     benchmark.extra_info |= ratios | {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +12,19 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from bench import test_onnx
-from fastflow import MagicFlow
+from fastflow import FlowConfig, MagicFlow
 from fastflow.errors import ExportError
+
+# A model of three small steps with all graphs of its export, as version 0.1 wrote them.
+STORED = Path(__file__).parent / "fixtures" / "v0"
 
 
 @pytest.fixture(scope="module")
-def case(model_folder, exported):
-    bytes_of_weights = sum(path.stat().st_size for path in model_folder.glob("*.safetensors"))
-    model = MagicFlow.load(model_folder).eval()
-    return test_onnx.Case("tiny", model, model_folder, exported, bytes_of_weights, 0.0, torch.get_num_threads())
+def case():
+    folder = STORED / "model"
+    bytes_of_weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    model, threads = MagicFlow.load(folder).eval(), torch.get_num_threads()
+    return test_onnx.Case("small", model, folder, STORED / "export", bytes_of_weights, 0.0, threads)
 
 
 def test_all_ways_score_the_same_images(case):
@@ -57,7 +62,7 @@ def test_engine_without_a_compiler_is_left_out(case, monkeypatch):
 
 
 def test_ratios_are_of_rounds_that_belong_together():
-    # The first one has no round of our own.
+    # The first round of the others has none of ours.
     others = [{"a": 100.0}, {"a": 2.0}, {"a": 30.0}, {"a": 8.0}]
     assert test_onnx.ratios(others, [1.0, 10.0, 2.0]) == {"ratio_a": 3.0, "range_a": [2.0, 4.0]}
 
@@ -67,7 +72,9 @@ def test_sizes_are_those_of_the_folder(case):
     json.dumps(sizes)
     assert sizes["exported_graphs"] == ["attribution", "latent", "sample", "score"]
     assert 0 < sizes["score_mib"] < sizes["export_mib"]
-    assert sizes["export_mib"] * 2**20 == pytest.approx(sum(path.stat().st_size for path in case.export.iterdir()))
+    assert sizes["export_mib"] * 2**20 == pytest.approx(
+        sum(path.stat().st_size for path in case.export.iterdir())
+    )
     assert (
         sizes["checkpoint_mib"] * 2**20
         == (case.folder / json.loads((case.folder / "config.json").read_text())["weights"]).stat().st_size
@@ -92,15 +99,26 @@ def test_loaders_check_hashes_or_do_not(case, tmp_path):
 def test_processes_measure_themselves(case, tmp_path):
     np.save(tmp_path / "images.npy", test_onnx.images(case.model, 2))
     rows = {kind: test_onnx.run_process(case, kind, tmp_path / "images.npy") for kind in test_onnx.PROCESSES}
-    assert {kind: row["torch"] for kind, row in rows.items()} == {"onnx": False, "whole": False, "eager": True}
+    assert {kind: row["torch"] for kind, row in rows.items()} == {
+        "onnx": False,
+        "whole": False,
+        "eager": True,
+    }
     for row in rows.values():
         assert row["finite"] and row["peak_mib"] >= row["before_mib"] > 10
     assert rows["eager"]["peak_mib"] > rows["onnx"]["peak_mib"]
 
 
 @pytest.mark.slow
-def test_a_preset_is_prepared_and_measured(tmp_path, benchmark):
-    case = test_onnx.prepare("tiny", tmp_path, ("score",))
+def test_a_model_is_prepared_and_measured(tmp_path, benchmark):
+    config = FlowConfig(
+        num_classes=test_onnx.CLASSES,
+        input_shape=(1, 8, 8),
+        masks=("checkerboard", "channel"),
+        squeeze_before=(1,),
+        widths=((4, 4, 4),) * 2,
+    )
+    case = test_onnx.prepare("small", config, tmp_path, ("score",))
     assert case.sizes()["exported_graphs"] == ["score"] and case.export_seconds > 0
     ways = test_onnx.works(case, {}, batch=2)
     scores, wanted = ways["onnx"](), ways["log_prob"]()

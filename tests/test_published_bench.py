@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import copy
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench import published
 from fastflow import FlowConfig, MagicFlow
-from fastflow.models.conditioners.generation import ASPP, GlobalContext, GlobalFusion, _head
+from fastflow.kernels.cpu.convolution import convolve_to_few
+from fastflow.kernels.cpu.pyramid import atrous_pyramid_cpu
+from fastflow.kernels.pyramid import atrous_pyramid_reference
+from fastflow.models.conditioners.generation import ASPP, GlobalContext, GlobalFusion
+from tests.models import helpers
 
 ROOT = Path(__file__).parents[1]
 TASKS = ["classification", "generation"]
 
 
-def load(name, path):
-    spec = importlib.util.spec_from_file_location(name, ROOT / path)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# Three steps with every kind of mask, a squeeze and a split.
+LAYOUT = {
+    "masks": ("custom", "checkerboard", "channel"),
+    "squeeze_before": (1,),
+    "split_after": (1,),
+    "widths": ((8, 8, 8),) * 3,
+}
 
 
-published = load("fastflow_published_bench", "bench/published.py")
-helpers = load("fastflow_model_helpers", "tests/models/helpers.py")
+@functools.cache
+def model_of(task, **changes):
+    """A model in evaluation mode that tests share, which must not change it."""
+    return helpers.build(FlowConfig.tiny(3, task=task, **LAYOUT, **changes))
 
 
 def relative(got, want):
     return float((got - want).abs().max() / want.abs().max())
 
 
-@pytest.mark.parametrize("changes", [{}, {"share_halves": False, "condition_from_step": 2}], ids=["shared", "apart"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"share_halves": False, "condition_from_step": 1}], ids=["shared", "apart"]
+)
 @pytest.mark.parametrize("task", TASKS)
 def test_densities_agree(task, changes):
-    model = helpers.build(FlowConfig.tiny(3, task=task, **changes))
+    model = model_of(task, **changes)
     x, y = helpers.images(model.config, 4), helpers.labels(model.config, 4)
     with torch.no_grad():
         z, logdet = model(x, y)
@@ -51,13 +62,15 @@ def test_densities_agree(task, changes):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_conditioners_agree(task):
-    model = helpers.build(FlowConfig.tiny(3, task=task))
+    model = model_of(task)
     for i, (channels, height, width) in enumerate(model.config.step_shapes):
         net = model.steps[i].coupling.conditioners[0]
-        a = torch.randn(3, channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        a = torch.randn(
+            3, channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(i)
+        )
         y = torch.tensor([2, 0, 1])
         with torch.no_grad():
-            want = net(a, net.tables(torch.arange(3)), y)
+            want = net(a, net.label_params(torch.arange(3)), y)
             for got, value in zip(published.conditioner(net, a, y), want, strict=True):
                 assert value.abs().max() > 1e-3
                 assert relative(got, value) < 1e-11
@@ -65,7 +78,7 @@ def test_conditioners_agree(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_gradients_agree_in_training(task):
-    model = helpers.build(FlowConfig.tiny(3, task=task, dropout=0.0)).train()
+    model = copy.deepcopy(model_of(task, dropout=0.0)).train()
     x, y = helpers.images(model.config, 4), helpers.labels(model.config, 4)
     gradients = []
     for score in (model.log_prob, lambda *arguments: published.log_prob(model, *arguments)):
@@ -78,7 +91,7 @@ def test_gradients_agree_in_training(task):
 
 
 def test_dropout_acts_in_training_only():
-    model = helpers.build(FlowConfig.tiny(3))
+    model = copy.deepcopy(model_of("classification"))
     x, y = helpers.images(model.config, 2), helpers.labels(model.config, 2)
     with torch.no_grad():
         still = published.log_prob(model, x, y)
@@ -100,7 +113,11 @@ def test_the_authors_outputs():
         widths=tuple(tuple(row) for row in data["config/filters"]),
         norm="batch",
     )
-    state = {name.removeprefix("state/"): torch.from_numpy(data[name]) for name in data.files if name.startswith("state/")}
+    state = {
+        name.removeprefix("state/"): torch.from_numpy(data[name])
+        for name in data.files
+        if name.startswith("state/")
+    }
     model = MagicFlow.from_published(state, config, data["data/custom_mask"]).double()
     with torch.no_grad():
         got = published.log_prob_all(model, torch.from_numpy(data["data/x"]).double())
@@ -113,13 +130,15 @@ def aspp_forms(block):
 
     return {
         "chosen": block,
-        "branches": block.mix_branches,
-        "branches, channels_last": lambda x: block.mix_branches(last(x)),
-        "kernels": lambda x: block.mix_kernels(x, last(x)),
+        "branches": lambda x: atrous_pyramid_reference(x, block.weights()),
+        "branches, channels_last": lambda x: atrous_pyramid_reference(last(x), block.weights()),
+        "kernels": lambda x: atrous_pyramid_cpu(x, block.weights()),
     }
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 40, 41), (1, 8, 52, 50), (3, 8, 13, 19), (2, 4, 5, 7), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 40, 41), (1, 8, 52, 50), (3, 8, 13, 19), (2, 4, 5, 7), (1, 1, 1, 1)], ids=str
+)
 def test_pyramids_agree(shape):
     torch.manual_seed(0)
     block = ASPP(shape[1]).double()
@@ -149,10 +168,11 @@ def test_a_sample_of_the_full_resolution_parts_does_not_know_its_batch(channels)
         **aspp_forms(block),
         "fusion": GlobalFusion(channels),
         "context": GlobalContext(channels),
-        "scale": lambda x: _head(x, scale),
-        "shift": lambda x: _head(x, shift),
+        "scale": lambda x: convolve_to_few(x, scale.weight, scale.bias),
+        "shift": lambda x: convolve_to_few(x, shift.weight, shift.bias),
     }
-    # Not taken on CPUs: ATen's dilated convolutions of contiguous planes round differently in a batch.
+    # CPUs do not take this form: ATen's dilated convolutions of contiguous planes round differently in a
+    # batch.
     forms.pop("branches")
     with torch.no_grad():
         for name, form in forms.items():
@@ -186,8 +206,10 @@ def test_convolutions_to_few_channels(outputs, size):
     conv = torch.nn.Conv2d(6, outputs, size, padding=size // 2).double()
     x = torch.randn(2, 6, 5, 9, dtype=torch.float64, requires_grad=True)
     leaves = [x, *conv.parameters()]
-    want, got = conv(x), _head(x, conv)
+    want, got = conv(x), convolve_to_few(x, conv.weight, conv.bias)
     weights = torch.randn_like(want)
     assert (got - want).abs().max() < 1e-13
-    for a, b in zip(*(torch.autograd.grad((out * weights).sum(), leaves) for out in (got, want)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((out * weights).sum(), leaves) for out in (got, want)), strict=True
+    ):
         assert (a - b).abs().max() < 1e-12

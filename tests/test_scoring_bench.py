@@ -1,4 +1,4 @@
-"""What the benchmarks of scoring compute from their measurements."""
+"""The benchmarks of scoring compute the right numbers from their measurements."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,9 @@ def test_cases_vary_one_thing_at_a_time():
 
 
 def test_plot_draws_every_axis(tmp_path):
-    rows = [{"axis": axis, **case, "cost_per_image": case["labels"] / 7} for axis, case in scoring_cost.cases()]
+    rows = [
+        {"axis": axis, **case, "cost_per_image": case["labels"] / 7} for axis, case in scoring_cost.cases()
+    ]
     scoring_cost.plot(rows, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
