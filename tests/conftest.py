@@ -1,71 +1,82 @@
-"""What every test gets: few threads, uninitialised memory full of NaN, repeatable examples in CI."""
+"""Settings of all tests: one thread each, uninitialised memory full of NaN, repeatable examples in CI."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Before torch or matplotlib are imported: small tensors lose to threads. Waiting threads give way, where more are asked for.
+# These are set before torch or matplotlib are imported. Small tensors lose to threads; waiting threads give
+# way where a test asks for more of them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
-
-# Triton decides while it is imported whether it interprets; kernels then run on CPU tensors wherever a test sets the variable
-# again. Where there is a GPU, it compiles, and the same tests run on the GPU.
-if importlib.util.find_spec("triton") is not None:
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
-        import triton.language as tl
-        from triton.runtime import interpreter
-
-        def call_from_a_kernel(self, *args, **kwargs):
-            # Triton 3.7 patches its whole language again at every call of one kernel from another, which takes milliseconds.
-            modules = [value for value in self.fn.__globals__.values() if value is tl or value is tl.core]
-            if any(tl.core.is_builtin(module.load) for module in modules):
-                interpreter._patch_lang(self.fn)
-            return self.rewrite()(*args, **kwargs)
-
-        interpreter.InterpretedFunction.__call__ = call_from_a_kernel
-
-        def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-            # The interpreter multiplies by BLAS, in which a row's last bits can depend on its place among the others (OpenBLAS
-            # on AVX2). The products of a GPU's cores do not, and tests of equal bits are of kernels, not of a BLAS.
-            product = np.einsum("ik,kj->ij", a.data, b.data, dtype=d.data.dtype)
-            return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-        interpreter.InterpreterBuilder.create_dot = dot
-        del os.environ["TRITON_INTERPRET"]
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-@pytest.fixture(autouse=True)
-def nan_filled_memory() -> Iterator[None]:
-    """Make `torch.empty` return NaN, so that reading what nobody wrote fails a test instead of passing by luck."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        yield
+def prepare_interpreter() -> None:
+    """Import Triton as its interpreter where there is no GPU, and make it faster.
+
+    Triton decides while it is imported whether it interprets. Kernels then run on CPU tensors wherever a test
+    sets TRITON_INTERPRET again. Where there is a GPU, Triton compiles, and the same tests run on the GPU.
+    """
+    if importlib.util.find_spec("triton") is None:
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deterministic", category=UserWarning)
-        yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call_from_a_kernel(self, *args, **kwargs):
+        # Triton 3.7 patches its whole language whenever one kernel calls another, which takes milliseconds.
+        modules = [value for value in self.fn.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(module.load) for module in modules):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_from_a_kernel
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        # The interpreter multiplies by BLAS, in which a row's last bits can depend on its place among the
+        # others (OpenBLAS on AVX2). On a GPU they do not, and tests of equal bits are tests of kernels.
+        product = np.einsum("ik,kj->ij", a.data, b.data, dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+    del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:.*deterministic:UserWarning")
+    # The process that only hands tests to others starts seconds earlier without torch.
+    hands_out = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+    if not hands_out:
+        prepare_interpreter()
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # `test_snapshot.py` runs this file outside of pytest.
+    prepare_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory() -> None:
+    """Make `torch.empty` return NaN, so that a test that reads uninitialised memory cannot pass by luck."""
+    torch = sys.modules.get("torch")
+    if torch is not None and not torch.are_deterministic_algorithms_enabled():
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 CLASSES = ("flat", "striped")
@@ -73,6 +84,8 @@ CLASSES = ("flat", "striped")
 
 def write_scan(path: Path, label: str, seed: int) -> None:
     """A volume of 14 x 9 x 15 voxels with noise, striped from left to right for the second class."""
+    import nibabel as nib
+
     rng = np.random.default_rng(seed)
     stripes = 60.0 * (np.arange(14) % 2)[:, None, None] if label == "striped" else 0.0
     data = rng.normal(120.0, 10.0, (14, 9, 15)) + stripes
@@ -83,7 +96,7 @@ def write_scan(path: Path, label: str, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of class/file volumes that fit the tiny preset: 2 classes, 10 subjects each. Do not write into it."""
+    """A folder of class/file volumes that fit the tiny preset: 2 classes, 10 subjects each. Read only."""
     root = tmp_path_factory.mktemp("scans")
     for k, label in enumerate(CLASSES):
         for i in range(10):
@@ -92,8 +105,8 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_folder(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained but initialised tiny model that takes three slices of each of `scans`. Do not write into it."""
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained but initialised tiny model that takes three slices of each of `scans`. Read only."""
     import torch
 
     from fastflow import FlowConfig, MagicFlow
@@ -115,11 +128,11 @@ def model_folder(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model_folder` exported, all four graphs. Do not write into it."""
+    """`model_folder` exported, all four graphs. Read only."""
     from fastflow.export.onnx import export_onnx
     from filelock import FileLock
 
-    # Once for all processes that tests run in: it takes long.
+    # Exporting takes long, so all processes that tests run in share one export.
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(base / "export.lock"):
