@@ -74,9 +74,7 @@ def _name(path: tuple[KeyEntry, ...]) -> str:
 
 
 class Graph(nn.Module):
-    """A graph over a folded model. Its tensors are buffers; a tensor that stands in several places is one
-    buffer.
-    """
+    """A graph over a folded model. Its tensors are buffers; a tensor in several places is one buffer."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -166,9 +164,7 @@ class Graph(nn.Module):
 
 
 class ScoreGraph(Graph):
-    """image (B, C, H, W) -> log p(x|y) (B, K) in nats, float64: all labels, their common part computed once
-    per image.
-    """
+    """image (B, C, H, W) -> log p(x|y) (B, K) in nats, float64: all labels, shared parts once per image."""
 
     inputs, outputs = ("image",), ("log_probs",)
 

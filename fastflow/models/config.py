@@ -98,9 +98,7 @@ class FlowConfig:
 
     @property
     def latent_shapes(self) -> tuple[Shape, ...]:
-        """(C, H, W) of each latent block in the order of the flattened latent: the final block, then the
-        splits in order.
-        """
+        """(C, H, W) of each latent block in the order of the latent: the final block, then the splits."""
         return _walk_shapes(self)[1]
 
     # -- JSON ------------------------------------------------------------------------------------------------

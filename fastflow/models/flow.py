@@ -251,9 +251,7 @@ class Flow(nn.Module):
         return z, torch.stack(logdets).sum(dim=0).to(acc_dtype(self.dtype))
 
     def _labels_and_index(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels to condition on, and each sample's index: all classes, or the samples' own where these are
-        fewer.
-        """
+        """Labels to condition on, and each sample's index: all classes, or the samples' own if fewer."""
         if self.config.num_classes <= y.shape[0]:
             return torch.arange(self.config.num_classes, device=y.device), y
         return y, torch.arange(y.shape[0], device=y.device)

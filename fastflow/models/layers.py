@@ -11,8 +11,7 @@ STD_FLOOR = 1e-3
 
 
 class ActNorm(nn.Module):
-    """Per-channel ``exp(log_scale) * x + bias``, started so that the first training batch leaves with mean 0
-    and deviation 1.
+    """Per-channel ``exp(log_scale) * x + bias``; the first batch leaves with mean 0 and deviation 1.
 
     The deviation has a floor of `STD_FLOOR`: a constant channel (padding) gets a bounded scale instead of a
     NaN. Statistics are taken over all ranks of the default process group when there is one. Source: Glow

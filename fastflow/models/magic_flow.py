@@ -1,6 +1,4 @@
-"""MAGIC-Flow: a class-conditional multiscale normalizing flow that generates images and classifies them by
-exact likelihood.
-"""
+"""MAGIC-Flow: a class-conditional normalizing flow that generates images and classifies by likelihood."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ from fastflow.models.scoring import log_prob_all, posterior_from_log_probs
 
 
 class MagicFlow(Flow):
-    """The flow. `forward` maps an image to its latent, `inverse` back; ``log p(x|y) = log N(z; 0, I) +
-    logdet``.
+    """The flow: `forward` maps an image to its latent; ``log p(x|y) = log N(z; 0, I) + logdet``.
 
     A new model must see data before it can evaluate: the first forward in training mode, or `initialize`,
     sets its ActNorm.
@@ -134,8 +131,7 @@ class MagicFlow(Flow):
     # -- files -----------------------------------------------------------------------------------------------
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write configuration and weights into `folder`, atomically: a reader sees the old model or the new
-        one.
+        """Write the model into `folder`, atomically: a reader sees the old model or the new one.
 
         Raises:
             UninitializedModelError: the model has seen no data, so its weights could not be used.

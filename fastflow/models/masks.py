@@ -107,8 +107,7 @@ def build_mask(name: str, step: int, shape: Shape, application: Tensor | None, b
 
 
 def build_masks(config: FlowConfig, application: Any = None) -> list[Tensor]:
-    """The masks of every step of `config`; the application mask (see `application_mask`) is read only where a
-    step needs it.
+    """The masks of every step of `config`; `application_mask` is read only where a step needs it.
 
     The application mask has the size of the image; a `custom` step after squeezes takes every second (fourth,
     ...) pixel of it.

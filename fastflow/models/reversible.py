@@ -143,8 +143,7 @@ def run_step(
     label_index: Tensor,
     seeds: Seeds,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Step i, conditioned by itself: (h, log-determinant (B,), the next conditioner's input where it is
-    written).
+    """Step i, conditioned by itself: (h, log-determinant (B,), the next conditioner's input or None).
 
     As in `ConditionedFlow.forward`, h is then already mixed by the next step, whose inverse undoes that.
     """
@@ -166,9 +165,7 @@ def _invert_couplings(
     seeds: Seeds,
     found: Gradients,
 ) -> tuple[Tensor, Tensor]:
-    """The input of a step's coupling from its output y, and its gradient; those of its parameters go to
-    `found`.
-    """
+    """The input of a step's coupling from its output y, and its gradient; others go to `found`."""
     with torch.enable_grad():
         label_params = step.coupling.label_params(labels)
     # The halves share label parameters: their gradients are gathered before they go on to the parameters.

@@ -1,5 +1,4 @@
-"""All labels of an image in one batched pass: labels are a batch dimension, and whatever they share is
-computed once.
+"""All labels of an image in one batched pass; whatever labels share is computed once.
 
 `LabelScorer` is the engine; `log_prob_all` is the engine with its defaults, under autograd where gradients
 are recorded. `score_slices` runs a scorer over 8-bit slices in batches and `volume_log_probs` joins a

@@ -1,6 +1,4 @@
-"""A flow step, and the same step conditioned on labels: everything that no image changes, computed before the
-first image.
-"""
+"""A flow step, and the same step given labels: everything that no image changes, computed first."""
 
 from __future__ import annotations
 
@@ -81,8 +79,7 @@ class FlowStep(nn.Module):
         return self.pixels * total
 
     def affine(self, inverse: bool = False) -> Tensor | None:
-        """The mix of a step of one channel as (2,), a factor and a constant; None where the mix is more than
-        that.
+        """The mix of a step of one channel as (2,), a factor and a constant; None where it is more.
 
         The coupling before such a step applies it while its result is at hand. With `inverse`, they are the
         factor and the constant of `unmix`.

@@ -31,9 +31,7 @@ def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU; in a float32 graph compiled for a CPU with `erf` to single precision, by a rational
-    function.
-    """
+    """Exact GELU; float32 graphs compiled for a CPU take a rational `erf`, right to single precision."""
     if x.dtype != torch.float32 or not _compiled_for_cpu(x):
         return F.gelu(x)
     z = (x * math.sqrt(0.5)).clamp(-4.0, 4.0)

@@ -14,9 +14,7 @@ SAMPLE_GROUP = 4
 
 
 def whole_groups(samples: Tensor) -> Tensor:
-    """`samples`; in eager mode on a CPU with copies of the first after them, up to a multiple of
-    `SAMPLE_GROUP`.
-    """
+    """`samples`, on an eager CPU with copies of the first after them up to a multiple of `SAMPLE_GROUP`."""
     if not eager_on_cpu(samples):
         return samples
     extra = -len(samples) % SAMPLE_GROUP

@@ -91,8 +91,7 @@ def atrous_pyramid_cpu(x: Tensor, weights: PyramidWeights) -> Tensor:
 
 
 def _tap_windows(size: int, dilations: tuple[int, ...], like: Tensor) -> Tensor:
-    """(9, size) of 0 and 1: which rows of an image each tap of the dilated kernels reads, three taps for each
-    dilation.
+    """(9, size) of 0 and 1: the rows of an image that each tap reads, three taps for each dilation.
 
     Tap i of {-1, 0, 1} reads row r + i*d for every row r of the output; beyond the image lies padding.
     """

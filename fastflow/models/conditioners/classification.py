@@ -91,8 +91,7 @@ class DenseHead(nn.Module):
 
 
 class ClassificationConditioner(nn.Module):
-    """Three stages (the first strided 5x5, the others strided 3x3 with CBAM and a residual block), then dense
-    heads.
+    """A strided 5x5 stage, two strided 3x3 stages with CBAM and a residual block, then dense heads.
 
     Args:
         config: the model.
@@ -166,9 +165,7 @@ class ClassificationConditioner(nn.Module):
         inverse: bool,
         next_input: NextInput | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Couple x by what `encode` gave: (y, logdet (B,), the input of the conditioner that `next_input`
-        names).
-        """
+        """Couple x by what `encode` gave: (y, logdet (B,), the conditioner input that `next_input` names)."""
         weights = (self.scale.image_out.weight, self.shift.image_out.weight)
         arguments = (
             x,

@@ -115,8 +115,7 @@ class HeadConv(nn.Conv2d):
 
 
 class GenerationConditioner(nn.Module):
-    """Three stages at stride 1, each with CBAM, global context and an atrous pyramid, then convolutional
-    heads.
+    """Three stages at stride 1 with CBAM, global context and an atrous pyramid, then convolutional heads.
 
     Args:
         config: the model; ``config.norm`` chooses the norm of its residual blocks.
@@ -188,9 +187,7 @@ class GenerationConditioner(nn.Module):
         inverse: bool,
         next_input: NextInput | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Couple x by what `encode` gave: (y, logdet (B,), the input of the conditioner that `next_input`
-        names).
-        """
+        """Couple x by what `encode` gave: (y, logdet (B,), the conditioner input that `next_input` names)."""
         if next_input is None:
             return *kernels.affine_coupling(x, *params, mask.passive, bound, inverse), None
         return kernels.coupling_step(

@@ -67,8 +67,7 @@ class FiLM(nn.Module):
 
 
 class NormFiLM(nn.Module):
-    """GroupNorm, FiLM and GELU, with an optional residual added before the GELU and an optional dropout after
-    it.
+    """GroupNorm, FiLM and GELU, with an optional residual before the GELU and an optional dropout after it.
 
     An image that comes once for several labels is repeated for them.
     """

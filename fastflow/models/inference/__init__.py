@@ -1,3 +1,1 @@
-"""Models prepared for scoring: constants folded out of their parameters, engines that run them, and the
-scorer.
-"""
+"""Models prepared for scoring: folded constants, engines that run them, and the scorer."""

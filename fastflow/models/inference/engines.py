@@ -98,8 +98,7 @@ def _prior(block: Tensor) -> Tensor:
 
 
 class Compiled:
-    """Folded couplings compiled by Inductor: one graph for all steps of one shape, for any number of samples
-    and labels.
+    """Folded couplings compiled by Inductor: one graph for all steps of one shape and any batch.
 
     Graphs of generation conditioners are compiled again for some numbers of samples. Compiling takes about 20
     seconds a graph (the paper preset has 13) with a cold cache; Inductor keeps its code on disk.

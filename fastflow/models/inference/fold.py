@@ -53,9 +53,7 @@ def _with_statistics(norm: NormFiLM | BatchNormFiLM, film: Modulation) -> Modula
 
 
 def over_phases(weight: Tensor) -> Tensor:
-    """A convolution (O, C, 5, 5) of stride 2 and padding 2 as one of stride 1 and padding 1 over phases, (O,
-    4C, 3, 3).
-    """
+    """A convolution (O, C, 5, 5) of stride 2 and padding 2 as one over phases, (O, 4C, 3, 3), padding 1."""
     padded = F.pad(weight, (0, 1, 0, 1))
     taps = [padded[:, :, y::2, x::2] for y in range(2) for x in range(2)]
     return torch.stack(taps, dim=2).flatten(1, 2)
@@ -207,9 +205,7 @@ def _mix(
     phases: int,
     dtype: torch.dtype,
 ) -> PlaneMix:
-    """From planes in the order of `before`, those that left by a split included, to tensors that hold
-    `columns`.
-    """
+    """The map from planes in the order of `before`, split-off ones included, to tensors of `columns`."""
     matrix, constant = step.mixing(torch.float64)
     if sources is not None:
         count = len(columns)

@@ -102,9 +102,7 @@ def _pixels(v: Tensor) -> Tensor:
 
 
 class Gates(NamedTuple):
-    """CBAM: the shared MLP's maps (h, C) and (C, h), and the spatial convolution over tiles, see
-    `spatial_tile`.
-    """
+    """CBAM: the shared MLP's maps (h, C) and (C, h), and the convolution of `spatial_tile`."""
 
     down: Tensor
     up: Tensor
@@ -240,9 +238,7 @@ class Context(NamedTuple):
 
 
 class Pyramid(NamedTuple):
-    """ASPP: the point and dilated convolutions, the squeeze-excite MLP, and the last map (C, 4C) with its
-    bias.
-    """
+    """ASPP: the four convolutions, the squeeze-excite MLP, and the last map (C, 4C) with its bias."""
 
     branches: tuple[Conv, ...]
     gate: Mlp

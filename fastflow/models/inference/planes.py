@@ -67,9 +67,7 @@ def log_scale_and_shift(
 
 
 def placed(values: Tensor, half: FoldedHalfCoupling, shape: Sequence[int]) -> Tensor:
-    """Results of `log_scale_and_shift`, or a function of them, as planes of `shape`; anything where a half
-    moves nothing.
-    """
+    """Results of `log_scale_and_shift` as planes of `shape`; any number where a half moves nothing."""
     if values.ndim == 4:
         return values
     if half.rank is None:
@@ -149,9 +147,7 @@ def run_inverse_coupling(
     step: FoldedStep,
     terms: Callable[[Tensor, Tensor, FoldedHalfCoupling], tuple[Tensor, Tensor]],
 ) -> Planes:
-    """The inverse of both halves, with the log-scale and shift that `terms` gives of (passive, label_index,
-    half).
-    """
+    """The inverse of both halves; `terms` gives log-scale and shift of (passive, label_index, half)."""
     for k, half in reversed(list(enumerate(step.halves))):
         passive, moved = planes[k % len(planes)], planes[(k + 1) % len(planes)]
         moved = inverse_transform(moved, *terms(passive, label_index, half), half)

@@ -1,6 +1,4 @@
-"""Scoring images under every label: the choice of an engine, of a precision, and of how many samples go
-together.
-"""
+"""Scoring images under every label: the choice of an engine, a precision and a batch size."""
 
 from __future__ import annotations
 
@@ -186,9 +184,7 @@ class LabelScorer:
 
 
 def _without_parametrizations(model: Flow) -> Flow:
-    """A copy that shares the model's tensors, but has the weights of its normed convolutions computed, once
-    for all passes.
-    """
+    """A copy that shares the model's tensors and has the weights of normed convolutions computed once."""
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for module in copied.modules():
         if parametrize.is_parametrized(module):
@@ -239,9 +235,7 @@ def _mixed_dtype(device: torch.device) -> torch.dtype:
 
 
 def default_rows(model: Flow) -> int:
-    """Rows of one pass of the model: as many as are worth it, and as fit into half of the memory that is
-    free.
-    """
+    """Rows of one pass: as many as are worth it, and as fit into half of the free memory."""
     config = model.config
     strided = config.task == "classification"
     # Activations of the widest stage: the first of a strided conditioner, any of the other kind.
@@ -311,8 +305,7 @@ def _spans(classes: int, max_rows: int) -> Iterator[tuple[int, int]]:
 
 
 def log_prob_all(model: Flow, x: Tensor, max_rows: int | None = None) -> Tensor:
-    """Log p(x|y) for every label: what a `LabelScorer` with defaults gives, under autograd and autocast where
-    they are on.
+    """Log p(x|y) for every label, as a `LabelScorer` with defaults; under autograd and autocast if on.
 
     Args:
         model: the flow.

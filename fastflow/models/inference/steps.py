@@ -33,8 +33,7 @@ class FoldedHalfCoupling(NamedTuple):
 
 
 class PlaneMix(NamedTuple):
-    """The maps between two couplings: for each tensor of the next step's planes a map of all planes of a
-    pixel.
+    """The maps between two couplings: one of all planes of a pixel for each tensor of the next planes.
 
     Attributes:
         weights: a matrix (from, to) for each tensor.
