@@ -1,4 +1,4 @@
-"""The files and figures of a run beside its rows: counts, rates, ``summary.json``, a few lines to print. Torch-free."""
+"""Files and figures of a run beside its rows: counts, rates, ``summary.json``, lines to print. Torch-free."""
 
 from __future__ import annotations
 
