@@ -128,7 +128,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model_folder` exported, all four graphs. Read only."""
+    """The score graph of `model_folder`. Read only."""
     from fastflow.export.onnx import export_onnx
     from filelock import FileLock
 
@@ -137,5 +137,5 @@ def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(base / "export.lock"):
         if not (base / "export").exists():
-            export_onnx(model_folder, base / "export")
+            export_onnx(model_folder, base / "export", graphs=("score",))
     return base / "export"
