@@ -1,4 +1,4 @@
-"""What `doctor` says about dependencies comes from the metadata of the package."""
+"""The dependencies that `doctor` lists come from the metadata of the package."""
 
 from importlib import metadata
 

@@ -145,8 +145,7 @@ def test_halves_of_one_shape_are_one_part(tiny):
     graph = LatentGraph(tiny, fold(tiny), parts)
     x, y = images(tiny.config, 2, dtype=torch.float32), labels(tiny.config, 2)
     with torch.no_grad():
-        # What parts give is of the right shape only: they are calls of functions that exist in an exported
-        # graph.
+        # Parts give the right shape only: they are calls of functions that exist in an exported graph.
         z, _ = graph(x, y)
     assert z.shape == (2, tiny.config.num_dims)
     # 12 halves: two of the custom mask, which move other numbers of pixels, and those of masks with structure

@@ -1,6 +1,4 @@
-"""What makes it a flow: exact inverse, exact log-determinant, for random layouts; and what it says to bad
-input.
-"""
+"""The properties of a flow: exact inverse and log-determinant for random layouts; errors of bad input."""
 
 import copy
 
