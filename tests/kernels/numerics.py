@@ -65,10 +65,6 @@ def to_float64(values):
     return [v.detach().double() for v in values]
 
 
-# Tests of other ops use the old name.
-wide = to_float64
-
-
 def far_apart(shape, distance, dtype=torch.float16):
     """A batch whose samples lie `distance` elements apart, in memory of which few pages are touched."""
     size = (shape[0] - 1) * distance + int(np.prod(shape[1:]))

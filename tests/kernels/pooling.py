@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from numerics import F32, F64, close, rand, run, wide
+from numerics import F32, F64, close, rand, run, to_float64
 from torch import Tensor
 
 from fastflow import kernels
@@ -72,7 +72,7 @@ def check(name, device, shape, dtype=F64, logits=None, layout="c"):
     """Results and gradients are those of the reference in float64, with and without autograd."""
     op, reference, values, lengths = case(name, arguments(shape, dtype, logits, layout, device))
     results, grads = run(op, values)
-    want, want_grads = run(reference, wide(values), [result.dtype for result in results])
+    want, want_grads = run(reference, to_float64(values), [result.dtype for result in results])
     for result, wanted in zip(results, want, strict=True):
         close(result, wanted, dtype)
     for grad, wanted, value, length in zip(grads, want_grads, values, lengths, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import BF16, F16, F32, F64, close, rand, run, wide
+from numerics import BF16, F16, F32, F64, close, rand, run, to_float64
 from torch.nn import functional as F
 
 from fastflow import kernels
@@ -51,7 +51,7 @@ def check(
         return norm_film_act_reference(x, groups, gamma, beta, label_index, extra, 1e-5, dropout, seeds)
 
     (y,), grads = run(op, values)
-    (want,), want_grads = run(reference, wide(values), [y.dtype])
+    (want,), want_grads = run(reference, to_float64(values), [y.dtype])
     close(y, want, out or dtype, 4)
     assert layouts.is_channels_last(y) == layouts.is_channels_last(values[0])
     samples = shape[0] * shape[2] * shape[3]
