@@ -113,6 +113,11 @@ def recording() -> Iterator[list[Launch]]:
         _records.pop()
 
 
+def is_recording() -> bool:
+    """Whether launches are noted instead of made, see `recording`."""
+    return bool(_records)
+
+
 _tuned: dict[tuple[str, str], Any] = {}
 
 
