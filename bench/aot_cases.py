@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastflow.kernels.registry import OPS
+from bench.aot_features import norm_cases, pool_cases, sampled_norm_cases
+from bench.aot_parts import BF16, DTYPES, F16, F32, F64, FLOAT32_STREAM, Case
+from bench.aot_parts import image as _image
+from bench.aot_parts import launcher as _launcher
 from fastflow.kernels.triton import launch as launching
 from fastflow.numerics import acc_dtype
 
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-# (stream, conditioner): streams alone, and a float32 stream beside conditioners under autocast.
-DTYPES = ((F32, F32), (BF16, BF16), (F16, F16), (F64, F64), (F32, BF16), (F32, F16))
-# These two pairs of dtypes are enough where a branch changes addressing only.
-FLOAT32_STREAM = ((F32, F32), (F32, BF16))
 TYPES = {
     F32: "fp32",
     BF16: "bf16",
@@ -33,8 +31,6 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-
-Case = Callable[[], Any]
 
 
 class Build(NamedTuple):
@@ -57,17 +53,6 @@ class Build(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
     num_warps: int
-
-
-def _launcher(op: str) -> Callable[..., Any]:
-    launcher = OPS[op].triton
-    assert launcher is not None, f"{op} has no kernels"
-    return launcher
-
-
-def _image(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, memory_format=layout)
 
 
 # -- couplings -----------------------------------------------------------------------------------------------
@@ -179,95 +164,6 @@ def _head(
     yield lambda: _launcher("coupling_head_backward")(x, logdet, masked, kept, *arguments)
 
 
-# -- norms ---------------------------------------------------------------------------------------------------
-
-
-def _norm_cases() -> Iterator[Case]:
-    # One shape for each size of tile, three of them larger than any that a backward pass keeps whole.
-    shapes = [
-        (16, 46, 46), (32, 23, 23), (64, 12, 12), (128, 6, 6), (256, 3, 3),
-        (16, 184, 184), (64, 92, 92), (128, 23, 23),
-    ]  # fmt: skip
-    whole, split = (16, 46, 46), (16, 184, 184)
-    for dtype, shape in itertools.product((F32, BF16, F16, F64), shapes):
-        few = shape in (whole, (32, 23, 23), split)
-        if dtype in (F16, F64) and not few:
-            continue
-        yield from _norm(shape, dtype, False, 0.0, False)
-        # Whatever else changes the program is built for some of the shapes alone.
-        if shape in (whole, split, (128, 23, 23)):
-            yield from _norm(shape, dtype, True, 0.3, False)
-        if few and dtype in (F32, BF16):
-            yield from _norm(shape, dtype, False, 0.3, False)
-            yield from _norm(shape, dtype, True, 0.0, False)
-            yield from _norm(shape, dtype, True, 0.3, True)
-
-
-def _norm(
-    shape: tuple[int, int, int], dtype: torch.dtype, residual: bool, dropout: float, last: bool
-) -> Iterator[Case]:
-    x, acc = _image((2, *shape), dtype, last), acc_dtype(dtype)
-    gamma, beta = torch.empty(7, shape[0], dtype=acc), torch.empty(7, shape[0], dtype=acc)
-    label_index = torch.zeros(2, dtype=torch.int64)
-    seeds = torch.zeros(2, dtype=torch.int32) if dropout else None
-    stats = torch.empty(2, 8, 2, dtype=acc)
-    arguments = (gamma, beta, label_index, x if residual else None, seeds, 8)
-    yield lambda: _launcher("norm_film_act")(x, *arguments, 1e-5, dropout, dtype)
-    yield lambda: _launcher("norm_film_act_backward")(x, x, stats, *arguments, dropout)
-
-
-# -- poolings and gates --------------------------------------------------------------------------------------
-
-
-def _pool_cases() -> Iterator[Case]:
-    # A plane within one chunk, and a larger one. Inference, and other layouts, are built for two dtypes
-    # alone.
-    for dtype, net in ((F32, F32), (BF16, F32), (BF16, BF16), (F16, F16), (F64, F64)):
-        yield from _pool((2, 16, 92, 92), dtype, net, False)
-        if (dtype, net) in ((F32, F32), (BF16, BF16)):
-            yield from _pool((2, 16, 92, 92), dtype, net, True)
-            yield from _pool((2, 32, 32, 32), dtype, net, False)
-            yield from _pool_without((2, 32, 32, 32), dtype, net)
-    # Planes that are no multiple of a vector, the largest plane, and more channels than a tile holds.
-    for shape in ((2, 32, 23, 23), (2, 32, 184, 184), (2, 256, 6, 6)):
-        yield from _pool(shape, F32, F32, False)
-    yield from _pool((2, 256, 6, 6), F32, F32, True)
-
-
-def _pool(shape: tuple[int, ...], dtype: torch.dtype, net: torch.dtype, last: bool) -> Iterator[Case]:
-    batch, channels, h, w = shape
-    x, logits, spatial = (
-        _image(shape, dtype, last),
-        torch.empty(batch, channels, dtype=net),
-        _image((batch, 1, h, w), net),
-    )
-    pixel, channel = (torch.empty(size, dtype=torch.int32) for size in ((batch, channels), (batch, h, w)))
-    grad = torch.empty(2, batch, channels, dtype=dtype)
-    yield lambda: _launcher("pool_pixels")(x, True, True)
-    yield lambda: _launcher("pool_pixels_backward")(grad, pixel, x, h, w, last)
-    yield lambda: _launcher("pool_channels")(x, logits, True)
-    yield lambda: _launcher("pool_channels_backward")(_image((batch, 2, h, w), dtype), x, logits, channel, x)
-    yield lambda: _launcher("apply_gates")(x, logits, spatial)
-    yield lambda: _launcher("apply_gates_backward")(x, x, logits, spatial)
-
-
-def _pool_without(shape: tuple[int, ...], dtype: torch.dtype, net: torch.dtype) -> Iterator[Case]:
-    """Poolings without a maximum, without its index, and of an x that nothing else reads."""
-    batch, channels, h, w = shape
-    x, logits = _image(shape, dtype), torch.empty(batch, channels, dtype=net)
-    grad, pixel = (
-        torch.empty(2, batch, channels, dtype=dtype),
-        torch.empty(batch, channels, dtype=torch.int32),
-    )
-    channel, grad_pooled = torch.empty(batch, h, w, dtype=torch.int32), _image((batch, 2, h, w), dtype)
-    yield lambda: _launcher("pool_pixels")(x, True, False)
-    yield lambda: _launcher("pool_pixels")(x, False, False)
-    yield lambda: _launcher("pool_pixels_backward")(grad[:1], None, x, h, w, False)
-    yield lambda: _launcher("pool_pixels_backward")(grad, pixel, None, h, w, False)
-    yield lambda: _launcher("pool_channels")(x, logits, False)
-    yield lambda: _launcher("pool_channels_backward")(grad_pooled, x, logits, channel, None)
-
-
 # -- ops without parameters ----------------------------------------------------------------------------------
 
 
@@ -282,7 +178,9 @@ def _other_cases() -> Iterator[Case]:
             yield lambda y=y: _launcher("unsqueeze2x2")(y)
 
 
-CASES = (_coupling_cases, _mix_cases, _head_cases, _norm_cases, _pool_cases, _other_cases)
+CASES = (
+    _coupling_cases, _mix_cases, _head_cases, norm_cases, sampled_norm_cases, pool_cases, _other_cases,
+)  # fmt: skip
 
 
 # -- specialisations -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from fastflow.kernels.coupling_head import PixelOrder, coupling_head, coupling_h
 from fastflow.kernels.dropout import dropout_seeds
 from fastflow.kernels.latent_prior import latent_prior
 from fastflow.kernels.norm_film_act import film_act, norm_film_act
+from fastflow.kernels.norm_modulate_act import norm_modulate_act
 from fastflow.kernels.pool_channels import pool_channels
 from fastflow.kernels.pool_pixels import average_pixels, pool_pixels
 from fastflow.kernels.pyramid import atrous_pyramid
@@ -38,6 +39,7 @@ __all__ = [
     "get_backend",
     "latent_prior",
     "norm_film_act",
+    "norm_modulate_act",
     "pixel_order",
     "pool_channels",
     "pool_pixels",

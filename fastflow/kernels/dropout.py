@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastflow.kernels.checks import check_device
+
 COUNTER_FACTOR, FIRST_FACTOR, SECOND_FACTOR = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
@@ -55,3 +57,21 @@ def dropout_mask(seeds: Tensor, shape: tuple[int, ...], threshold: int) -> Tenso
 def dropout_seeds(batch: int, device: torch.device) -> Tensor:
     """A fresh seed per sample, (B,) int32, from torch's default generator of the device."""
     return torch.randint(-(2**31), 2**31, (batch,), dtype=torch.int32, device=device)
+
+
+def checked_seeds(x: Tensor, dropout: float, seeds: Tensor | None) -> Tensor | None:
+    """The seeds that an op on `x` drops by: fresh ones where none came, None where nothing is dropped.
+
+    Raises:
+        ValueError: `dropout` is not in [0, 1), or `seeds` are not (B,) int32 on the device of `x`.
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    if drop_threshold(dropout) == 0:
+        return None
+    if seeds is None:
+        return dropout_seeds(x.shape[0], x.device)
+    if tuple(seeds.shape) != (x.shape[0],) or seeds.dtype != torch.int32:
+        raise ValueError(f"seeds must be ({x.shape[0]},) int32, got {tuple(seeds.shape)} {seeds.dtype}")
+    check_device("seeds", seeds, x)
+    return seeds

@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 from fastflow._deprecated import renamed_arguments
 from fastflow.kernels.checks import (
-    check_device,
     check_dtype,
     check_image,
     check_label_index,
@@ -40,7 +39,7 @@ from fastflow.kernels.checks import (
     check_tables,
 )
 from fastflow.kernels.cpu.norm_film_act import norm_film_act_backward_cpu, norm_film_act_cpu
-from fastflow.kernels.dropout import drop_threshold, dropout_mask, dropout_seeds, keep_scale
+from fastflow.kernels.dropout import checked_seeds, drop_threshold, dropout_mask, keep_scale
 from fastflow.kernels.layouts import empty_image, is_channels_last
 from fastflow.kernels.registry import is_recorded, refuse_second_derivative, register, takes_reference
 from fastflow.kernels.triton.norm_film_act import launch_norm_film_act
@@ -294,16 +293,7 @@ def norm_film_act(
     _check(x, gamma, beta, label_index, residual)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    if drop_threshold(dropout) == 0:
-        seeds = None
-    elif seeds is None:
-        seeds = dropout_seeds(x.shape[0], x.device)
-    elif tuple(seeds.shape) != (x.shape[0],) or seeds.dtype != torch.int32:
-        raise ValueError(f"seeds must be ({x.shape[0]},) int32, got {tuple(seeds.shape)} {seeds.dtype}")
-    else:
-        check_device("seeds", seeds, x)
+    seeds = checked_seeds(x, dropout, seeds)
     if dtype is not None:
         check_dtype("dtype", torch.empty(0, dtype=dtype))
     if takes_reference():

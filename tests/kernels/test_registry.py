@@ -102,6 +102,11 @@ def norm_cases(x, last):
     yield OPS.norm_film_act_backward, (x, last, stats, *tables, None, None, 3, 0.0)
     yield OPS.norm_film_act_backward, (last, x, stats[:, :1], *tables, last, seeds, 1, 0.3)
     yield OPS.norm_film_act_backward, (narrow, narrow, stats, *tables, narrow, seeds, 3, 0.3)
+    pairs = rand(2, 20)[:, 3:9].unflatten(1, (3, 2))
+    yield OPS.norm_modulate_act, (x, pairs, None, None, 3, 1e-5, 0.0, None)
+    yield OPS.norm_modulate_act, (last, pairs, x, seeds, 1, 1e-5, 0.3, torch.bfloat16)
+    yield OPS.norm_modulate_act_backward, (last, x, stats, pairs, last, seeds, 3, 0.3)
+    yield OPS.norm_modulate_act_backward, (narrow, narrow, stats, pairs, None, None, 3, 0.0)
 
 
 def pool_cases(x, last):

@@ -66,13 +66,44 @@ def norm_film_act_cpu(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """(result, mean and 1/deviation of each group (B, groups, 2))."""
+    acc = acc_dtype(x.dtype)
+    gammas, betas = (table.to(acc).index_select(0, label_index) for table in (gamma, beta))
+    return _forward(x, gammas, betas, residual, seeds, groups, eps, dropout, dtype)
+
+
+def norm_modulate_act_cpu(
+    x: Tensor,
+    modulation: Tensor,
+    residual: Tensor | None,
+    seeds: Tensor | None,
+    groups: int,
+    eps: float,
+    dropout: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """(result, mean and 1/deviation of each group (B, groups, 2))."""
+    gammas, betas = (part.to(acc_dtype(x.dtype)).contiguous() for part in modulation.unbind(2))
+    return _forward(x, gammas, betas, residual, seeds, groups, eps, dropout, dtype)
+
+
+def _forward(
+    x: Tensor,
+    gammas: Tensor,
+    betas: Tensor,
+    residual: Tensor | None,
+    seeds: Tensor | None,
+    groups: int,
+    eps: float,
+    dropout: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """The op with the scales and shifts (B, C) of each sample, in the accumulation dtype of x."""
     layout, acc = memory_format(is_channels_last(x)), acc_dtype(x.dtype)
     batch = x.shape[0]
     if x.numel() == 0:
         empty = x.to(dtype or x.dtype).contiguous(memory_format=layout)
         return empty, x.new_zeros(batch, groups, 2, dtype=acc)
     inner = x.to(acc).contiguous()
-    gammas, betas = (table.to(acc).index_select(0, label_index) for table in (gamma, beta))
     z, mean, rstd = torch.native_group_norm(
         inner.view(1, -1, *x.shape[2:]), gammas.flatten(), betas.flatten(), *_as_one_sample(x, groups), eps
     )
@@ -100,16 +131,55 @@ def norm_film_act_backward_cpu(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, the residual (empty without one), gamma and beta, the last two not narrowed."""
+    acc = acc_dtype(x.dtype)
+    gammas, betas = (table.to(acc).index_select(0, label_index) for table in (gamma, beta))
+    dx, d_residual, d_gammas, d_betas = _backward(
+        grad, x, stats, gammas, betas, residual, seeds, groups, dropout
+    )
+    d_gamma, d_beta = (
+        torch.zeros(gamma.shape, dtype=acc).index_add_(0, label_index, part) for part in (d_gammas, d_betas)
+    )
+    return dx, d_residual, d_gamma, d_beta
+
+
+def norm_modulate_act_backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    modulation: Tensor,
+    residual: Tensor | None,
+    seeds: Tensor | None,
+    groups: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, the residual (empty without one) and modulation, the last not narrowed."""
+    gammas, betas = (part.to(acc_dtype(x.dtype)).contiguous() for part in modulation.unbind(2))
+    dx, d_residual, d_gammas, d_betas = _backward(
+        grad, x, stats, gammas, betas, residual, seeds, groups, dropout
+    )
+    return dx, d_residual, torch.stack((d_gammas, d_betas), dim=2)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    gammas: Tensor,
+    betas: Tensor,
+    residual: Tensor | None,
+    seeds: Tensor | None,
+    groups: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, the residual (empty without one), and the scales and shifts (B, C)."""
     layout, acc = memory_format(is_channels_last(x)), acc_dtype(x.dtype)
     batch, channels = x.shape[:2]
     if x.numel() == 0:
-        d_gamma, d_beta = (torch.zeros(gamma.shape, dtype=acc) for _ in range(2))
         d_residual = x.new_empty(0) if residual is None else torch.empty_like(residual)
-        return torch.empty_like(x), d_residual, d_gamma, d_beta
+        return torch.empty_like(x), d_residual, torch.zeros_like(gammas), torch.zeros_like(betas)
     # The native backward of channels_last takes ten times longer, and reads raw memory whatever the strides
     # say.
     inner, upper = x.to(acc).contiguous(), grad.to(acc).contiguous()
-    gammas, betas = (table.to(acc).index_select(0, label_index) for table in (gamma, beta))
     mean, rstd = (part.contiguous() for part in stats.unbind(2))
     # z = x * slope + offset, where one pair for each channel holds the statistics and the tables.
     slope = gammas * rstd.repeat_interleave(channels // groups, dim=1)
@@ -132,8 +202,4 @@ def norm_film_act_backward_cpu(
     )
     dx = dx.view(x.shape).to(x.dtype).contiguous(memory_format=layout)
     d_residual = x.new_empty(0) if residual is None else a.to(residual.dtype).contiguous(memory_format=layout)
-    d_gamma, d_beta = (
-        torch.zeros(gamma.shape, dtype=acc).index_add_(0, label_index, part.view(batch, channels))
-        for part in (d_gammas, d_betas)
-    )
-    return dx, d_residual, d_gamma, d_beta
+    return dx, d_residual, d_gammas.view(batch, channels), d_betas.view(batch, channels)

@@ -24,6 +24,8 @@ from fastflow.kernels.triton.launch import (
     vector_width,
 )
 from fastflow.kernels.triton.norm_parts import (
+    Modulation,
+    by_label,
     dense,
     drop,
     gelu,
@@ -45,11 +47,11 @@ if TYPE_CHECKING:
 
 @kernel
 def _group_fwd_kernel(
-    x_ptr, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr, seeds_ptr, y_ptr, stats_ptr,
+    x_ptr, gamma_ptr, beta_ptr, label_index_ptr, sample_stride, residual_ptr, seeds_ptr, y_ptr, stats_ptr,
     x_stride_v, residual_stride_v, pixels_v,
     V: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
     PACK: tl.constexpr, EPS: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, RESIDUAL: tl.constexpr, INT64_OFFSETS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, RESIDUAL: tl.constexpr, SAMPLED: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """Whole groups in one read."""
     b, g, i, c, p, pixels, real, inside, place = packed_tile(
@@ -63,8 +65,8 @@ def _group_fwd_kernel(
     if RESIDUAL:
         residual_ptr += b * residual_stride_v * V
     z, _ = modulate(
-        x * rstd[:, None], gamma_ptr, beta_ptr, label_index_ptr, residual_ptr, b, c, real, place, inside,
-        CHANNELS, ACC, RESIDUAL,
+        x * rstd[:, None], gamma_ptr, beta_ptr, label_index_ptr, sample_stride, residual_ptr, b, c, real,
+        place, inside, CHANNELS, ACC, RESIDUAL, SAMPLED,
     )  # fmt: skip
     y = gelu(z)
     if THRESHOLD > 0:
@@ -126,11 +128,11 @@ def _join_stats_kernel(
 
 @kernel
 def _split_fwd_kernel(
-    x_ptr, stats_ptr, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr, seeds_ptr, y_ptr,
+    x_ptr, stats_ptr, gamma_ptr, beta_ptr, label_index_ptr, sample_stride, residual_ptr, seeds_ptr, y_ptr,
     x_stride_v, residual_stride_v, pixels_v, n_chunks,
     V: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
     THRESHOLD: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESIDUAL: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr,
+    SAMPLED: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """The result of a chunk, when the statistics of its groups are known."""
     b, _, pixels, c, p, real, inside, place = image_tile(
@@ -142,8 +144,8 @@ def _split_fwd_kernel(
     if RESIDUAL:
         residual_ptr += b * residual_stride_v * V
     z, _ = modulate(
-        normed, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr, b, c, real, place, inside, CHANNELS, ACC,
-        RESIDUAL,
+        normed, gamma_ptr, beta_ptr, label_index_ptr, sample_stride, residual_ptr, b, c, real, place, inside,
+        CHANNELS, ACC, RESIDUAL, SAMPLED,
     )  # fmt: skip
     y = gelu(z)
     if THRESHOLD > 0:
@@ -151,7 +153,7 @@ def _split_fwd_kernel(
     tl.store(y_ptr + b * (CHANNELS * pixels) + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-# -- launcher ----------------------------------------------------------------------------------------------
+# -- launchers ---------------------------------------------------------------------------------------------
 
 
 def launch_norm_film_act(
@@ -167,6 +169,21 @@ def launch_norm_film_act(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """(result, mean and 1/deviation of each group (B, groups, 2)); see `fastflow.kernels.norm_film_act`."""
+    modulation = by_label(gamma, beta, label_index)
+    return launch_norm(x, modulation, residual, seeds, groups, eps, dropout, dtype)
+
+
+def launch_norm(
+    x: Tensor,
+    modulation: Modulation,
+    residual: Tensor | None,
+    seeds: Tensor | None,
+    groups: int,
+    eps: float,
+    dropout: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """The op with tables or with a modulation per sample."""
     channels_last, acc = is_channels_last(x), acc_dtype(x.dtype)
     batch, channels, h, w = x.shape
     pixels = h * w
@@ -176,15 +193,15 @@ def launch_norm_film_act(
         return y, stats.zero_()
     x, x_stride = dense(x, channels_last)
     residual, residual_stride = (None, x_stride) if residual is None else dense(residual, channels_last)
-    gamma, beta, label_index = gamma.contiguous(), beta.contiguous(), label_index.contiguous()
     v = vector_width(pixels, x_stride, residual_stride)
     sizes = (x_stride // v, residual_stride // v, pixels // v)
     threshold = 0 if seeds is None else drop_threshold(dropout)
     shared = {
         "V": v, "CHANNELS": channels, "GROUPS": groups, "THRESHOLD": threshold, "ACC": triton_dtype(acc),
         "CHANNELS_LAST": channels_last, "RESIDUAL": residual is not None,
+        "SAMPLED": modulation.label_index is None,
     }  # fmt: skip
-    inputs = (gamma, beta, label_index, residual, seeds)
+    inputs = (*modulation, residual, seeds)
     tile = group_tile(channels, groups, pixels, acc, plain=seeds is None)
     if tile is not None:
         launch(

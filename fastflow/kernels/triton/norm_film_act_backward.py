@@ -25,6 +25,8 @@ from fastflow.kernels.triton.launch import (
     vector_width,
 )
 from fastflow.kernels.triton.norm_parts import (
+    Modulation,
+    by_label,
     dense,
     group_tile,
     group_total,
@@ -45,11 +47,11 @@ if TYPE_CHECKING:
 
 @kernel
 def _group_bwd_kernel(
-    grad_ptr, x_ptr, stats_ptr, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr, seeds_ptr,
+    grad_ptr, x_ptr, stats_ptr, gamma_ptr, beta_ptr, label_index_ptr, sample_stride, residual_ptr, seeds_ptr,
     dx_ptr, d_residual_ptr, sums_ptr, grad_stride_v, x_stride_v, residual_stride_v, pixels_v,
     V: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
     PACK: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    RESIDUAL: tl.constexpr, INT64_OFFSETS: tl.constexpr,
+    RESIDUAL: tl.constexpr, SAMPLED: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """Whole groups in one read."""
     b, _, _, c, p, pixels, real, inside, place = packed_tile(
@@ -62,8 +64,9 @@ def _group_bwd_kernel(
     if RESIDUAL:
         residual_ptr += b * residual_stride_v * V
     a, gamma = z_gradient(
-        grad_ptr + b * grad_stride_v * V, normed, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr,
-        seeds_ptr, b, c, p, real, place, inside, pixels, CHANNELS, THRESHOLD, ACC, RESIDUAL,
+        grad_ptr + b * grad_stride_v * V, normed, gamma_ptr, beta_ptr, label_index_ptr, sample_stride,
+        residual_ptr, seeds_ptr, b, c, p, real, place, inside, pixels, CHANNELS, THRESHOLD, ACC, RESIDUAL,
+        SAMPLED,
     )  # fmt: skip
     if RESIDUAL:
         tl.store(d_residual_ptr + base + place, a.to(d_residual_ptr.dtype.element_ty), mask=inside)
@@ -81,11 +84,12 @@ def _group_bwd_kernel(
 
 @kernel
 def _split_bwd_kernel(
-    grad_ptr, x_ptr, stats_ptr, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr, seeds_ptr, means_ptr,
-    dx_ptr, d_residual_ptr, sums_ptr, grad_stride_v, x_stride_v, residual_stride_v, pixels_v, n_chunks,
+    grad_ptr, x_ptr, stats_ptr, gamma_ptr, beta_ptr, label_index_ptr, sample_stride, residual_ptr, seeds_ptr,
+    means_ptr, dx_ptr, d_residual_ptr, sums_ptr, grad_stride_v, x_stride_v, residual_stride_v, pixels_v,
+    n_chunks,
     V: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
     THRESHOLD: tl.constexpr, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, RESIDUAL: tl.constexpr,
-    WRITE: tl.constexpr, INT64_OFFSETS: tl.constexpr,
+    WRITE: tl.constexpr, SAMPLED: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """The sums of a chunk per channel; with WRITE its gradients, from the means of its groups."""
     b, chunk, pixels, c, p, real, inside, place = image_tile(
@@ -97,8 +101,9 @@ def _split_bwd_kernel(
     if RESIDUAL:
         residual_ptr += b * residual_stride_v * V
     a, gamma = z_gradient(
-        grad_ptr + b * grad_stride_v * V, normed, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr,
-        seeds_ptr, b, c, p, real, place, inside, pixels, CHANNELS, THRESHOLD, ACC, RESIDUAL,
+        grad_ptr + b * grad_stride_v * V, normed, gamma_ptr, beta_ptr, label_index_ptr, sample_stride,
+        residual_ptr, seeds_ptr, b, c, p, real, place, inside, pixels, CHANNELS, THRESHOLD, ACC, RESIDUAL,
+        SAMPLED,
     )  # fmt: skip
     if WRITE:
         base = b * (CHANNELS * pixels)
@@ -117,9 +122,9 @@ def _split_bwd_kernel(
 
 @kernel
 def _join_sums_kernel(
-    parts_ptr, gamma_ptr, label_index_ptr, sums_ptr, means_ptr, pixels_v, n_chunks,
+    parts_ptr, gamma_ptr, label_index_ptr, sample_stride, sums_ptr, means_ptr, pixels_v, n_chunks,
     V: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
-    ACC: tl.constexpr, INT64_OFFSETS: tl.constexpr,
+    ACC: tl.constexpr, SAMPLED: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """The sums of each channel from those of its chunks, and their means over the group, times gamma."""
     b, g = locate(tl.program_id(0), GROUPS, INT64_OFFSETS)
@@ -138,7 +143,7 @@ def _join_sums_kernel(
             there = real[:, None] & (chunk + k < n_chunks)[None, :]
             product += tl.load(part, mask=there, other=0.0)
             plain += tl.load(part + 1, mask=there, other=0.0)
-        gamma = table_row(gamma_ptr, label_index_ptr, b, c, real, CHANNELS, ACC)
+        gamma = table_row(gamma_ptr, label_index_ptr, sample_stride, b, c, real, CHANNELS, ACC, SAMPLED)
         products = tl.sum(product, axis=1)
         plains = tl.sum(plain, axis=1)
         tl.store(sums_ptr + (b * CHANNELS + c) * 2, products, mask=real)
@@ -170,7 +175,7 @@ def _tables_kernel(
     tl.store(d_beta_ptr + row * CHANNELS + c, d_beta, mask=c < CHANNELS)
 
 
-# -- launcher ----------------------------------------------------------------------------------------------
+# -- launchers ---------------------------------------------------------------------------------------------
 
 
 def launch_norm_film_act_backward(
@@ -186,28 +191,53 @@ def launch_norm_film_act_backward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, the residual (empty without one), gamma and beta, the last two not narrowed."""
+    modulation = by_label(gamma, beta, label_index)
+    dx, d_residual, sums = launch_norm_backward(grad, x, stats, modulation, residual, seeds, groups, dropout)
+    d_gamma, d_beta = (torch.empty(gamma.shape, dtype=sums.dtype, device=x.device) for _ in range(2))
+    if x.numel() == 0:
+        return dx, d_residual, d_gamma.zero_(), d_beta.zero_()
+    batch, channels = x.shape[:2]
+    block = min(128, power_of_two(channels))
+    launch(
+        _tables_kernel, gamma.shape[0] * cdiv(channels, block), x, 1,
+        sums, modulation.label_index, d_gamma, d_beta, batch,
+        CHANNELS=channels, BLOCK=block, ACC=triton_dtype(sums.dtype),
+    )  # fmt: skip
+    return dx, d_residual, d_gamma, d_beta
+
+
+def launch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    modulation: Modulation,
+    residual: Tensor | None,
+    seeds: Tensor | None,
+    groups: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, the residual and the scale and shift of each sample and channel (B, C, 2)."""
     channels_last, acc = is_channels_last(x), acc_dtype(x.dtype)
     batch, channels, h, w = x.shape
     pixels = h * w
     dx = empty_image(x.shape, x, channels_last)
     d_residual = x.new_empty(0) if residual is None else empty_image(x.shape, residual, channels_last)
-    d_gamma, d_beta = (torch.empty(gamma.shape, dtype=acc, device=x.device) for _ in range(2))
+    sums = torch.empty(batch, channels, 2, dtype=acc, device=x.device)
     if x.numel() == 0:
-        return dx, d_residual, d_gamma.zero_(), d_beta.zero_()
+        return dx, d_residual, sums.zero_()
     x, x_stride = dense(x, channels_last)
     grad, grad_stride = dense(grad, channels_last)
     residual, residual_stride = (None, x_stride) if residual is None else dense(residual, channels_last)
-    gamma, beta, label_index = gamma.contiguous(), beta.contiguous(), label_index.contiguous()
     v = vector_width(pixels, grad_stride, x_stride, residual_stride)
     sizes = (grad_stride // v, x_stride // v, residual_stride // v, pixels // v)
     threshold = 0 if seeds is None else drop_threshold(dropout)
     shared = {
         "V": v, "CHANNELS": channels, "GROUPS": groups, "THRESHOLD": threshold, "ACC": triton_dtype(acc),
         "CHANNELS_LAST": channels_last, "RESIDUAL": residual is not None,
+        "SAMPLED": modulation.label_index is None,
     }  # fmt: skip
-    inputs = (grad, x, stats, gamma, beta, label_index, residual, seeds)
+    inputs = (grad, x, stats, *modulation, residual, seeds)
     outputs = (dx, None if residual is None else d_residual)
-    sums = torch.empty(batch, channels, 2, dtype=acc, device=x.device)
     tile = group_tile(channels, groups, pixels, acc, plain=False)
     if tile is not None:
         launch(
@@ -229,18 +259,14 @@ def launch_norm_film_act_backward(
         )  # fmt: skip
         launch(
             _join_sums_kernel, batch * groups, x, 1,
-            parts, gamma, label_index, sums, means, pixels // v, chunks,
+            parts, modulation.gamma, modulation.label_index, modulation.sample_stride, sums, means,
+            pixels // v, chunks,
             V=v, CHANNELS=channels, GROUPS=groups, BLOCK_C=min(16, power_of_two(channels // groups)),
-            BLOCK=min(16, power_of_two(chunks)), ACC=triton_dtype(acc), INT64_OFFSETS=int64,
+            BLOCK=min(16, power_of_two(chunks)), ACC=triton_dtype(acc), SAMPLED=shared["SAMPLED"],
+            INT64_OFFSETS=int64,
         )  # fmt: skip
         launch(
             _split_bwd_kernel, programs, x, tile.warps, *inputs, means, *outputs, None, *sizes, chunks,
             WRITE=True, **shared,
         )  # fmt: skip
-    block = min(128, power_of_two(channels))
-    launch(
-        _tables_kernel, gamma.shape[0] * cdiv(channels, block), x, 1,
-        sums, label_index, d_gamma, d_beta, batch,
-        CHANNELS=channels, BLOCK=block, ACC=triton_dtype(acc),
-    )  # fmt: skip
-    return dx, d_residual, d_gamma, d_beta
+    return dx, d_residual, sums

@@ -82,20 +82,26 @@ def gelu_slope(z):
 
 
 @kernel
-def table_row(table_ptr, label_index_ptr, b, c, real, CHANNELS: tl.constexpr, ACC: tl.constexpr):
-    """The table's values of sample b for channels c."""
-    row = tl.load(label_index_ptr + b)
-    return tl.load(table_ptr + row * CHANNELS + c, mask=real, other=0.0).to(ACC)
+def table_row(
+    table_ptr, label_index_ptr, sample_stride, b, c, real,
+    CHANNELS: tl.constexpr, ACC: tl.constexpr, SAMPLED: tl.constexpr,
+):  # fmt: skip
+    """The values of sample b for channels c, of its label's row in a table or (SAMPLED) of its own."""
+    if SAMPLED:
+        place = b * sample_stride + 2 * c
+    else:
+        place = tl.load(label_index_ptr + b) * CHANNELS + c
+    return tl.load(table_ptr + place, mask=real, other=0.0).to(ACC)
 
 
 @kernel
 def modulate(
-    normed, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr, b, c, real, place, inside,
-    CHANNELS: tl.constexpr, ACC: tl.constexpr, RESIDUAL: tl.constexpr,
+    normed, gamma_ptr, beta_ptr, label_index_ptr, sample_stride, residual_ptr, b, c, real, place, inside,
+    CHANNELS: tl.constexpr, ACC: tl.constexpr, RESIDUAL: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """(z, gamma) of normalised values."""
-    gamma = table_row(gamma_ptr, label_index_ptr, b, c, real, CHANNELS, ACC)
-    beta = table_row(beta_ptr, label_index_ptr, b, c, real, CHANNELS, ACC)
+    gamma = table_row(gamma_ptr, label_index_ptr, sample_stride, b, c, real, CHANNELS, ACC, SAMPLED)
+    beta = table_row(beta_ptr, label_index_ptr, sample_stride, b, c, real, CHANNELS, ACC, SAMPLED)
     z = normed * gamma[:, None] + beta[:, None]
     if RESIDUAL:
         z += tl.load(residual_ptr + place, mask=inside, other=0.0).to(ACC)
@@ -117,14 +123,15 @@ def normalise(
 
 @kernel
 def z_gradient(
-    grad_ptr, normed, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr, seeds_ptr, b, c, p, real, place,
-    inside, pixels, CHANNELS: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr, RESIDUAL:
-    tl.constexpr,
+    grad_ptr, normed, gamma_ptr, beta_ptr, label_index_ptr, sample_stride, residual_ptr, seeds_ptr,
+    b, c, p, real, place, inside, pixels,
+    CHANNELS: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr, RESIDUAL: tl.constexpr,
+    SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """(the gradient of z, gamma) of a tile."""
     z, gamma = modulate(
-        normed, gamma_ptr, beta_ptr, label_index_ptr, residual_ptr, b, c, real, place, inside, CHANNELS, ACC,
-        RESIDUAL,
+        normed, gamma_ptr, beta_ptr, label_index_ptr, sample_stride, residual_ptr, b, c, real, place, inside,
+        CHANNELS, ACC, RESIDUAL, SAMPLED,
     )  # fmt: skip
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(ACC)
     if THRESHOLD > 0:
@@ -175,6 +182,35 @@ def split_tile(channels: int, pixels: int, channels_last: bool, acc: torch.dtype
         return Tile(block_c, min(power_of_two(pixels), size // block_c), 8)
     block = min(size, power_of_two(pixels))
     return Tile(min(power_of_two(channels), size // block), block, 8)
+
+
+class Modulation(NamedTuple):
+    """Where kernels find the scale and shift of each sample and channel.
+
+    Attributes:
+        gamma: a table (K, C), or the first of a pair for each channel.
+        beta: as `gamma`, the second of the pair.
+        label_index: (B,), the rows of tables; None where each sample has its own pairs.
+        sample_stride: from one sample's pairs to the next's; None for tables.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    label_index: Tensor | None
+    sample_stride: int | None
+
+
+def by_label(gamma: Tensor, beta: Tensor, label_index: Tensor) -> Modulation:
+    """Tables (K, C) and the row of each sample (B,)."""
+    return Modulation(gamma.contiguous(), beta.contiguous(), label_index.contiguous(), None)
+
+
+def by_sample(modulation: Tensor) -> Modulation:
+    """Pairs (B, C, 2), copied only where those of a sample do not lie together."""
+    if modulation.stride()[1:] != (2, 1):
+        modulation = modulation.contiguous()
+    gamma, beta = modulation.unbind(2)
+    return Modulation(gamma, beta, None, modulation.stride(0))
 
 
 def dense(x: Tensor, channels_last: bool) -> tuple[Tensor, int]:
