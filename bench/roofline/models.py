@@ -45,7 +45,7 @@ def _plain_norm(
     film: Film,
     residual: Tensor | None = None,
 ) -> Tensor:
-    y = norm_film_act_reference(x, norm.groups, *film.tables, film.label_index, residual, EPS)
+    y = norm_film_act_reference(x, norm.groups, *film.modulation, film.label_index, residual, EPS)
     return y if film.dropout is None else torch.native_dropout(y, film.dropout.p, True)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from fastflow import kernels
 from fastflow.models.conditioners import ClassificationConditioner, GenerationConditioner
 from fastflow.models.conditioners.label_params import CouplingMask, LabelParams, NextInput
+from fastflow.models.conditioners.uses import narrowed, replaced_parameters, two_uses
 from fastflow.models.config import FlowConfig, Shape
 from fastflow.numerics import acc_dtype
 
 Conditioner = ClassificationConditioner | GenerationConditioner
 Seeds = tuple[Tensor | None, Tensor | None]
+ConvWeights = tuple[list[Tensor], list[Tensor]]
 
 
 class HalfCoupling(NamedTuple):
@@ -46,6 +49,7 @@ class AffineCoupling(nn.Module):
     """
 
     mask: Tensor
+    opposite: Tensor
     first_order: Tensor
     second_order: Tensor
     conditioners: Sequence[Conditioner]
@@ -58,6 +62,7 @@ class AffineCoupling(nn.Module):
         # lest every call wait for the device.
         self.ordered = config.task == "classification"
         self.active = (0, 0)
+        self.register_buffer("opposite", ~mask, persistent=False)
         for name in ("first_order", "second_order"):
             self.register_buffer(
                 name, torch.empty(0, dtype=torch.int32, device=mask.device), persistent=False
@@ -74,7 +79,7 @@ class AffineCoupling(nn.Module):
     def halves(self) -> tuple[HalfCoupling, HalfCoupling]:
         """The two halves in forward order."""
         first = self._mask(self.mask, self.first_order, self.active[0])
-        second = self._mask(~self.mask, self.second_order, self.active[1])
+        second = self._mask(self.opposite, self.second_order, self.active[1])
         return HalfCoupling(0, self.conditioners[0], first), HalfCoupling(-1, self.conditioners[-1], second)
 
     def _mask(self, passive: Tensor, pixels: Tensor, active: int) -> CouplingMask:
@@ -98,6 +103,7 @@ class AffineCoupling(nn.Module):
         inverse: bool = False,
         next_input: NextInput | None = None,
         seeds: Seeds | None = None,
+        conv_weights: ConvWeights | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Both halves.
 
@@ -109,30 +115,49 @@ class AffineCoupling(nn.Module):
             inverse: undo the coupling instead.
             next_input: what follows.
             seeds: those of `draw_seeds`, fresh ones when None.
+            conv_weights: of the normed convolutions for each half, where they were computed ahead.
 
         Returns:
             `(y, logdet, following)`: y like x, logdet (B,), y as `next_input` says or None.
         """
         halves = list(zip(self.halves(), seeds or self.draw_seeds(x.shape[0], x.device), strict=True))
         (first, first_seeds), (second, second_seeds) = reversed(halves) if inverse else halves
-        params = first.net.encode(masked, label_params[first.net_index], label_index, first_seeds)
-        x, logdet, between = first.net.transform(
-            x, params, label_params[first.net_index], label_index, first.mask, self.bound, inverse,
-            NextInput(second.mask.passive),
-        )  # fmt: skip
+        own, others = self._parameters_of_uses(conv_weights)
+        with own:
+            params = first.net.encode(masked, label_params[first.net_index], label_index, first_seeds)
+            x, logdet, between = first.net.transform(
+                x, params, label_params[first.net_index], label_index, first.mask, self.bound, inverse,
+                NextInput(second.mask.passive),
+            )  # fmt: skip
         assert between is not None
-        params = second.net.encode(between, label_params[second.net_index], label_index, second_seeds)
-        x, more, following = second.net.transform(
-            x,
-            params,
-            label_params[second.net_index],
-            label_index,
-            second.mask,
-            self.bound,
-            inverse,
-            next_input,
-        )
+        with others:
+            params = second.net.encode(between, label_params[second.net_index], label_index, second_seeds)
+            x, more, following = second.net.transform(
+                x, params, label_params[second.net_index], label_index, second.mask, self.bound, inverse,
+                next_input,
+            )  # fmt: skip
         return x, logdet + more, following
+
+    def _parameters_of_uses(
+        self, conv_weights: ConvWeights | None
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Blocks in which the conditioners of the first and of the second half take parameters of their own.
+
+        The gradients of a shared conditioner's two uses are then added in one call. Without weights that were
+        computed ahead, modules take their parameters as they are.
+        """
+        if conv_weights is None:
+            return nullcontext(), nullcontext()
+        nets = self.conditioners[0], self.conditioners[-1]
+        values = [[getattr(module, name) for module, name in net.image_slots()] for net in nets]
+        if nets[0] is nets[1]:
+            values = list(two_uses(narrowed(nets[0].image_slots(), values[0])))
+        slots = [[*((conv, "weight") for conv in net.normed_convs()), *net.image_slots()] for net in nets]
+        first, second = (
+            replaced_parameters(where, [*weights, *rest])
+            for where, weights, rest in zip(slots, conv_weights, values, strict=True)
+        )
+        return first, second
 
     def forward_with_map(
         self, x: Tensor, label_params: list[LabelParams], label_index: Tensor
@@ -148,7 +173,8 @@ class AffineCoupling(nn.Module):
 
 
 def _read_mask(module: AffineCoupling, _: Any = None) -> None:
+    module.opposite = ~module.mask
     if module.ordered:
-        first, second = kernels.pixel_order(module.mask), kernels.pixel_order(~module.mask)
+        first, second = kernels.pixel_order(module.mask), kernels.pixel_order(module.opposite)
         module.first_order, module.second_order = first.pixels, second.pixels
         module.active = (first.active, second.active)

@@ -12,6 +12,7 @@ from fastflow.errors import UninitializedModelError
 from fastflow.models import reversible
 from fastflow.models.attribution import place_on_image
 from fastflow.models.config import FlowConfig
+from fastflow.models.grouping import FlowLabelParams
 from fastflow.models.layers import ActNorm
 from fastflow.models.masks import build_masks
 from fastflow.models.step import ConditionedStep, FlowStep, RunStep, Walk, condition_steps, walk_forward
@@ -34,7 +35,8 @@ class ConditionedFlow:
     def __init__(
         self, steps: Sequence[FlowStep], labels: Tensor, dtype: torch.dtype, inverse: bool = False
     ) -> None:
-        self.steps: list[ConditionedStep] = condition_steps(steps, labels, dtype, inverse)
+        self._params = FlowLabelParams(steps, labels)
+        self.steps: list[ConditionedStep] = condition_steps(steps, self._params.by_label, dtype, inverse)
 
     def label_index_of(self, label_index: Tensor) -> Callable[[int], Tensor]:
         """The entry of each sample at step i: of the only one where the step ignores the label."""
@@ -61,9 +63,11 @@ class ConditionedFlow:
             run: runs a step in place of `ConditionedStep.forward`.
         """
         index_at = self.label_index_of(label_index)
+        params = self._params.by_sample(label_index) if run is None else None
 
         def run_step(i: int, h: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            return self.steps[i].forward(h, masked, index_at(i))
+            ahead = None if params is None else params[i]
+            return self.steps[i].forward(h, masked, index_at(i), params=ahead)
 
         return walk_forward([one.step for one in self.steps], h, run or run_step, masked, first, last)
 

@@ -13,7 +13,7 @@ from fastflow import kernels
 from fastflow.errors import UninitializedModelError
 from fastflow.models.conditioners.label_params import LabelParams, NextInput, conditioner_dtype
 from fastflow.models.config import FlowConfig, Shape
-from fastflow.models.coupling import AffineCoupling, Seeds
+from fastflow.models.coupling import AffineCoupling, ConvWeights, Seeds
 from fastflow.models.layers import ActNorm, InvertibleConv1x1
 
 
@@ -61,6 +61,10 @@ class FlowStep(nn.Module):
             raise UninitializedModelError
         self.actnorm.initialize(kernels.squeeze2x2(x) if self.squeeze else x)
 
+    def label_params(self, labels: Tensor) -> list[LabelParams]:
+        """The parameters that `labels` (R,) give each conditioner; those of one label where it knows none."""
+        return self.coupling.label_params(labels if self.uses_label else labels.new_zeros(1))
+
     def mixing(self, dtype: torch.dtype) -> Mixing:
         """The affine map of the channels, computed in float64."""
         weight = self.conv.weight()
@@ -106,6 +110,18 @@ class FlowStep(nn.Module):
         return kernels.channel_unmix(y, *self.mixing(y.dtype), self.squeeze, self.inverse_matrix(y.dtype))
 
 
+class HalfParams(NamedTuple):
+    """The parameters that a pass over samples has computed ahead for the halves of a step's coupling.
+
+    Attributes:
+        label_params: of each half.
+        conv_weights: of the normed convolutions of each half's conditioner.
+    """
+
+    label_params: list[LabelParams]
+    conv_weights: ConvWeights
+
+
 @dataclasses.dataclass(frozen=True)
 class ConditionedStep:
     """A step given labels.
@@ -142,7 +158,12 @@ class ConditionedStep:
         )
 
     def forward(
-        self, h: Tensor, masked: Tensor | None, label_index: Tensor, seeds: Seeds | None = None
+        self,
+        h: Tensor,
+        masked: Tensor | None,
+        label_index: Tensor,
+        seeds: Seeds | None = None,
+        params: HalfParams | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The step.
 
@@ -151,6 +172,7 @@ class ConditionedStep:
             masked: what the first conditioner reads, where the step before has written it.
             label_index: (B,).
             seeds: of the dropouts, fresh ones when None.
+            params: of the halves, where they were computed ahead for these samples.
 
         Returns:
             `(h, logdet, masked)`: the result, the coupling's log-determinant (B,), and the input of the next
@@ -158,8 +180,15 @@ class ConditionedStep:
         """
         if masked is None:
             h, masked = self.mix(h)
+        label_params, conv_weights = params or (self.label_params, None)
         return self.step.coupling(
-            h, masked, self.label_params, label_index, next_input=self.next_input, seeds=seeds
+            h,
+            masked,
+            label_params,
+            label_index,
+            next_input=self.next_input,
+            seeds=seeds,
+            conv_weights=conv_weights,
         )
 
     def forward_with_map(self, h: Tensor, label_index: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,25 +214,31 @@ class ConditionedStep:
 
 def condition_step(steps: Sequence[FlowStep], i: int, labels: Tensor) -> ConditionedStep:
     """Step i given `labels` (R,), for the forward direction; its mix is left to the first image."""
-    return ConditionedStep(steps[i], _label_params(steps[i], labels), next_input=_next_input(steps, i))
+    return ConditionedStep(steps[i], steps[i].label_params(labels), next_input=_next_input(steps, i))
 
 
 def condition_steps(
-    steps: Sequence[FlowStep], labels: Tensor, dtype: torch.dtype, inverse: bool = False
+    steps: Sequence[FlowStep],
+    label_params: Sequence[list[LabelParams]],
+    dtype: torch.dtype,
+    inverse: bool = False,
 ) -> list[ConditionedStep]:
-    """All steps given `labels` (R,), for one direction, in one call.
+    """All steps given labels, for one direction, in one call.
 
-    It computes mixing matrices, constants, log-determinants and label parameters.
+    It computes mixing matrices, constants and log-determinants.
 
     Args:
         steps: of the flow.
-        labels: (R,) int64.
+        label_params: of each step's conditioners.
         dtype: of the stream.
         inverse: prepare the inverse direction instead of the forward one.
     """
     if inverse:
-        return [_conditioned_inverse(steps, i, labels, dtype) for i in range(len(steps))]
-    conditioned = [condition_step(steps, i, labels) for i in range(len(steps))]
+        return [_conditioned_inverse(steps, i, label_params[i], dtype) for i in range(len(steps))]
+    conditioned = [
+        ConditionedStep(step, label_params[i], next_input=_next_input(steps, i))
+        for i, step in enumerate(steps)
+    ]
     applied_before = [False, *(one.next_input is not None for one in conditioned[:-1])]
     return [
         _with_mixing(one, dtype, applied) if one.step.actnorm.ready else one
@@ -218,19 +253,12 @@ def _with_mixing(one: ConditionedStep, dtype: torch.dtype, applied_before: bool)
 
 
 def _conditioned_inverse(
-    steps: Sequence[FlowStep], i: int, labels: Tensor, dtype: torch.dtype
+    steps: Sequence[FlowStep], i: int, params: list[LabelParams], dtype: torch.dtype
 ) -> ConditionedStep:
     step, previous = steps[i], _previous_input(steps, i)
-    params = _label_params(step, labels)
     if previous is not None:
         return ConditionedStep(step, params, previous_input=previous)
     return ConditionedStep(step, params, step.mixing(dtype), inverse_matrix=step.inverse_matrix(dtype))
-
-
-def _label_params(step: FlowStep, labels: Tensor) -> list[LabelParams]:
-    if not step.uses_label:
-        labels = torch.zeros(1, dtype=torch.int64, device=labels.device)
-    return step.coupling.label_params(labels)
 
 
 def _next_input(steps: Sequence[FlowStep], i: int) -> NextInput | None:
@@ -244,7 +272,7 @@ def _previous_input(steps: Sequence[FlowStep], i: int) -> NextInput | None:
     if i == 0 or steps[i - 1].split:
         return None
     affine = steps[i].affine(inverse=True)
-    return None if affine is None else NextInput(~steps[i - 1].coupling.mask, affine)
+    return None if affine is None else NextInput(steps[i - 1].coupling.opposite, affine)
 
 
 # How a walk runs a step: (index, h, masked input of its first conditioner or None) -> (h, term, masked input

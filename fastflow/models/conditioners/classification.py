@@ -23,6 +23,7 @@ from fastflow.models.conditioners.label_params import (
 from fastflow.models.conditioners.leaves import (
     CBAM,
     EMBEDDING,
+    ConditionerBase,
     NormFiLM,
     ResidualBlock,
     normed_conv,
@@ -90,7 +91,7 @@ class DenseHead(nn.Module):
             return F.gelu(grouped_linear(v.to(weight.dtype), weight, bias))
 
 
-class ClassificationConditioner(nn.Module):
+class ClassificationConditioner(ConditionerBase):
     """A strided 5x5 stage, two strided 3x3 stages with CBAM and a residual block, then dense heads.
 
     Args:
@@ -113,6 +114,14 @@ class ClassificationConditioner(nn.Module):
         features = f3 * -(-height // 8) * -(-width // 8)
         self.scale = DenseHead(features, channels * height * width)
         self.shift = DenseHead(features, channels * height * width)
+
+    def label_modules(self) -> tuple[nn.Module, ...]:
+        """See `ConditionerBase.label_modules`."""
+        heads = (self.scale, self.shift)
+        return (
+            *super().label_modules(),
+            *(layer for head in heads for layer in (head.label, head.label_out)),
+        )
 
     def label_params(self, labels: Tensor) -> LabelParams:
         """The parameters that `labels` (R,) give the conditioner."""

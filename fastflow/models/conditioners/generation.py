@@ -28,6 +28,7 @@ from fastflow.models.conditioners.leaves import (
     CBAM,
     EMBEDDING,
     BatchNormFiLM,
+    ConditionerBase,
     Conv,
     NormFiLM,
     PlaneConv,
@@ -114,7 +115,7 @@ class HeadConv(nn.Conv2d):
         return convolve_to_few(x, *_weight_and_bias(self))
 
 
-class GenerationConditioner(nn.Module):
+class GenerationConditioner(ConditionerBase):
     """Three stages at stride 1 with CBAM, global context and an atrous pyramid, then convolutional heads.
 
     Args:

@@ -8,6 +8,7 @@ image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,30 +28,37 @@ class LabelParams(NamedTuple):
     """The parameters that R labels give to a conditioner.
 
     Attributes:
-        films: modulations in the order in which the conditioner's norms use them.
+        films: modulations in the order in which the conditioner's norms use them: tables, or, where a pass
+            has gathered them, (B, C, 2) with an entry for each sample.
         heads: (R, D) tables of the scale head and of the shift head; empty where heads know no label.
     """
 
-    films: tuple[Modulation, ...]
+    films: tuple[Modulation | Tensor, ...]
     heads: tuple[Tensor, ...] = ()
 
     def first(self, count: int) -> LabelParams:
         """The entries of the first `count` labels."""
-        films = tuple(Modulation(film.gamma[:count], film.beta[:count]) for film in self.films)
-        return LabelParams(films, tuple(head[:count] for head in self.heads))
+        return self._each(lambda table: table[:count])
+
+    def tables(self) -> list[Modulation]:
+        """The modulations, which must be tables."""
+        return [film for film in self.films if isinstance(film, Modulation)]
 
     def tensors(self) -> list[Tensor]:
         """All tables."""
-        return [table for film in self.films for table in film] + list(self.heads)
+        films = [film if isinstance(film, Modulation) else (film,) for film in self.films]
+        return [table for film in films for table in film] + list(self.heads)
 
     def leaves(self) -> LabelParams:
         """Copies of the tables that are leaves of autograd."""
+        return self._each(lambda table: table.detach().requires_grad_(table.requires_grad))
 
-        def leaf(table: Tensor) -> Tensor:
-            return table.detach().requires_grad_(table.requires_grad)
-
-        films = tuple(Modulation(leaf(film.gamma), leaf(film.beta)) for film in self.films)
-        return LabelParams(films, tuple(leaf(head) for head in self.heads))
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LabelParams:
+        films = tuple(
+            Modulation(*map(change, film)) if isinstance(film, Modulation) else change(film)
+            for film in self.films
+        )
+        return LabelParams(films, tuple(map(change, self.heads)))
 
 
 class Dropout(NamedTuple):
@@ -64,12 +72,12 @@ class Film(NamedTuple):
     """Label information for one norm of a pass over samples.
 
     Attributes:
-        tables: the modulation of each label.
+        modulation: of each label, or (B, C, 2) of each sample.
         label_index: (B,) the entry of each sample.
         dropout: after the activation, or None.
     """
 
-    tables: Modulation
+    modulation: Modulation | Tensor
     label_index: Tensor
     dropout: Dropout | None = None
 

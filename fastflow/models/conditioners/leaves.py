@@ -14,19 +14,27 @@ from fastflow.kernels.cpu.convolution import convolve
 from fastflow.kernels.cpu.execution import contiguous_planes
 from fastflow.kernels.cpu.linear import grouped_linear
 from fastflow.models.conditioners.label_params import Film, Modulation, repeat_labels
-from fastflow.models.conditioners.network import residual_block
+from fastflow.models.conditioners.network import norms, residual_block
+from fastflow.models.conditioners.uses import Slot
 
 EMBEDDING = 128
 MAX_GROUPS = 8
 
 
 class Conv(nn.Conv2d):
-    """A convolution that a CPU computes by its fastest code."""
+    """A convolution that a CPU computes by its fastest code.
+
+    Attributes:
+        given_weight: stands in for the weight of a normed convolution while a pass has computed it ahead.
+    """
+
+    given_weight: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.given_weight is None else self.given_weight
         # Annotated as pairs, which is what two-dimensional convolutions hold.
         stride, padding, dilation = (self.stride, self.padding, self.dilation)
-        return convolve(x, self.weight, self.bias, stride, padding, dilation)  # type: ignore[arg-type]
+        return convolve(x, weight, self.bias, stride, padding, dilation)  # type: ignore[arg-type]
 
 
 class PlaneConv(Conv):
@@ -86,7 +94,11 @@ class NormFiLM(nn.Module):
     def forward(self, x: Tensor, film: Film, residual: Tensor | None = None) -> Tensor:
         x = repeat_labels(x, film.label_index.shape[0])
         p, seeds = film.dropout or (0.0, None)
-        gamma, beta = film.tables
+        if isinstance(film.modulation, Tensor):
+            return kernels.norm_modulate_act(
+                x, self.groups, film.modulation, residual, dropout=p, seeds=seeds
+            )
+        gamma, beta = film.modulation
         return kernels.norm_film_act(
             x, self.groups, gamma, beta, film.label_index, residual, dropout=p, seeds=seeds
         )
@@ -117,7 +129,8 @@ class BatchNormFiLM(nn.Module):
         x = F.batch_norm(
             x, norm.running_mean, norm.running_var, None, None, self.training, norm.momentum or 0.1, norm.eps
         )
-        return kernels.film_act(x, *film.tables, film.label_index, residual)
+        gamma, beta = film.modulation
+        return kernels.film_act(x, gamma, beta, film.label_index, residual)
 
 
 class ResidualBlock(nn.Module):
@@ -156,6 +169,40 @@ class CBAM(nn.Module):
         channel_logits = grouped_linear(hidden.sum(dim=0), self.up.weight)
         pooled, x = kernels.pool_channels(x, channel_logits)
         return kernels.apply_gates(x, channel_logits, self.spatial(pooled))
+
+
+class ConditionerBase(nn.Module):
+    """The common part of both conditioners: which of its parameters work on images, and which on labels."""
+
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv3: nn.Conv2d
+
+    def label_modules(self) -> tuple[nn.Module, ...]:
+        """The modules whose parameters work on labels."""
+        return (self.get_submodule("embedding"), *norms(self))
+
+    def normed_convs(self) -> tuple[Conv, ...]:
+        """The convolutions whose weights are normed."""
+        found = (self.conv1, self.conv2, self.conv3)
+        return tuple(conv for conv in found if isinstance(conv, Conv) and hasattr(conv, "parametrizations"))
+
+    def image_slots(self) -> tuple[Slot, ...]:
+        """The places of the parameters that work on images, the weights of normed convolutions apart."""
+        slots: tuple[Slot, ...] | None = self.__dict__.get("_image_slots")
+        if slots is None:
+            norms_of_convs = [conv.get_submodule("parametrizations") for conv in self.normed_convs()]
+            skipped = {
+                id(part) for module in (*self.label_modules(), *norms_of_convs) for part in module.modules()
+            }
+            slots = tuple(
+                (module, name)
+                for module in self.modules()
+                if id(module) not in skipped
+                for name, _ in module.named_parameters(recurse=False)
+            )
+            self.__dict__["_image_slots"] = slots
+        return slots
 
 
 def one_hot_linear(layer: nn.Linear, labels: Tensor) -> Tensor:

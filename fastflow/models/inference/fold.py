@@ -37,9 +37,9 @@ def _films(
     net: ClassificationConditioner | GenerationConditioner, params: LabelParams
 ) -> tuple[Tensor, tuple[int, ...]]:
     """`films` and `sizes` of `FoldedHalfCoupling`."""
-    pairs = zip(norms(net), params.films, strict=True)
+    pairs = list(zip(norms(net), params.tables(), strict=True))
     films = [part for norm, film in pairs for part in _with_statistics(norm, film)]
-    return _at_least_two(torch.cat(films, dim=1)), tuple(2 * film.gamma.shape[1] for film in params.films)
+    return _at_least_two(torch.cat(films, dim=1)), tuple(2 * film.gamma.shape[1] for _, film in pairs)
 
 
 def _with_statistics(norm: NormFiLM | BatchNormFiLM, film: Modulation) -> Modulation:
