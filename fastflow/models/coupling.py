@@ -122,15 +122,15 @@ class AffineCoupling(nn.Module):
         """
         halves = list(zip(self.halves(), seeds or self.draw_seeds(x.shape[0], x.device), strict=True))
         (first, first_seeds), (second, second_seeds) = reversed(halves) if inverse else halves
-        own, others = self._parameters_of_uses(conv_weights)
-        with own:
+        uses = self._parameters_of_uses(conv_weights)
+        with uses[inverse]:
             params = first.net.encode(masked, label_params[first.net_index], label_index, first_seeds)
             x, logdet, between = first.net.transform(
                 x, params, label_params[first.net_index], label_index, first.mask, self.bound, inverse,
                 NextInput(second.mask.passive),
             )  # fmt: skip
         assert between is not None
-        with others:
+        with uses[not inverse]:
             params = second.net.encode(between, label_params[second.net_index], label_index, second_seeds)
             x, more, following = second.net.transform(
                 x, params, label_params[second.net_index], label_index, second.mask, self.bound, inverse,

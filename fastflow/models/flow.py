@@ -63,7 +63,8 @@ class ConditionedFlow:
             run: runs a step in place of `ConditionedStep.forward`.
         """
         index_at = self.label_index_of(label_index)
-        params = self._params.by_sample(label_index) if run is None else None
+        steps = range(first, len(self.steps) if last is None else last)
+        params = self._params.by_sample(label_index, steps) if run is None else None
 
         def run_step(i: int, h: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
             ahead = None if params is None else params[i]
@@ -79,12 +80,14 @@ class ConditionedFlow:
             label_index: (B,) the label of each sample among those that the flow was conditioned on.
         """
         index_at = self.label_index_of(label_index)
+        params = self._params.by_sample(label_index, range(len(self.steps)))
         h, *rest = blocks
         masked: Tensor | None = None
         for i in reversed(range(len(self.steps))):
             if self.steps[i].step.split:
                 h = torch.cat((h, rest.pop()), dim=1)
-            h, masked = self.steps[i].inverse(h, masked, index_at(i))
+            ahead = None if params is None else params[i]
+            h, masked = self.steps[i].inverse(h, masked, index_at(i), ahead)
         return h
 
 

@@ -19,6 +19,7 @@ from fastflow.models.conditioners.grouped import (
     grouped_weight_norm,
 )
 from fastflow.models.conditioners.label_params import LabelParams
+from fastflow.models.coupling import ConvWeights
 from fastflow.models.step import FlowStep, HalfParams
 
 
@@ -60,31 +61,39 @@ class FlowLabelParams:
             for (i, _), params in zip(places, group.by_label(), strict=True):
                 self.by_label[i].append(params)
 
-    def by_sample(self, label_index: Tensor) -> list[HalfParams] | None:
-        """The parameters of each step for samples with `label_index` (B,), in a pass that records gradients.
+    def by_sample(self, label_index: Tensor, steps: range) -> dict[int, HalfParams] | None:
+        """The parameters of some steps for a pass over samples; None where it takes `by_label`.
 
-        None where a pass takes `by_label`.
+        Args:
+            label_index: (B,) the label of each sample.
+            steps: indices of the steps that the pass walks.
         """
-        if not self._groups or not torch.is_grad_enabled():
+        if not self._groups or not steps:
             return None
-        halves: list[list[LabelParams]] = [[] for _ in self._steps]
+        halves: dict[int, list[LabelParams]] = {i: [] for i in range(len(self._steps))}
         for places, group in self._groups:
+            if not any(i in steps for i, _ in places):
+                continue
             uses_label = self._steps[places[0][0]].uses_label
             index = label_index if uses_label else torch.zeros_like(label_index)
             for (i, j), uses in zip(places, group.by_sample(index), strict=True):
                 shared = len(self._steps[i].coupling.conditioners) == 1
                 halves[i] += uses if shared else uses[j : j + 1]
-        nets = [(step.coupling.conditioners[0], step.coupling.conditioners[-1]) for step in self._steps]
-        # A conditioner that both halves share gives each its own use; others are used once.
-        convs = [conv for first, _ in nets for conv in first.normed_convs()]
-        convs += [conv for first, last in nets if last is not first for conv in last.normed_convs()]
+        weights = self._conv_weights(steps)
+        return {i: HalfParams(halves[i], weights.get(i)) for i in steps}
+
+    def _conv_weights(self, steps: range) -> dict[int, ConvWeights]:
+        """The weights of normed convolutions for both halves of each step; none where they are folded."""
+        couplings = {i: self._steps[i].coupling for i in steps}
+        convs = [
+            conv for each in couplings.values() for net in each.conditioners for conv in net.normed_convs()
+        ]
+        if not convs:
+            return {}
         weights = iter(grouped_weight_norm(convs))
-        firsts = [[next(weights) for _ in first.normed_convs()] for first, _ in nets]
-        lasts = [
-            own if last is first else [next(weights) for _ in last.normed_convs()]
-            for (first, last), own in zip(nets, firsts, strict=True)
-        ]
-        return [
-            HalfParams(params, ([use[0] for use in first], [use[1] for use in last]))
-            for params, first, last in zip(halves, firsts, lasts, strict=True)
-        ]
+        found = {}
+        for i, each in couplings.items():
+            uses = [[next(weights) for _ in net.normed_convs()] for net in each.conditioners]
+            # A conditioner that both halves share gives each its own use; others are used once.
+            found[i] = [first for first, _ in uses[0]], [second for _, second in uses[-1]]
+        return found

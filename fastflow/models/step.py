@@ -115,11 +115,11 @@ class HalfParams(NamedTuple):
 
     Attributes:
         label_params: of each half.
-        conv_weights: of the normed convolutions of each half's conditioner.
+        conv_weights: of the normed convolutions of each half's conditioner; None where modules have them.
     """
 
     label_params: list[LabelParams]
-    conv_weights: ConvWeights
+    conv_weights: ConvWeights | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,13 +198,22 @@ class ConditionedStep:
         h = kernels.channel_mix(h, *mixing, squeeze=self.step.squeeze)
         return self.step.coupling.forward_with_map(h, self.label_params, label_index)
 
-    def inverse(self, h: Tensor, masked: Tensor | None, label_index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def inverse(
+        self, h: Tensor, masked: Tensor | None, label_index: Tensor, params: HalfParams | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The inverse step: (h, the input of the previous step's second conditioner if it is written)."""
+        label_params, conv_weights = params or (self.label_params, None)
         if masked is None:
             # The second half's conditioner goes first; it sees what the first half moves.
             masked = h.masked_fill(self.step.coupling.mask, 0.0).to(conditioner_dtype(h))
         h, _, masked = self.step.coupling(
-            h, masked, self.label_params, label_index, inverse=True, next_input=self.previous_input
+            h,
+            masked,
+            label_params,
+            label_index,
+            inverse=True,
+            next_input=self.previous_input,
+            conv_weights=conv_weights,
         )
         if self.previous_input is None:
             assert self.mixing is not None and self.inverse_matrix is not None

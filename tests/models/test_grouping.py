@@ -66,8 +66,9 @@ def test_values_and_gradients_are_those_of_each_step(
 
 
 @pytest.mark.usefixtures("together")
-def test_without_gradients_every_direction_takes_the_tables() -> None:
-    model, x, y = build().eval(), images(4), torch.tensor([2, 0, 1, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_gradients_both_directions_agree(layout: str) -> None:
+    model, x, y = build(**LAYOUTS[layout]).eval(), images(4), torch.tensor([2, 0, 1, 1])
     with torch.no_grad():
         z, _ = model(x, y)
         torch.testing.assert_close(model.inverse(z, y), x, rtol=0, atol=1e-9)
