@@ -97,19 +97,22 @@ def grouped_label_params(nets: Sequence[Conditioner], labels: Tensor) -> Grouped
 
 
 def _linear(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
-    """Linear layers of equal shapes, each on its own part of x (S, R, inputs)."""
+    """Linear layers of equal shapes, each on its own part of x (S, inputs, R).
+
+    Weights stand on the left, so that their gradients come in their own layout and are kept without a copy.
+    """
     weight = torch.stack([layer.weight for layer in layers])
     bias = torch.stack([layer.bias for layer in layers])
-    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+    return torch.baddbmm(bias[:, :, None], weight, x)
 
 
 def _embed(nets: Sequence[Conditioner], labels: Tensor) -> Tensor:
-    """Label embeddings (S, R, 128)."""
+    """Label embeddings (S, 128, R)."""
     each: list[Any] = [net.embedding for net in nets]
     one_layer = isinstance(each[0], nn.Linear)
     layers: list[nn.Linear] = each if one_layer else [one.fc1 for one in each]
     # A product with a one-hot code is exact, and its gradient adds labels in a fixed order.
-    code = labels[:, None] == torch.arange(layers[0].in_features, device=labels.device)
+    code = labels == torch.arange(layers[0].in_features, device=labels.device)[:, None]
     h = F.gelu(_linear(code.to(layers[0].weight.dtype).expand(len(nets), -1, -1), layers))
     if one_layer:
         # The published embedding activates twice.
@@ -135,12 +138,12 @@ def _modulations(
             biases += [*(layer.bias for layer in layers), filling[:rest, 0]]
         scales += [*(norm.weight for norm in of_net), filling[:rest, 0]]
         shifts += [*(norm.bias for norm in of_net), filling[:rest, 0]]
-    count = len(nets)
-    weight, bias = torch.cat(weights).view(count, 2 * width, -1), torch.cat(biases).view(count, 1, 2 * width)
-    gamma, beta = torch.baddbmm(bias, embeddings, weight.transpose(1, 2)).chunk(2, dim=2)
-    scale, shift = torch.cat(scales).view(count, 1, width), torch.cat(shifts).view(count, 1, width)
-    folded = torch.stack((gamma * scale, torch.addcmul(beta, gamma, shift)), dim=3)
-    return folded.transpose(0, 1).flatten(1, 2), filled
+    weight, bias = torch.cat(weights).view(len(nets), 2 * width, -1), torch.cat(biases)
+    gamma, beta = torch.baddbmm(bias.view(len(nets), -1, 1), weight, embeddings).chunk(2, dim=1)
+    scale, shift = (torch.cat(parts).view(len(nets), -1, 1) for parts in (scales, shifts))
+    folded = torch.stack((gamma * scale, torch.addcmul(beta, gamma, shift)), dim=2)
+    # From (S, channels, 2, R) to an entry of all conditioners' channels for each label.
+    return folded.flatten(0, 1).permute(2, 0, 1).contiguous(), filled
 
 
 def _head_tables(
@@ -149,21 +152,16 @@ def _head_tables(
     """The label's share of the heads of each conditioner, tables (R, N) of scale and shift."""
     if not nets:
         return ()
-    weight = torch.cat([head.label.weight for net in nets for head in (net.scale, net.shift)])
-    bias = torch.cat([head.label.bias for net in nets for head in (net.scale, net.shift)])
-    hidden = F.gelu(
-        torch.baddbmm(
-            bias.view(len(nets), 1, -1), embeddings, weight.view(len(nets), -1, EMBEDDING).transpose(1, 2)
-        )
+    hidden = [head.label for net in nets for head in (net.scale, net.shift)]
+    weight = torch.cat([layer.weight for layer in hidden]).view(len(nets), -1, EMBEDDING)
+    bias = torch.cat([layer.bias for layer in hidden]).view(len(nets), -1, 1)
+    features = F.gelu(torch.baddbmm(bias, weight, embeddings)).unflatten(1, (2, -1)).flatten(0, 1)
+    outputs = [head.label_out for net in nets for head in (net.scale, net.shift)]
+    tables = iter(
+        torch.addmm(layer.bias, part.t(), layer.weight.t())
+        for layer, part in zip(outputs, features.unbind(0), strict=True)
     )
-    halves = iter(hidden.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1).unbind(0))
-    return tuple(
-        tuple(
-            torch.addmm(head.label_out.bias, next(halves), head.label_out.weight.t())
-            for head in (net.scale, net.shift)
-        )
-        for net in nets
-    )
+    return tuple((next(tables), next(tables)) for _ in nets)
 
 
 def grouped_weight_norm(convs: Sequence[Conv]) -> list[tuple[Tensor, Tensor]]:
