@@ -19,6 +19,7 @@ from bench.aot_features import norm_cases, pool_cases, sampled_norm_cases
 from bench.aot_parts import BF16, DTYPES, F16, F32, F64, FLOAT32_STREAM, Case
 from bench.aot_parts import image as _image
 from bench.aot_parts import launcher as _launcher
+from bench.aot_tables import table_cases
 from fastflow.kernels.triton import launch as launching
 from fastflow.numerics import acc_dtype
 
@@ -180,6 +181,7 @@ def _other_cases() -> Iterator[Case]:
 
 CASES = (
     _coupling_cases, _mix_cases, _head_cases, norm_cases, sampled_norm_cases, pool_cases, _other_cases,
+    table_cases,
 )  # fmt: skip
 
 

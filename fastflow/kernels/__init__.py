@@ -13,6 +13,7 @@ from fastflow.kernels.apply_gates import apply_gates
 from fastflow.kernels.channel_mix import channel_mix, channel_mix_masked, channel_unmix
 from fastflow.kernels.coupling_head import PixelOrder, coupling_head, coupling_head_step, pixel_order
 from fastflow.kernels.dropout import dropout_seeds
+from fastflow.kernels.head_tables import head_tables
 from fastflow.kernels.latent_prior import latent_prior
 from fastflow.kernels.norm_film_act import film_act, norm_film_act
 from fastflow.kernels.norm_modulate_act import norm_modulate_act
@@ -37,6 +38,7 @@ __all__ = [
     "dropout_seeds",
     "film_act",
     "get_backend",
+    "head_tables",
     "latent_prior",
     "norm_film_act",
     "norm_modulate_act",

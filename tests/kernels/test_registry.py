@@ -54,6 +54,9 @@ def cases():
     yield OPS.channel_mix_backward, (x, x, x, weight, bias, mask, False, False)
     yield OPS.channel_mix_backward, (small, none, large, rand(4, 4), rand(4), None, True, False)
     yield OPS.channel_mix_backward, (large, none, small, rand(4, 4), rand(4), None, True, True)
+    tables = rand(2, 4, 3), [rand(5, 4), rand(2, 4)]
+    yield OPS.head_tables, (*tables, [rand(5), rand(2)])
+    yield OPS.head_tables_backward, (rand(21), *tables)
     yield OPS.squeeze2x2, (large,)
     yield OPS.unsqueeze2x2, (rand(2, 4, 2, 3),)
     heads = rand(2, 8), rand(2, 8), rand(24, 8), rand(24, 8), rand(3, 24), rand(3, 24), torch.tensor([2, 0])

@@ -43,11 +43,25 @@ def pointer_table(tensors: Sequence[Tensor]) -> Tensor:
             )
     if is_recording() or isinstance(tensors[0], FakeTensor):
         return torch.empty(len(tensors), dtype=torch.int64, device=device)
-    key = device, tuple(tensor.data_ptr() for tensor in tensors)
+    return _table(device, tuple(tensor.data_ptr() for tensor in tensors))
+
+
+def integer_table(values: Sequence[int], like: Tensor) -> Tensor:
+    """Integers (N,) int64 on the device of `like`, such as the sizes of many layers.
+
+    A table is kept as that of `pointer_table` is, and a new one makes the host wait as well.
+    """
+    if is_recording() or isinstance(like, FakeTensor):
+        return torch.empty(len(values), dtype=torch.int64, device=like.device)
+    return _table(like.device, tuple(values))
+
+
+def _table(device: torch.device, values: tuple[int, ...]) -> Tensor:
+    key = device, values
     with _lock:
         table = _tables.get(key)
         if table is None:
-            table = torch.tensor(key[1], dtype=torch.int64).to(device)
+            table = torch.tensor(values, dtype=torch.int64).to(device)
             _tables[key] = table
             if len(_tables) > MAX_TABLES:
                 _tables.popitem(last=False)

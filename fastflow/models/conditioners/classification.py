@@ -117,11 +117,12 @@ class ClassificationConditioner(ConditionerBase):
 
     def label_modules(self) -> tuple[nn.Module, ...]:
         """See `ConditionerBase.label_modules`."""
-        heads = (self.scale, self.shift)
-        return (
-            *super().label_modules(),
-            *(layer for head in heads for layer in (head.label, head.label_out)),
-        )
+        layers = (layer for head in self.heads() for layer in (head.label, head.label_out))
+        return (*super().label_modules(), *layers)
+
+    def heads(self) -> tuple[DenseHead, DenseHead]:
+        """The heads of the log-scale and of the shift."""
+        return self.scale, self.shift
 
     def label_params(self, labels: Tensor) -> LabelParams:
         """The parameters that `labels` (R,) give the conditioner."""

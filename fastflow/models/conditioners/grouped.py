@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastflow.models.conditioners.classification import ClassificationConditioner
+from fastflow import kernels
+from fastflow.models.conditioners.classification import ClassificationConditioner, DenseHead
 from fastflow.models.conditioners.generation import GenerationConditioner
 from fastflow.models.conditioners.label_params import LabelParams, Modulation
 from fastflow.models.conditioners.leaves import EMBEDDING, Conv, NormFiLM
 from fastflow.models.conditioners.network import norms
-from fastflow.models.conditioners.uses import split_twice, take_entries, two_uses
+from fastflow.models.conditioners.uses import split_twice, take_entries
 from fastflow.numerics import full_precision
 
 Conditioner = ClassificationConditioner | GenerationConditioner
@@ -32,20 +33,25 @@ class GroupedLabelParams(NamedTuple):
     Attributes:
         modulations: (R, T, 2), FiLM's scale and shift of all norms of all conditioners, one after the other.
         channels: of each conditioner's norms, and of the filling behind them; the sum is T.
-        heads: of each conditioner, as in `LabelParams`.
+        heads: the tables (R, N) of all heads of all conditioners, flat and one after the other.
+        sizes: N of each conditioner's heads; none where heads know no label.
     """
 
     modulations: Tensor
     channels: tuple[tuple[int, ...], ...]
-    heads: tuple[tuple[Tensor, ...], ...]
+    heads: Tensor
+    sizes: tuple[tuple[int, ...], ...]
 
     def by_label(self) -> list[LabelParams]:
         """The parameters of each conditioner, as tables with an entry for each label."""
-        parts = iter(self.modulations.split(self._sizes(), dim=1))
-        tables = [[next(parts) for _ in each][:-1] for each in self.channels]
+        parts = iter(self.modulations.split(self._widths(), dim=1))
+        tables = iter(self.heads.split(self._lengths()))
         return [
-            LabelParams(tuple(Modulation(*part.unbind(dim=2)) for part in each), heads)
-            for each, heads in zip(tables, self.heads, strict=True)
+            LabelParams(
+                tuple(Modulation(*part.unbind(dim=2)) for part in [next(parts) for _ in widths][:-1]),
+                tuple(next(tables).view(-1, size) for size in sizes),
+            )
+            for widths, sizes in zip(self.channels, self.sizes, strict=True)
         ]
 
     def by_sample(self, label_index: Tensor) -> list[tuple[LabelParams, LabelParams]]:
@@ -57,8 +63,8 @@ class GroupedLabelParams(NamedTuple):
         Args:
             label_index: (B,) the label of each sample.
         """
-        modulations = split_twice(take_entries(self.modulations, label_index), self._sizes(), dim=1)
-        heads = two_uses([table for each in self.heads for table in each])
+        modulations = split_twice(take_entries(self.modulations, label_index), self._widths(), dim=1)
+        heads = split_twice(self.heads, self._lengths(), dim=0)
         first, second = (
             self._use(iter(parts), iter(tables)) for parts, tables in zip(modulations, heads, strict=True)
         )
@@ -66,12 +72,18 @@ class GroupedLabelParams(NamedTuple):
 
     def _use(self, parts: Iterator[Tensor], tables: Iterator[Tensor]) -> list[LabelParams]:
         return [
-            LabelParams(tuple([next(parts) for _ in each][:-1]), tuple(next(tables) for _ in heads))
-            for each, heads in zip(self.channels, self.heads, strict=True)
+            LabelParams(
+                tuple([next(parts) for _ in widths][:-1]),
+                tuple(next(tables).view(-1, size) for size in sizes),
+            )
+            for widths, sizes in zip(self.channels, self.sizes, strict=True)
         ]
 
-    def _sizes(self) -> list[int]:
+    def _widths(self) -> list[int]:
         return [width for each in self.channels for width in each]
+
+    def _lengths(self) -> list[int]:
+        return [len(self.modulations) * size for each in self.sizes for size in each]
 
 
 def can_group(nets: Sequence[Conditioner]) -> bool:
@@ -92,8 +104,15 @@ def grouped_label_params(nets: Sequence[Conditioner], labels: Tensor) -> Grouped
     with full_precision(labels):
         embeddings = _embed(nets, labels)
         modulations, channels = _modulations(nets, embeddings)
-        heads = _head_tables([net for net in nets if isinstance(net, ClassificationConditioner)], embeddings)
-    return GroupedLabelParams(modulations, channels, heads or tuple(() for _ in nets))
+        heads = [head for net in nets if isinstance(net, ClassificationConditioner) for head in net.heads()]
+        tables = _head_tables(heads, embeddings) if heads else embeddings.new_empty(0)
+    sizes = [
+        tuple(head.label_out.out_features for head in net.heads())
+        if isinstance(net, ClassificationConditioner)
+        else ()
+        for net in nets
+    ]
+    return GroupedLabelParams(modulations, channels, tables, tuple(sizes))
 
 
 def _linear(x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
@@ -146,22 +165,13 @@ def _modulations(
     return folded.flatten(0, 1).permute(2, 0, 1).contiguous(), filled
 
 
-def _head_tables(
-    nets: Sequence[ClassificationConditioner], embeddings: Tensor
-) -> tuple[tuple[Tensor, ...], ...]:
-    """The label's share of the heads of each conditioner, tables (R, N) of scale and shift."""
-    if not nets:
-        return ()
-    hidden = [head.label for net in nets for head in (net.scale, net.shift)]
-    weight = torch.cat([layer.weight for layer in hidden]).view(len(nets), -1, EMBEDDING)
-    bias = torch.cat([layer.bias for layer in hidden]).view(len(nets), -1, 1)
-    features = F.gelu(torch.baddbmm(bias, weight, embeddings)).unflatten(1, (2, -1)).flatten(0, 1)
-    outputs = [head.label_out for net in nets for head in (net.scale, net.shift)]
-    tables = iter(
-        torch.addmm(layer.bias, part.t(), layer.weight.t())
-        for layer, part in zip(outputs, features.unbind(0), strict=True)
-    )
-    return tuple((next(tables), next(tables)) for _ in nets)
+def _head_tables(heads: Sequence[DenseHead], embeddings: Tensor) -> Tensor:
+    """The label's share of heads, two for each of the embeddings, flat."""
+    weight = torch.cat([head.label.weight for head in heads]).view(len(embeddings), -1, EMBEDDING)
+    bias = torch.cat([head.label.bias for head in heads]).view(len(embeddings), -1, 1)
+    features = F.gelu(torch.baddbmm(bias, weight, embeddings)).view(len(heads), -1, embeddings.shape[2])
+    outputs = [head.label_out for head in heads]
+    return kernels.head_tables(features, [o.weight for o in outputs], [o.bias for o in outputs])
 
 
 def grouped_weight_norm(convs: Sequence[Conv]) -> list[tuple[Tensor, Tensor]]:
