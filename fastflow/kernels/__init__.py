@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from fastflow.kernels.affine_coupling import affine_coupling, coupling_step
 from fastflow.kernels.apply_gates import apply_gates
+from fastflow.kernels.cbam import cbam
 from fastflow.kernels.channel_mix import channel_mix, channel_mix_masked, channel_unmix
 from fastflow.kernels.coupling_head import PixelOrder, coupling_head, coupling_head_step, pixel_order
 from fastflow.kernels.dropout import dropout_seeds
@@ -29,6 +30,7 @@ __all__ = [
     "apply_gates",
     "atrous_pyramid",
     "average_pixels",
+    "cbam",
     "channel_mix",
     "channel_mix_masked",
     "channel_unmix",

@@ -1,13 +1,12 @@
-"""Kernels and CPU form of CBAM's gates against float64 references, and the whole block."""
+"""Kernels and CPU form of CBAM's gates against float64 references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from numerics import BF16, F16, F32, F64, rand
+from numerics import BF16, F16, F32, F64
 from pooling import (
     BATCHES,
-    FORMATS,
     SHAPES,
     check,
     check_bits,
@@ -18,9 +17,6 @@ from pooling import (
     check_small_tiles,
     check_views,
 )
-from torch.nn import functional as F
-
-from fastflow.models.conditioners.leaves import CBAM
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -81,38 +77,3 @@ def test_refuses_before_any_launch(change, words, device):
 
 def test_a_second_derivative_is_an_error_or_right():
     check_second_derivative("apply_gates")
-
-
-# -- the block -----------------------------------------------------------------------------------------------
-
-
-def published(block, x):
-    """CBAM as it is written: two poolings through the shared layers, then their gates."""
-    mean, peak = F.adaptive_avg_pool2d(x, 1).flatten(1), F.adaptive_max_pool2d(x, 1).flatten(1)
-    x = x * torch.sigmoid(sum(block.up(F.relu(block.down(v))) for v in (mean, peak)))[:, :, None, None]
-    pooled = torch.cat((x.mean(dim=1, keepdim=True), x.max(dim=1, keepdim=True).values), dim=1)
-    return x * torch.sigmoid(block.spatial(pooled))
-
-
-@pytest.mark.parametrize("layout", ["c", "l"])
-def test_cbam_is_the_published_block(place, layout):
-    torch.manual_seed(0)
-    block = CBAM(32).to(place, F64)
-    x = rand(3, 32, 9, 11, device=place).contiguous(memory_format=FORMATS[layout]).requires_grad_()
-    upper, leaves = rand(3, 32, 9, 11, seed=5, device=place), [x, *block.parameters()]
-    got, want = block(x), published(block, x)
-    assert torch.allclose(got, want, rtol=0, atol=1e-12)
-    for a, b in zip(
-        torch.autograd.grad(got, leaves, upper), torch.autograd.grad(want, leaves, upper), strict=True
-    ):
-        assert torch.allclose(a, b, rtol=0, atol=1e-12)
-
-
-def test_cbam_compiles_in_one_graph():
-    block, x = CBAM(16), rand(2, 16, 6, 6, dtype=F32)
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    got, want = compiled(leaves[0]), block(leaves[1])
-    assert torch.allclose(got, want, atol=1e-6)
-    grads = [torch.autograd.grad((y**2).sum(), leaf)[0] for y, leaf in zip((got, want), leaves, strict=True)]
-    assert torch.allclose(*grads, atol=1e-6)

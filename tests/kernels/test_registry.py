@@ -92,6 +92,16 @@ def cases():
     yield OPS.latent_prior_backward, (rand(3), rand(3, 50))
     yield from norm_cases(x, last)
     yield from pool_cases(x, last)
+    yield from cbam_cases(x, last)
+
+
+def cbam_cases(x, last):
+    down, up, weight = rand(2, 3), rand(3, 2, seed=1), rand(1, 2, 7, 7, seed=2)
+    for image, keep in ((x, True), (last, False), (x.bfloat16(), True)):
+        yield OPS.cbam, (image, down, up, weight, keep)
+    places, first = torch.ones(2, 4, 6, dtype=torch.int32), torch.ones(2, 3, dtype=torch.int32)
+    kept = rand(2, 2, 3), first, rand(2, 2, 2), rand(2, 3), rand(2, 2, 4, 6), places, rand(2, 1, 4, 6)
+    yield OPS.cbam_backward, (x, last, down, up, weight, *kept)
 
 
 def norm_cases(x, last):

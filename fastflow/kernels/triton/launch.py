@@ -21,7 +21,7 @@ from torch import Tensor
 
 # These arguments differ between shapes and say nothing about alignment, so that one build serves all their
 # values.
-UNSPECIALIZED = ("n_chunks", "channels", "pixels", "width", "batch", "active", "sample_stride")
+UNSPECIALIZED = ("n_chunks", "channels", "pixels", "width", "batch", "active", "sample_stride", "n_parts")
 
 
 class Kernel:

@@ -98,23 +98,33 @@ def _pool_channels_bwd_kernel(
 
 def launch_pool_channels(x: Tensor, channel_logits: Tensor, index: bool) -> tuple[Tensor, Tensor]:
     """(mean and max (B, 2, H, W), with `index` the channel of the first maximum (B, H, W))."""
-    channels_last, acc = is_channels_last(x), acc_dtype(x.dtype)
-    batch, channels, h, w = x.shape
-    pixels = h * w
+    channels_last = is_channels_last(x)
+    batch, _, h, w = x.shape
     pooled = torch.empty(batch, 2, h, w, dtype=x.dtype, device=x.device)
     first = torch.empty((batch, h, w) if index else 0, dtype=torch.int32, device=x.device)
     if x.numel() == 0:
         return pooled, first
-    x = laid_out(x, channels_last)
+    x, where = laid_out(x, channels_last), first if index else None
+    pool_gated_channels(x, channel_logits.contiguous(), pooled, where, channels_last)
+    return pooled, first
+
+
+def pool_gated_channels(
+    x: Tensor, channel_logits: Tensor, pooled: Tensor, first: Tensor | None, channels_last: bool
+) -> None:
+    """Fill `pooled` (B, 2, H, W) and, where it is needed, `first` (B, H, W); `x` lies in the layout."""
+    acc = acc_dtype(x.dtype)
+    batch, channels, h, w = x.shape
+    pixels = h * w
     tile, v = column_tile(channels, pixels, acc), vector_width(pixels, x.stride(0))
     chunks = tile.chunks(pixels)
     launch(
-        _pool_channels_kernel, batch * chunks, x, tile.warps, x, channel_logits.contiguous(), pooled, first if
-        index else None, x.stride(0) // v, pixels // v, chunks, V=v, CHANNELS=channels, BLOCK_C=tile.channels,
-        BLOCK=tile.pixels, ACC=triton_dtype(acc), CHANNELS_LAST=channels_last, INDEX=index,
+        _pool_channels_kernel, batch * chunks, x, tile.warps,
+        x, channel_logits, pooled, first, x.stride(0) // v, pixels // v, chunks,
+        V=v, CHANNELS=channels, BLOCK_C=tile.channels, BLOCK=tile.pixels, ACC=triton_dtype(acc),
+        CHANNELS_LAST=channels_last, INDEX=first is not None,
         INT64_OFFSETS=needs_int64_offsets(channels * pixels, pool_parts.TILE_ELEMENTS),
     )  # fmt: skip
-    return pooled, first
 
 
 def launch_pool_channels_backward(

@@ -23,6 +23,7 @@ from fastflow.kernels.triton.launch import (
 )
 from fastflow.kernels.triton.parts import elements, image_tile, locate, place_of, tile_of
 from fastflow.kernels.triton.pool_parts import (
+    Tile,
     join_tile,
     places_of_top,
     plane_tile,
@@ -145,6 +146,47 @@ def _pool_pixels_bwd_kernel(
 # -- launchers ---------------------------------------------------------------------------------------------
 
 
+def _runs(channels: int, pixels: int, channels_last: bool, acc: torch.dtype) -> tuple[Tile, int, int]:
+    """(tile, tiles that a program takes one after another, programs along the pixels of a plane)."""
+    tile = plane_tile(channels, pixels, channels_last, acc, pool_parts.TILE_ELEMENTS)
+    # A program goes on over several blocks where one is short.
+    steps = cdiv(min(pixels, pool_parts.MAX_RUN_PIXELS), tile.pixels) if channels_last else 1
+    return tile, steps, cdiv(pixels, tile.pixels * steps)
+
+
+def _empty_parts(
+    x: Tensor, chunks: int, acc: torch.dtype, maximum: bool, index: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sums, ranks of maxima and their first pixels (B, chunks, C), the last two where they are needed."""
+    parts = (x.shape[0], chunks, x.shape[1])
+    rank_dtype = torch.int64 if acc == torch.float64 else torch.int32
+    return (
+        torch.empty(parts, dtype=acc, device=x.device),
+        torch.empty(parts, dtype=rank_dtype, device=x.device) if maximum else None,
+        torch.empty(parts, dtype=torch.int32, device=x.device) if index else None,
+    )
+
+
+def pool_chunks(x: Tensor, channels_last: bool, index: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sums, ranks of maxima and with `index` their first pixels (B, chunks, C), for a kernel that joins them.
+
+    `x` has a pixel and lies in the layout.
+    """
+    acc = acc_dtype(x.dtype)
+    batch, channels, h, w = x.shape
+    pixels = h * w
+    tile, steps, chunks = _runs(channels, pixels, channels_last, acc)
+    parts, v = _empty_parts(x, chunks, acc, True, index), vector_width(pixels, x.stride(0))
+    launch(
+        _pool_pixels_kernel, batch * tile.blocks(channels) * chunks, x, tile.warps,
+        x, None, None, None, *parts, x.stride(0) // v, pixels // v, chunks,
+        V=v, CHANNELS=channels, BLOCK_C=tile.channels, BLOCK=tile.pixels, STEPS=steps, ACC=triton_dtype(acc),
+        CHANNELS_LAST=channels_last, MAXIMUM=True, INDEX=index, SPLIT=True,
+        INT64_OFFSETS=needs_int64_offsets(channels * pixels, tile_elements(acc) * steps),
+    )  # fmt: skip
+    return parts
+
+
 def launch_pool_pixels(x: Tensor, maximum: bool, index: bool) -> tuple[Tensor, Tensor]:
     """(mean and, with `maximum`, max (1 or 2, B, C); with `index` the pixel of the first maximum (B, C))."""
     channels_last, acc = is_channels_last(x), acc_dtype(x.dtype)
@@ -155,19 +197,12 @@ def launch_pool_pixels(x: Tensor, maximum: bool, index: bool) -> tuple[Tensor, T
     if x.numel() == 0:
         return pooled, first
     x = laid_out(x, channels_last)
-    tile = plane_tile(channels, pixels, channels_last, acc, pool_parts.TILE_ELEMENTS)
-    # A program goes on over several blocks where one is short.
-    steps = cdiv(min(pixels, pool_parts.MAX_RUN_PIXELS), tile.pixels) if channels_last else 1
-    chunks = cdiv(pixels, tile.pixels * steps)
+    tile, steps, chunks = _runs(channels, pixels, channels_last, acc)
     v = vector_width(pixels, x.stride(0))
     top, where = pooled[1] if maximum else None, first if index else None
     sums = ranks = firsts = None
     if chunks > 1:
-        parts = (chunks, batch * channels)
-        sums = torch.empty(parts, dtype=acc, device=x.device)
-        rank_dtype = torch.int64 if acc == torch.float64 else torch.int32
-        ranks = torch.empty(parts, dtype=rank_dtype, device=x.device) if maximum else None
-        firsts = torch.empty(parts, dtype=torch.int32, device=x.device) if index else None
+        sums, ranks, firsts = _empty_parts(x, chunks, acc, maximum, index)
     shared = {
         "V": v, "CHANNELS": channels, "ACC": triton_dtype(acc), "MAXIMUM": maximum, "INDEX": index,
         "INT64_OFFSETS": needs_int64_offsets(channels * pixels, tile_elements(acc) * steps),

@@ -12,7 +12,6 @@ from torch.nn.utils.parametrizations import weight_norm
 from fastflow import kernels
 from fastflow.kernels.cpu.convolution import convolve
 from fastflow.kernels.cpu.execution import contiguous_planes
-from fastflow.kernels.cpu.linear import grouped_linear
 from fastflow.models.conditioners.label_params import Film, Modulation, repeat_labels
 from fastflow.models.conditioners.network import norms, residual_block
 from fastflow.models.conditioners.uses import Slot
@@ -163,12 +162,7 @@ class CBAM(nn.Module):
         self.spatial = Conv(2, 1, 7, padding=3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled, x = kernels.pool_pixels(x)
-        # The shared MLP's last layer is linear, so the sum over both poolings comes before it.
-        hidden = F.relu(grouped_linear(pooled.flatten(0, 1), self.down.weight)).unflatten(0, pooled.shape[:2])
-        channel_logits = grouped_linear(hidden.sum(dim=0), self.up.weight)
-        pooled, x = kernels.pool_channels(x, channel_logits)
-        return kernels.apply_gates(x, channel_logits, self.spatial(pooled))
+        return kernels.cbam(x, self.down.weight, self.up.weight, self.spatial.weight)
 
 
 class ConditionerBase(nn.Module):
