@@ -92,13 +92,35 @@ def cbam_backward_reference(
     first_channel: Tensor,
     spatial_logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x and of the weights, by autograd of the definition."""
-    leaves = [value.detach().requires_grad_() for value in (x, down, up, spatial_weight)]
-    with torch.enable_grad():
-        y = cbam_reference(*leaves)
-    d_x, d_down, d_up, d_weight = torch.autograd.grad(y, leaves, grad)
-    d_x = d_x.contiguous(memory_format=memory_format(is_channels_last(x)))
-    return d_x, d_down.contiguous(), d_up.contiguous(), d_weight.contiguous()
+    """The gradients of x and of the weights, by the formulas of this block's parts."""
+    acc, pixels = acc_dtype(x.dtype), x.shape[2] * x.shape[3]
+    gates, spatial = torch.sigmoid(channel_logits)[:, :, None, None], torch.sigmoid(spatial_logits)
+    wide, upper = x.to(acc), grad.to(acc)
+    products = upper * gates * spatial * wide
+    d_spatial = products.sum(dim=1, keepdim=True) * (1 - spatial)
+    padding = [spatial_weight.shape[2] // 2] * 2
+    geometry = None, [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False]
+    with full_precision(x):
+        d_pooled, d_weight, _ = torch.ops.aten.convolution_backward(
+            d_spatial, pooled_channels, spatial_weight.to(acc), *geometry
+        )
+        through = d_pooled[:, :1].expand_as(wide) / x.shape[1]
+        through = through.scatter_add(1, first_channel[:, None].long(), d_pooled[:, 1:])
+        d_logits = (products.sum(dim=(2, 3)) + (wide * through * gates).sum(dim=(2, 3))) * (
+            1 - torch.sigmoid(channel_logits)
+        )
+        d_units = torch.where(units > 0, d_logits @ up.to(acc), 0)
+        d_up = d_logits.t() @ F.relu(units).sum(dim=0)
+        d_down = d_units.flatten(0, 1).t() @ pooled_pixels.flatten(0, 1)
+        d_mean, d_top = d_units @ down.to(acc)
+    d_x = (upper * spatial + through) * gates + (d_mean / pixels)[:, :, None, None]
+    d_x = d_x.flatten(2).scatter_add(2, first_pixel[:, :, None].long(), d_top[:, :, None]).view(x.shape)
+    return (
+        d_x.to(x.dtype).contiguous(memory_format=memory_format(is_channels_last(x))),
+        d_down.to(down.dtype).contiguous(),
+        d_up.to(up.dtype).contiguous(),
+        d_weight.to(spatial_weight.dtype).contiguous(),
+    )
 
 
 def _composed(x: Tensor, down: Tensor, up: Tensor, spatial_weight: Tensor) -> Tensor:

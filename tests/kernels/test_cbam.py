@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fastflow import kernels
 from fastflow.kernels import layouts
 from fastflow.kernels.cbam import cbam_reference
+from fastflow.kernels.registry import OPS
 from fastflow.kernels.triton import cbam_backward, pool_parts
 from fastflow.kernels.triton import launch as launching
 from fastflow.models.conditioners.leaves import CBAM
@@ -55,6 +56,16 @@ def small_tiles(monkeypatch):
 def test_shapes(device, shape):
     check(device, shape)
     check(device, shape, F32, layout="l" if shape[1] > 3 else "c")
+
+
+def test_the_formulas_are_the_gradients_of_the_definition():
+    values = arguments((2, 20, 4, 6), hidden=3)
+    y, *kept = OPS["cbam"].cpu(*values, True)
+    upper = rand(*y.shape, seed=5)
+    got = OPS["cbam_backward"].definition(upper, *values, *kept)
+    leaves = [v.requires_grad_() for v in values]
+    want = torch.autograd.grad(cbam_reference(*leaves), leaves, upper)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["c", "l"])
