@@ -4,7 +4,9 @@ density.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -42,3 +44,22 @@ def normal_log_density(z: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> torch.autocast:
     """A context without autocast on the device of `x`."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Say how CUDA devices multiply float32, in convolutions and in matrix products alike; restored after.
+
+    PyTorch's own default is TF32 (10 bits of mantissa) for convolutions and float32 for matrix products.
+    CPUs do not heed it.
+
+    Args:
+        tf32: allow TF32 in both; otherwise neither uses it.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before

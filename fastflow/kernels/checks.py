@@ -90,11 +90,9 @@ def check_label_index(label_index: Tensor, batch: int, classes: int, x: Tensor) 
             f"label_index must be ({batch},) int64, got {tuple(label_index.shape)} {label_index.dtype}"
         )
     check_device("label_index", label_index, x)
-    traced = torch.compiler.is_compiling() or isinstance(label_index, FakeTensor) or label_index.is_meta
-    if traced or batch == 0:
+    if batch == 0 or _is_traced(label_index):
         return
-    version = 0 if label_index.is_inference() else label_index._version
-    state = (classes, label_index.data_ptr(), version)
+    state = _label_state(label_index, classes)
     if getattr(label_index, "_fastflow_checked", None) == state:
         return
     if label_index.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -106,3 +104,19 @@ def check_label_index(label_index: Tensor, batch: int, classes: int, x: Tensor) 
             f"got {low if low < 0 else high}"
         )
     label_index._fastflow_checked = state  # type: ignore[attr-defined]
+
+
+def mark_label_index(label_index: Tensor, classes: int) -> Tensor:
+    """Declare that `label_index` (B,) lies from 0 to classes - 1: no op waits for a device to look, then."""
+    if not _is_traced(label_index):
+        label_index._fastflow_checked = _label_state(label_index, classes)  # type: ignore[attr-defined]
+    return label_index
+
+
+def _is_traced(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta
+
+
+def _label_state(label_index: Tensor, classes: int) -> tuple[int, int, int]:
+    version = 0 if label_index.is_inference() else label_index._version
+    return classes, label_index.data_ptr(), version

@@ -172,6 +172,20 @@ class AffineCoupling(nn.Module):
         return x, log_scales
 
 
+def draw_seeds(couplings: Sequence[AffineCoupling], batch: int, device: torch.device) -> list[Seeds]:
+    """Seeds of the dropouts of `couplings` in forward order, in one draw from the default generator.
+
+    They are the numbers that `AffineCoupling.draw_seeds` of one coupling after the other gives on a CPU.
+    """
+    nets = [net for one in couplings for net in (one.conditioners[0], one.conditioners[-1])]
+    counts = [net.dropouts for net in nets]
+    if not any(counts):
+        return [(None, None)] * len(couplings)
+    drawn = kernels.dropout_seeds(sum(counts) * batch, device).view(-1, batch).split(counts)
+    seeds = [part if count else None for part, count in zip(drawn, counts, strict=True)]
+    return list(zip(seeds[::2], seeds[1::2], strict=True))
+
+
 def _read_mask(module: AffineCoupling, _: Any = None) -> None:
     module.opposite = ~module.mask
     if module.ordered:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastflow.errors import UninitializedModelError
+from fastflow.kernels.checks import mark_label_index
 from fastflow.models import reversible
 from fastflow.models.attribution import place_on_image
 from fastflow.models.config import FlowConfig
+from fastflow.models.coupling import Seeds, draw_seeds
 from fastflow.models.grouping import FlowLabelParams
 from fastflow.models.layers import ActNorm
 from fastflow.models.masks import build_masks
@@ -40,7 +42,7 @@ class ConditionedFlow:
 
     def label_index_of(self, label_index: Tensor) -> Callable[[int], Tensor]:
         """The entry of each sample at step i: of the only one where the step ignores the label."""
-        ignored = torch.zeros_like(label_index)
+        ignored = mark_label_index(torch.zeros_like(label_index), 1)
         return lambda i: label_index if self.steps[i].step.uses_label else ignored
 
     def forward(
@@ -65,10 +67,14 @@ class ConditionedFlow:
         index_at = self.label_index_of(label_index)
         steps = range(first, len(self.steps) if last is None else last)
         params = self._params.by_sample(label_index, steps) if run is None else None
+        seeds: list[Seeds] = []
 
         def run_step(i: int, h: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            if not seeds:
+                couplings = [one.step.coupling for one in self.steps[first:last]]
+                seeds.extend(draw_seeds(couplings, h.shape[0], h.device))
             ahead = None if params is None else params[i]
-            return self.steps[i].forward(h, masked, index_at(i), params=ahead)
+            return self.steps[i].forward(h, masked, index_at(i), seeds[i - first], ahead)
 
         return walk_forward([one.step for one in self.steps], h, run or run_step, masked, first, last)
 
@@ -165,7 +171,7 @@ class Flow(nn.Module):
             self.eval()
             for step in self.steps:
                 step.training = True
-            self._encode(x, y)
+            self.encode(x, y)
         finally:
             self.train(was_training)
 
@@ -186,7 +192,7 @@ class Flow(nn.Module):
             UninitializedModelError: evaluation of a model that has seen no data.
         """
         x = self.check_images(x)
-        return self._encode(x, self.check_labels(y, x.shape[0]))
+        return self.encode(x, self.check_labels(y, x.shape[0]))
 
     def inverse(self, z: Tensor, y: Tensor) -> Tensor:
         """Latent to image, the inverse of `forward`.
@@ -241,7 +247,13 @@ class Flow(nn.Module):
             const = const + step.mixing_logdet()
         return terms, const.to(acc_dtype(x.dtype)).expand(x.shape[0])
 
-    def _encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, for images and labels that are checked: no value is read, so no device is waited for.
+
+        Args:
+            x: (B, C, H, W) images in [-1, 1], in the dtype of the flow.
+            y: (B,) int64 labels, which must lie in [0, K).
+        """
         labels, label_index = self._labels_and_index(y)
         if self.config.reversible and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             walk = reversible.encode(self.steps, x, labels, label_index)
@@ -259,9 +271,10 @@ class Flow(nn.Module):
 
     def _labels_and_index(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Labels to condition on, and each sample's index: all classes, or the samples' own if fewer."""
-        if self.config.num_classes <= y.shape[0]:
-            return torch.arange(self.config.num_classes, device=y.device), y
-        return y, torch.arange(y.shape[0], device=y.device)
+        classes, batch = self.config.num_classes, y.shape[0]
+        if classes <= batch:
+            return torch.arange(classes, device=y.device), mark_label_index(y, classes)
+        return y, mark_label_index(torch.arange(batch, device=y.device), batch)
 
     def check_images(self, x: Tensor) -> Tensor:
         """x in the dtype of the flow.

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastflow.kernels.checks import mark_label_index
 from fastflow.kernels.registry import refuse_second_derivative
 from fastflow.models.conditioners.label_params import LabelParams, masked_input
-from fastflow.models.coupling import AffineCoupling, HalfCoupling, Seeds
+from fastflow.models.coupling import AffineCoupling, HalfCoupling, Seeds, draw_seeds
 from fastflow.models.step import FlowStep, Walk, condition_step, walk_forward
 
 Gradients = dict[Tensor, Tensor]
@@ -50,6 +51,7 @@ def encode(steps: Sequence[FlowStep], x: Tensor, labels: Tensor, label_index: Te
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    seeds = draw_seeds([step.coupling for step in steps], len(x), x.device)
     tapes = {
         i: tape
         for first, last in scales([step.split for step in steps])
@@ -59,8 +61,7 @@ def encode(steps: Sequence[FlowStep], x: Tensor, labels: Tensor, label_index: Te
 
     def run(i: int, h: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         parameters = [p for p in steps[i].parameters() if p.requires_grad]
-        seeds = steps[i].coupling.draw_seeds(len(x), x.device)
-        h, logdet = ReversibleStep.apply(h, tapes[i], i, seeds, parameters, *parameters)
+        h, logdet = ReversibleStep.apply(h, tapes[i], i, seeds[i], parameters, *parameters)
         # The tape hands the next conditioner its input, beside autograd.
         return h, logdet, None
 
@@ -130,7 +131,8 @@ def _labels_of(step: FlowStep, labels: Tensor, label_index: Tensor) -> tuple[Ten
     """Labels that a step is conditioned on and each sample's index: one label where the step ignores it."""
     if step.uses_label:
         return labels, label_index
-    return torch.zeros(1, dtype=torch.int64, device=labels.device), torch.zeros_like(label_index)
+    ignored = mark_label_index(torch.zeros_like(label_index), 1)
+    return torch.zeros(1, dtype=torch.int64, device=labels.device), ignored
 
 
 @torch.no_grad()

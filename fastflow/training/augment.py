@@ -30,34 +30,47 @@ class Augment:
     noise_probability: float = 0.6
     noise: float = 0.01
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment x (B, C, H, W) in [-1, 1]; uncovered pixels become -1, values are clamped to [-1, 1]."""
+    def __call__(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Augment x (B, C, H, W) in [-1, 1]; uncovered pixels become -1, values are clamped to [-1, 1].
+
+        Numbers are drawn from `generator`; where it is None, from the default one of the device of x, which
+        nothing waits for.
+        """
         if self.move_probability > 0:
-            moved = _move(x, self._draw_moves(x, generator))
+            moved = _move(x, self._draw_moves(x, generator), "bilinear" if self.degrees else "nearest")
             x = torch.where(self._chosen(x, self.move_probability, generator), moved, x)
         if self.noise_probability > 0 and self.noise > 0:
-            noise = self.noise * torch.randn(x.shape, generator=generator).to(x)
+            drawn = torch.randn(x.shape, generator=generator, device=_source(x, generator))
+            noise = self.noise * drawn.to(x)
             x = torch.where(
                 self._chosen(x, self.noise_probability, generator), (x + noise).clamp(-1.0, 1.0), x
             )
         return x
 
-    def _chosen(self, x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-        return (torch.rand(x.shape[0], 1, 1, 1, generator=generator) < probability).to(x.device)
+    def _chosen(self, x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
+        drawn = torch.rand(x.shape[0], 1, 1, 1, generator=generator, device=_source(x, generator))
+        return (drawn < probability).to(x.device)
 
-    def _draw_moves(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        batch = x.shape[0]
-        angle = torch.deg2rad(self.degrees * (2.0 * torch.rand(batch, generator=generator) - 1.0))
-        shift = torch.randint(-self.pixels, self.pixels + 1, (batch, 2), generator=generator)
+    def _draw_moves(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        batch, source = x.shape[0], _source(x, generator)
+        drawn = torch.rand(batch, generator=generator, device=source)
+        angle = torch.deg2rad(self.degrees * (2.0 * drawn - 1.0))
+        shift = torch.randint(-self.pixels, self.pixels + 1, (batch, 2), generator=generator, device=source)
         return torch.cat((angle[:, None], shift), dim=1)
 
 
-def _move(x: Tensor, moves: Tensor) -> Tensor:
+def _source(x: Tensor, generator: torch.Generator | None) -> torch.device:
+    """The device that numbers for x are drawn on."""
+    return x.device if generator is None else generator.device
+
+
+def _move(x: Tensor, moves: Tensor, mode: str) -> Tensor:
     """Rotate each image of x (B, C, H, W) about its centre, then shift it.
 
     Args:
         x: in [-1, 1].
         moves: (B, 3): radians, pixels along x, pixels along y.
+        mode: how `grid_sample` reads between pixels.
     """
     height, width = x.shape[2:]
     angle, shift = moves[:, 0], moves[:, 1:]
@@ -71,7 +84,6 @@ def _move(x: Tensor, moves: Tensor) -> Tensor:
         dim=1,
     )
     grid = F.affine_grid(affine.to(x), list(x.shape), align_corners=False)
-    mode = "bilinear" if bool((angle != 0).any()) else "nearest"
     # Padding with zeros is padding with -1 once the range starts at 0.
     return F.grid_sample(x + 1.0, grid, mode=mode, padding_mode="zeros", align_corners=False) - 1.0
 

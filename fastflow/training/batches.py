@@ -1,4 +1,4 @@
-"""The batches of an epoch: order, augmentation and dequantisation of slices, from one seeded generator."""
+"""The batches of an epoch: which slices, in which order, from one seeded generator."""
 
 from __future__ import annotations
 
@@ -8,44 +8,28 @@ import torch
 from torch import Tensor
 
 from fastflow.data.slices import SliceSet
-from fastflow.models.scoring import from_uint8
-from fastflow.training import objective as objectives
-from fastflow.training.augment import AUGMENTS
 from fastflow.training.config import TrainConfig
 
 
 def iterate_batches(
-    data: SliceSet,
-    steps: int,
-    config: TrainConfig,
-    dequantize: bool,
-    generator: torch.Generator,
-    device: torch.device,
+    data: SliceSet, steps: int, config: TrainConfig, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one epoch.
+    """The batches of one epoch, on the host.
 
     Args:
         data: labelled 8-bit slices.
         steps: how many batches.
-        config: size, sampler and augmentation.
-        dequantize: whether noise of one grey level is added.
-        generator: of all draws, except for the noise on other devices than the CPU.
-        device: where the batches go.
+        config: size and sampler.
+        generator: of the order, which is drawn before the first batch.
 
     Yields:
-        Images (B, C, H, W) in [-1, 1] and labels (B,).
+        Images (B, C, H, W) uint8 and labels (B,) int64.
     """
     labels = torch.from_numpy(data.labels)
-    augment = AUGMENTS[config.augment]
     order = _order(labels, config, generator)
     for step in range(steps):
         index = order[step * config.batch_size : (step + 1) * config.batch_size]
-        x = from_uint8(torch.from_numpy(data.images[index.numpy()]).to(device))
-        if augment is not None:
-            x = augment(x, generator)
-        if dequantize:
-            x = objectives.dequantize(x, generator if x.device.type == "cpu" else None)
-        yield x, labels[index].to(device)
+        yield torch.from_numpy(data.images[index.numpy()]), labels[index]
 
 
 def _order(labels: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from fastflow.training import objective as objectives
@@ -29,7 +30,13 @@ class TrainConfig:
         sampler: ``"shuffle"``, or ``"balanced"`` to draw every class equally often.
         ema: decay of the exponential average of the weights that is evaluated and kept; 0 keeps the weights.
         select: which best checkpoint becomes the model: ``"accuracy"`` or ``"loss"`` on the validation set.
-        precision: a Fabric precision, ``"32-true"`` or ``"bf16-mixed"``.
+        precision: ``"32-true"`` is float32 throughout: on a CUDA device, neither convolutions nor matrix
+            products use TF32. ``"tf32"`` allows both to. ``"bf16-mixed"`` computes conditioners in bfloat16
+            and the rest as ``"32-true"``; ``"64-true"`` computes in float64.
+        engine: ``"auto"`` replays the training step as a CUDA graph on a CUDA device, and runs it eagerly
+            elsewhere and where it cannot be captured; ``"eager"`` and ``"cuda_graph"`` ask for one of them.
+        max_skipped: a step whose loss or gradients are not finite changes nothing; training stops after so
+            many in a row.
         seed: of shuffling, augmentation, dequantisation and dropout.
         threads: of a CPU that training computes with, None for as many as torch has. Gradients are sums that
             ATen splits over threads: their last bits, and so the model that a seed gives, depend on it.
@@ -52,6 +59,8 @@ class TrainConfig:
     ema: float = 0.0
     select: Choice = "accuracy"
     precision: str = "32-true"
+    engine: str = "auto"
+    max_skipped: int = 10
     seed: int = 0
     threads: int | None = None
 
@@ -61,11 +70,18 @@ class TrainConfig:
             ("augment", tuple(AUGMENTS)),
             ("sampler", ("shuffle", "balanced")),
             ("select", ("accuracy", "loss")),
-            ("precision", ("32-true", "bf16-mixed", "64-true")),
+            ("precision", ("32-true", "tf32", "bf16-mixed", "64-true")),
+            ("engine", ("auto", "eager", "cuda_graph")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, minimum in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("contrast_weight", 0)):
+        for name, minimum in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("max_skipped", 1),
+            ("warmup_epochs", 0),
+            ("contrast_weight", 0),
+        ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)!r}")
         if self.threads is not None and self.threads < 1:
@@ -75,6 +91,14 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}")
+
+    def rate(self, epoch: float) -> float:
+        """Learning rate after `epoch` (fractional) epochs, as a fraction of the peak."""
+        if epoch < self.warmup_epochs:
+            return 0.01 + 0.99 * epoch / self.warmup_epochs
+        floor = min(1.0, self.min_learning_rate / self.learning_rate)
+        done = min(1.0, (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9))
+        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
     @classmethod
     def demo(cls, **changes: Any) -> TrainConfig:

@@ -32,8 +32,12 @@ class SampleMean:
 
     def update(self, values: Tensor) -> None:
         """Take in numbers of any shape."""
-        self._total += float(values.detach().cpu().double().sum())
-        self._count += values.numel()
+        self.add(float(values.detach().cpu().double().sum()), values.numel())
+
+    def add(self, total: float, count: int) -> None:
+        """Take in numbers of which the sum and the count are known."""
+        self._total += total
+        self._count += count
 
     def compute(self) -> float:
         """The mean so far; NaN where no rank has seen a sample. All ranks must call it together."""

@@ -18,18 +18,18 @@ from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
 from fastflow._files import write_text
 from fastflow.data.slices import SliceSet
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.training import objective as objectives
+from fastflow.numerics import float32_products
 from fastflow.training.batches import iterate_batches
 from fastflow.training.config import TrainConfig as TrainConfig
 from fastflow.training.metrics import SampleMean, evaluate_accuracy
 from fastflow.training.metrics import evaluate_bits_per_dim as evaluate_bits_per_dim
 from fastflow.training.metrics import middle_slices as middle_slices
+from fastflow.training.step import TrainingStep
 
 EpochRecord = dict[str, float]
 
@@ -60,17 +60,20 @@ def train(
     Returns:
         One record per epoch: ``epoch``, ``seconds``, ``learning_rate``, ``train_bits_per_dim``, and with a
         validation set ``val_bits_per_dim``, ``val_accuracy`` (of single slices); ``<name>_bits_per_dim`` for
-        each watched set.
+        each watched set. ``skipped_steps`` counts the steps of an epoch that were not finite, where there
+        are any; they change no weight and are in no mean.
 
     Raises:
-        ValueError: a set is empty, has unknown labels or does not fit the model.
-        FloatingPointError: the loss is no longer finite.
+        ValueError: a set is empty, has unknown labels or does not fit the model, or the engine is
+            ``"cuda_graph"`` and the device is no CUDA device.
+        FloatingPointError: the loss or its gradients were not finite in ``config.max_skipped`` steps in a
+            row, or in all steps of an epoch.
     """
     watch = dict(watch or {})
     for name, data in {"train_set": train_set, "val_set": val_set, **watch}.items():
         if data is not None:
             _check_set(name, data, model.config)
-    with _cpu_threads(config.threads):
+    with _cpu_threads(config.threads), float32_products(tf32=config.precision == "tf32"):
         run = _Run(model, config, Path(folder), device)
         history = run.fit(train_set, val_set, watch, progress)
         run.finish()
@@ -107,18 +110,20 @@ class _Run:
 
     def __init__(self, model: MagicFlow, config: TrainConfig, folder: Path, device: str) -> None:
         self.model, self.config, self.folder = model, config, folder
-        self.fabric = Fabric(accelerator=device, devices=1, precision=config.precision)  # type: ignore[arg-type]
+        # Fabric knows no name for the products of float32, which `float32_products` decides.
+        precision = "32-true" if config.precision == "tf32" else config.precision
+        self.fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
         self.generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)
         self.best = {"accuracy": -math.inf, "loss": math.inf}
         self.kept = {"accuracy": 0, "loss": 0}
-        self.negatives = objectives.HardNegatives(model.config.num_classes)
+        # The model itself is placed and cast; the wrapper is not called, as it would round images to the
+        # dtype of conditioners.
+        self.fabric.setup_module(model)
+        self.step = TrainingStep(model, config, self.generator, self.fabric.autocast)
         folder.mkdir(parents=True, exist_ok=True)
         # The best epochs of an earlier run must not pass for those of this run.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
-        self.flow, self.optimizer = self.fabric.setup(model, optimizer)
-        self.average: torch.optim.swa_utils.AveragedModel | None = None
 
     # -- epochs ----------------------------------------------------------------------------------------------
 
@@ -130,12 +135,11 @@ class _Run:
         progress: Callable[[EpochRecord], None] | None,
     ) -> list[EpochRecord]:
         steps = max(1, len(train_set) // self.config.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: self._rate(step / steps))
         history: list[EpochRecord] = []
         for epoch in range(self.config.epochs):
             start = time.perf_counter()
-            record: EpochRecord = {"epoch": epoch + 1, "learning_rate": float(schedule.get_last_lr()[0])}
-            record["train_bits_per_dim"] = self._train_epoch(train_set, steps, schedule)
+            record: EpochRecord = {"epoch": epoch + 1, "learning_rate": self._rate(epoch * steps, steps)}
+            record |= self._train_epoch(train_set, epoch, steps)
             record |= self._evaluate(val_set, watch)
             record["seconds"] = time.perf_counter() - start
             history.append(record)
@@ -145,76 +149,29 @@ class _Run:
                 progress(record)
         return history
 
-    def _rate(self, epoch: float) -> float:
-        """Learning rate after `epoch` (fractional) epochs, as a fraction of the peak."""
-        c = self.config
-        if epoch < c.warmup_epochs:
-            return 0.01 + 0.99 * epoch / c.warmup_epochs
-        floor = min(1.0, c.min_learning_rate / c.learning_rate)
-        done = min(1.0, (epoch - c.warmup_epochs) / max(c.epochs - c.warmup_epochs, 1e-9))
-        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+    def _rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step, with so many steps in an epoch."""
+        return self.config.learning_rate * self.config.rate(step / steps)
 
-    def _train_epoch(
-        self, data: SliceSet, steps: int, schedule: torch.optim.lr_scheduler.LRScheduler
-    ) -> float:
-        self.flow.train()
+    def _train_epoch(self, data: SliceSet, epoch: int, steps: int) -> EpochRecord:
+        self.model.train()
+        for i, batch in enumerate(iterate_batches(data, steps, self.config, self.generator)):
+            self.step.set_learning_rate(self._rate(epoch * steps + i, steps))
+            self.step(*batch)
+        totals = self.step.take_totals()
         mean = SampleMean(self.fabric)
-        dequantize = self.model.config.dequantize == "uniform"
-        for x, y in iterate_batches(data, steps, self.config, dequantize, self.generator, self.fabric.device):
-            if not self.model.initialized:
-                self.model.initialize(x, y)
-            log_probs = self._step(x, y)
-            schedule.step()
-            self._update_average()
-            mean.update(objectives.bits_per_dim(log_probs, self.model.config.num_dims))
-        return mean.compute()
-
-    def _step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step of the optimizer; returns log p(x|y) (B,)."""
-        loss, log_probs = self._loss(x, y)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {float(loss)}; lower learning_rate ({self.config.learning_rate}) "
-                "or set dequantize"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(loss)
-        self.fabric.clip_gradients(self.flow, self.optimizer, max_norm=self.config.clip_norm)
-        self.optimizer.step()
-        return log_probs.detach()
-
-    def _update_average(self) -> None:
-        if not self.config.ema:
-            return
-        if self.average is None:
-            # The copy is made after the first step, as it must find ActNorm initialised.
-            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema)
-            self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
-        self.average.update_parameters(self.model)
-
-    def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        c, classes = self.config, self.model.config.num_classes
-        if c.objective == "likelihood" or classes == 1:
-            return objectives.likelihood_loss(self.flow, x, y)
-        if c.objective == "pairwise":
-            wrong = self.negatives.draw(y, self.generator)
-            loss, lp, logistic = objectives.pairwise_loss(
-                self.flow, x, y, wrong, c.contrast_weight, c.contrast_temperature
-            )
-            self.negatives.update(y, wrong, logistic)
-            return loss, lp
-        return objectives.hybrid_loss(self.flow, x, y, classes, c.contrast_weight, c.contrast_temperature)
+        mean.add(totals.bits_per_dim, totals.samples)
+        record: EpochRecord = {"train_bits_per_dim": mean.compute()}
+        if totals.skipped_steps:
+            record["skipped_steps"] = totals.skipped_steps
+        return record
 
     # -- evaluation and checkpoints --------------------------------------------------------------------------
 
     @property
     def candidate(self) -> MagicFlow:
         """The weights that are evaluated and kept: the average where there is one."""
-        if self.average is None:
-            return self.model
-        module = self.average.module
-        assert isinstance(module, MagicFlow)
-        return module
+        return self.model if self.step.average is None else self.step.average.model()
 
     @torch.no_grad()
     def _evaluate(self, val_set: SliceSet | None, watch: Mapping[str, SliceSet]) -> EpochRecord:

@@ -131,11 +131,16 @@ class ClassificationConditioner(ConditionerBase):
         params = LabelParams(films, (self.scale.table(e), self.shift.table(e)))
         return params if len(e) == len(labels) else params.first(len(labels))
 
+    @property
+    def dropouts(self) -> int:
+        """How many dropouts a pass takes seeds for."""
+        return len(DROPOUT_NORMS) if self.training and self.dropout else 0
+
     def draw_seeds(self, batch: int, device: torch.device) -> Tensor | None:
         """Seeds (3, B) of its three dropouts from the default generator; None where nothing is dropped."""
-        if not self.training or self.dropout == 0:
+        if not self.dropouts:
             return None
-        return kernels.dropout_seeds(3 * batch, device).view(3, batch)
+        return kernels.dropout_seeds(self.dropouts * batch, device).view(self.dropouts, batch)
 
     def encode(
         self, a: Tensor, label_params: LabelParams, label_index: Tensor, seeds: Tensor | None

@@ -155,6 +155,11 @@ class GenerationConditioner(ConditionerBase):
         params = LabelParams(tuple(norm.fold(e) for norm in norms(self)))
         return params if len(e) == len(labels) else params.first(len(labels))
 
+    @property
+    def dropouts(self) -> int:
+        """How many dropouts a pass takes seeds for: none."""
+        return 0
+
     def draw_seeds(self, batch: int, device: torch.device) -> Tensor | None:
         """None: nothing is dropped here."""
         return None

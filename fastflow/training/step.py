@@ -1,0 +1,277 @@
+"""The training step: forward, loss, backward, clipping, optimizer and average as one function of a batch.
+
+The function is the same eagerly and captured, so what a CPU runs is what a GPU replays. It waits for no
+device: a step whose loss or gradients are not finite is skipped by the optimizer itself, the figures of an
+epoch add up on the device, and what the host must know of a step it reads when the next one is on its way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
+
+from fastflow.models.magic_flow import MagicFlow
+from fastflow.models.scoring import from_uint8
+from fastflow.training import objective as objectives
+from fastflow.training.augment import AUGMENTS
+from fastflow.training.average import WeightAverage
+from fastflow.training.capture import CapturedFunction, StepGraph, graph_for
+from fastflow.training.config import TrainConfig
+from fastflow.training.staging import (
+    FIRST_LOGISTIC,
+    LOSS,
+    SKIPPED,
+    Batch,
+    HostReport,
+    Reports,
+    Staging,
+    empty_report,
+)
+
+
+class Totals(NamedTuple):
+    """Figures of all steps since they were last taken.
+
+    Attributes:
+        bits_per_dim: sum over samples, in float64.
+        samples: of steps that were taken.
+        skipped_steps: whose loss or gradients were not finite.
+    """
+
+    bits_per_dim: float
+    samples: int
+    skipped_steps: int
+
+
+class TrainingStep:
+    """One step of training, called with a batch; it changes the model, the optimizer and the average.
+
+    On a CUDA device the first steps run eagerly on a side stream and are real steps; then the function is
+    captured once, for the shape of the first batch, and replayed. A batch of another shape runs it eagerly,
+    with the same kernels.
+
+    Args:
+        model: in training mode, on its device; ActNorm is set from the first batch where it is not.
+        config: how to train.
+        generator: of the host. Wrong labels come from it, and where the function is not `capturable`,
+            augmentation and dequantisation do too; else these come from the device's default generator.
+        autocast: makes the context of the forward pass.
+        capturable: ask a CPU for the function that a CUDA device captures: numbers are drawn on the device,
+            the weights of weight-normalised convolutions are made once for both halves of a coupling,
+            gradients are clipped inside of Adam, and reports are read late. A CPU gains nothing by it.
+        graph: what captures the function, in place of what ``config.engine`` asks for.
+
+    Raises:
+        ValueError: ``config.engine`` is ``"cuda_graph"`` and the model is on no CUDA device.
+
+    Attributes:
+        negatives: hard negatives of the objective ``"pairwise"``.
+        average: of the weights; None before the first step, and where ``config.ema`` is 0.
+        optimizer: fused Adam; its learning rate is a tensor.
+    """
+
+    def __init__(
+        self,
+        model: MagicFlow,
+        config: TrainConfig,
+        generator: torch.Generator,
+        autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        capturable: bool = False,
+        graph: StepGraph | None = None,
+    ) -> None:
+        self._model, self._config, self._generator, self._autocast = model, config, generator, autocast
+        self._device = device = model.device
+        on_cuda = device.type == "cuda"
+        graph = graph or graph_for(config.engine, device)
+        self._capturable = capturable or on_cuda or graph is not None
+        # A CPU takes the rate as a float64, the Python number itself; CUDA kernels of Adam read a float32.
+        self._rate = torch.tensor(
+            config.learning_rate, dtype=torch.float32 if on_cuda else torch.float64, device=device
+        )
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=self._rate, fused=True, capturable=on_cuda and graph is not None
+        )
+        # PyTorch would warn that the first steps are not captured, which is as intended.
+        self.optimizer._warned_capturable_if_run_uncaptured = True
+        self._clips_in_adam = self._capturable and model.dtype == torch.float32
+        self._pairs = config.objective == "pairwise" and model.config.num_classes > 1
+        self.negatives = objectives.HardNegatives(model.config.num_classes)
+        self.average: WeightAverage | None = None
+        self._ready = False
+        # The figures of `Totals`, and how many steps were skipped since the last that was not.
+        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self._skipped = torch.zeros((), dtype=torch.float64, device=device)
+        self._reports = Reports(device, late=self._capturable)
+        self._last_report: HostReport | None = None
+        self._staging: Staging | None = None
+        self._stages = on_cuda or graph is not None
+        falls_back = config.engine == "auto"
+        self._captured = (
+            None if graph is None else CapturedFunction(self._run_staged, graph, model, falls_back)
+        )
+        self._drawn: Tensor | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether a batch of the shape of the first one is a replay."""
+        return self._captured is not None and self._captured.captured
+
+    def set_learning_rate(self, value: float) -> None:
+        """Take steps with this learning rate from now on."""
+        self._rate.fill_(value)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Take a step.
+
+        Args:
+            images: (B, C, H, W) uint8, on the host.
+            labels: (B,) int64 on the host, from 0 to K - 1; they are not looked at.
+
+        Raises:
+            FloatingPointError: ``config.max_skipped`` steps in a row were not finite. The weights are those
+                that the last finite step left.
+            RuntimeError: a parameter was moved or replaced after the step was captured.
+        """
+        wrong = self._draw_wrong(labels) if self._capturable else None
+        if self._stages and self._staging is None:
+            self._staging = Staging(images.shape, self._device)
+        if self._staging is not None and self._staging.batch.images.shape == images.shape:
+            batch = self._staging.load(images, labels, wrong)
+            if self._captured is None:
+                self.run(batch)
+            else:
+                self._captured()
+        else:
+            to = self._device
+            placed = None if wrong is None else wrong.to(to)
+            batch = Batch(images.to(to), labels.to(to), placed, empty_report(len(labels), to))
+            self.run(batch)
+        wrong = wrong if self._capturable else self._drawn
+        self._take_in(self._reports.push(batch.report, labels, wrong))
+
+    def take_totals(self) -> Totals:
+        """The figures of the steps since the last call; waits for the device.
+
+        Raises:
+            FloatingPointError: none of these steps was finite, or `max_skipped` of them in a row.
+        """
+        self._take_in(self._reports.flush())
+        bits, samples, skipped = self._totals.tolist()
+        self._totals.zero_()
+        if skipped and not samples and self._last_report is not None:
+            raise self._not_finite(self._last_report)
+        return Totals(bits, int(samples), int(skipped))
+
+    # -- the function ----------------------------------------------------------------------------------------
+
+    def run(self, batch: Batch) -> None:
+        """The step as a function of tensors on the device, which waits for none of them.
+
+        The first call also sets ActNorm and copies the model for its average; that one may wait.
+        """
+        model = self._model
+        x = self._augmented(batch.images)
+        if not self._ready:
+            self._prepare(x, batch.labels)
+        wrong = batch.wrong
+        if self._pairs and wrong is None:
+            wrong = self._drawn = self._draw_wrong(batch.labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        with parametrize.cached() if self._capturable else contextlib.nullcontext():
+            loss, log_probs, logistic = self._loss(x, batch.labels, wrong)
+        loss.backward()
+        finite = self._update(loss.detach())
+        bits = objectives.bits_per_dim(log_probs.detach(), model.config.num_dims).double().sum()
+        zero = torch.zeros_like(bits)
+        # The first of two numbers is added where the step was taken, so NaN stays out of the sums.
+        taken = torch.stack((bits, torch.full_like(bits, len(x)), zero))
+        skipped = torch.stack((zero, zero, torch.ones_like(bits)))
+        self._totals.add_(torch.where(finite, taken, skipped))
+        self._skipped.add_(1.0).masked_fill_(finite, 0.0)
+        batch.report[LOSS].copy_(loss.detach())
+        batch.report[SKIPPED].copy_(self._skipped)
+        if logistic is not None:
+            batch.report[FIRST_LOGISTIC:].copy_(logistic)
+
+    def _run_staged(self) -> None:
+        assert self._staging is not None
+        self.run(self._staging.batch)
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        generator = None if self._capturable else self._generator
+        x, augment = from_uint8(images), AUGMENTS[self._config.augment]
+        if augment is not None:
+            x = augment(x, generator)
+        if self._model.config.dequantize == "uniform":
+            x = objectives.dequantize(x, generator)
+        return x
+
+    def _prepare(self, x: Tensor, labels: Tensor) -> None:
+        if not self._model.initialized:
+            self._model.initialize(x, labels)
+        if self._config.ema:
+            self.average = WeightAverage(self._model, self._config.ema)
+        self._ready = True
+
+    def _flow(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            return self._model.encode(x.to(self._model.dtype), y)
+
+    def _loss(self, x: Tensor, y: Tensor, wrong: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss, log p(x|y) (B,), and the logistic losses (B,) of pairs of labels or None."""
+        c, classes = self._config, self._model.config.num_classes
+        weight, temperature = c.contrast_weight, c.contrast_temperature
+        if self._pairs:
+            assert wrong is not None
+            return objectives.pairwise_loss(self._flow, x, y, wrong, weight, temperature)
+        if c.objective == "hybrid" and classes > 1:
+            return *objectives.hybrid_loss(self._flow, x, y, classes, weight, temperature), None
+        return *objectives.likelihood_loss(self._flow, x, y), None
+
+    def _update(self, loss: Tensor) -> Tensor:
+        """Clip the gradients, step, and average the weights; returns whether all was finite, else no step."""
+        parameters = self._optimized()
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        largest = self._config.clip_norm
+        # Adam divides gradients by the scale, and takes no step where `found_inf` is 1. A CPU multiplies them
+        # before, as `clip_grad_norm_` does; the quotient may differ from that product in its last bit.
+        if self._clips_in_adam:
+            self.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)  # type: ignore[attr-defined]
+        else:
+            clip_grads_with_norm_(parameters, largest, norm)
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
+        return finite
+
+    def _optimized(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    # -- the host --------------------------------------------------------------------------------------------
+
+    def _draw_wrong(self, labels: Tensor) -> Tensor | None:
+        return self.negatives.draw(labels, self._generator) if self._pairs else None
+
+    def _take_in(self, report: HostReport | None) -> None:
+        if report is None:
+            return
+        self._last_report = report
+        skipped = int(report.values[SKIPPED])
+        if skipped == 0 and report.wrong is not None:
+            self.negatives.update(report.labels, report.wrong, report.values[FIRST_LOGISTIC:])
+        if skipped >= self._config.max_skipped:
+            raise self._not_finite(report)
+
+    def _not_finite(self, report: HostReport) -> FloatingPointError:
+        loss, skipped = float(report.values[LOSS]), int(report.values[SKIPPED])
+        return FloatingPointError(
+            f"the loss became {loss}; steps in a row whose loss or gradients are not finite, all skipped: "
+            f"{skipped}; lower learning_rate ({self._config.learning_rate}) or set dequantize"
+        )
