@@ -27,12 +27,14 @@ from torch import Tensor
 
 from fastflow.kernels.checks import check_device, check_image, check_mask, check_same_shape
 from fastflow.kernels.layouts import empty_image, is_channels_last, memory_format
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import refuse_second_derivative, register, takes_reference
 from fastflow.kernels.triton.affine_coupling import (
     conditioner_layout,
     launch_affine_coupling,
     launch_affine_coupling_backward,
 )
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype, sum_per_sample
 
 # -- definition ----------------------------------------------------------------------------------------------
@@ -269,6 +271,7 @@ def _check(x: Tensor, raw_scale: Tensor, shift: Tensor, mask: Tensor, bound: flo
         raise ValueError(f"bound must be positive, got {bound}")
 
 
+@planned
 def affine_coupling(
     x: Tensor,
     raw_scale: Tensor,
@@ -303,10 +306,11 @@ def affine_coupling(
     _check(x, raw_scale, shift, mask, bound)
     if takes_reference():
         return affine_coupling_reference(x, raw_scale, shift, mask, bound, inverse)
-    y, logdet, _ = AffineCoupling.apply(x, raw_scale, shift, mask, None, None, bound, inverse, None)
+    y, logdet, _ = differentiate(AffineCoupling, x, raw_scale, shift, mask, None, None, bound, inverse, None)
     return y, logdet
 
 
+@planned
 def coupling_step(
     x: Tensor,
     raw_scale: Tensor,
@@ -355,8 +359,8 @@ def coupling_step(
         y, logdet = affine_coupling_reference(x, raw_scale, shift, mask, bound, inverse)
         y, masked = finish_step_reference(y, next_mask, affine, inverse, dtype or x.dtype)
         return y, logdet, masked
-    y, logdet, masked = AffineCoupling.apply(
-        x, raw_scale, shift, mask, next_mask, affine, bound, inverse, dtype or x.dtype
+    y, logdet, masked = differentiate(
+        AffineCoupling, x, raw_scale, shift, mask, next_mask, affine, bound, inverse, dtype or x.dtype
     )
     return y, logdet, masked
 

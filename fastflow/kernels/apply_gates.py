@@ -23,8 +23,10 @@ from torch import Tensor
 from fastflow.kernels.checks import check_logits, check_pooled_image
 from fastflow.kernels.cpu.apply_gates import apply_gates_backward_cpu, apply_gates_cpu
 from fastflow.kernels.layouts import empty_image, is_channels_last, memory_format
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import is_recorded, refuse_second_derivative, register, takes_reference
 from fastflow.kernels.triton.apply_gates import launch_apply_gates, launch_apply_gates_backward
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype
 
 # -- definition ---------------------------------------------------------------------------------------------
@@ -96,6 +98,7 @@ class ApplyGates(torch.autograd.Function):
         return d_x, d_channel, d_spatial
 
 
+@planned
 def apply_gates(x: Tensor, channel_logits: Tensor, spatial_logits: Tensor) -> Tensor:
     """Multiply `x` by a gate per channel and a gate per pixel, sigmoids of their logits.
 
@@ -122,5 +125,5 @@ def apply_gates(x: Tensor, channel_logits: Tensor, spatial_logits: Tensor) -> Te
     if not is_recorded(x, channel_logits, spatial_logits):
         gated: Tensor = _apply_gates(x, channel_logits, spatial_logits)
         return gated
-    y: Tensor = ApplyGates.apply(x, channel_logits, spatial_logits)
+    y: Tensor = differentiate(ApplyGates, x, channel_logits, spatial_logits)
     return y

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastflow.kernels.checks import check_device, check_dtype, check_image, check_mask
 from fastflow.kernels.layouts import empty_image, is_channels_last, memory_format
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import refuse_second_derivative, register, takes_reference
 from fastflow.kernels.squeeze import squeeze2x2_reference, unsqueeze2x2_reference
 from fastflow.kernels.triton.channel_mix import (
@@ -33,6 +34,7 @@ from fastflow.kernels.triton.channel_mix import (
     launch_channel_mix_backward,
     output_shape,
 )
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype, full_precision
 
 # -- definition ----------------------------------------------------------------------------------------------
@@ -259,6 +261,7 @@ def _check_mix(x: Tensor, weight: Tensor, bias: Tensor, squeeze: bool) -> None:
     _check(x, weight, bias, x.shape[1] * (4 if squeeze else 1))
 
 
+@planned
 def channel_mix(x: Tensor, weight: Tensor, bias: Tensor, squeeze: bool = False) -> Tensor:
     """Apply `weight @ pixel + bias` at every pixel.
 
@@ -282,10 +285,11 @@ def channel_mix(x: Tensor, weight: Tensor, bias: Tensor, squeeze: bool = False) 
     _check_mix(x, weight, bias, squeeze)
     if takes_reference():
         return channel_mix_reference(x, weight, bias, squeeze)
-    y, _ = ChannelMix.apply(x, weight, bias, None, squeeze, False, None)
+    y, _ = differentiate(ChannelMix, x, weight, bias, None, squeeze, False, None)
     return y
 
 
+@planned
 def channel_mix_masked(
     x: Tensor,
     weight: Tensor,
@@ -324,10 +328,11 @@ def channel_mix_masked(
     if takes_reference():
         y = channel_mix_reference(x, weight, bias, squeeze)
         return y, y.masked_fill(~mask, 0.0).to(dtype or x.dtype)
-    y, masked = ChannelMix.apply(x, weight, bias, mask, squeeze, False, dtype or x.dtype)
+    y, masked = differentiate(ChannelMix, x, weight, bias, mask, squeeze, False, dtype or x.dtype)
     return y, masked
 
 
+@planned
 def channel_unmix(
     y: Tensor,
     weight: Tensor,
@@ -368,5 +373,5 @@ def channel_unmix(
         )
     if takes_reference():
         return channel_unmix_reference(y, inverse_weight, bias, squeeze)
-    x, _ = ChannelMix.apply(y, inverse_weight, bias, None, squeeze, True, None)
+    x, _ = differentiate(ChannelMix, y, inverse_weight, bias, None, squeeze, True, None)
     return x

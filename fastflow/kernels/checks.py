@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastflow.kernels.watching import check_values
+
 
 def check_image(name: str, x: Tensor) -> None:
     """Raise ValueError unless `x` is a floating-point (B, C, H, W) tensor."""
@@ -92,6 +94,10 @@ def check_label_index(label_index: Tensor, batch: int, classes: int, x: Tensor) 
     check_device("label_index", label_index, x)
     if batch == 0 or _is_traced(label_index):
         return
+    check_values(_check_label_values, label_index, classes)
+
+
+def _check_label_values(label_index: Tensor, classes: int) -> None:
     state = _label_state(label_index, classes)
     if getattr(label_index, "_fastflow_checked", None) == state:
         return

@@ -40,10 +40,12 @@ from fastflow.kernels.affine_coupling import (
 )
 from fastflow.kernels.checks import check_device, check_dtype, check_image, check_label_index, check_mask
 from fastflow.kernels.cpu.coupling_head import ROW_GROUP, coupling_head_backward_cpu, coupling_head_cpu
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import refuse_second_derivative, register, runs_triton, takes_reference
 from fastflow.kernels.triton.coupling_head import PixelOrder, launch_coupling_head, pixel_order
 from fastflow.kernels.triton.coupling_head_backward import launch_coupling_head_backward
 from fastflow.kernels.triton.launch import cdiv
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype, full_precision
 
 __all__ = [
@@ -233,9 +235,10 @@ def _apply(
     pixels, active = order or (None, 0)
     inputs = x, *features, *weights, *tables
     keep_tanh = torch.is_grad_enabled() and any(v.requires_grad for v in (*inputs, affine) if v is not None)
-    y, logdet, masked = CouplingHead.apply(
-        *inputs, label_index, mask, pixels, active, next_mask, affine, bound, inverse, dtype, keep_tanh
-    )
+    y, logdet, masked = differentiate(
+        CouplingHead, *inputs, label_index, mask, pixels, active, next_mask, affine, bound, inverse, dtype,
+        keep_tanh,
+    )  # fmt: skip
     return y, logdet, masked
 
 
@@ -279,6 +282,7 @@ def _check(
         raise ValueError(f"bound must be positive, got {bound}")
 
 
+@planned
 @renamed_arguments(rows="label_index")
 def coupling_head(
     x: Tensor,
@@ -331,6 +335,7 @@ def coupling_head(
     return y, logdet
 
 
+@planned
 @renamed_arguments(rows="label_index")
 def coupling_head_step(
     x: Tensor,

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from fastflow.kernels.checks import check_dtype
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import refuse_second_derivative, register, takes_reference
 from fastflow.kernels.triton.latent_prior import launch_latent_prior, launch_latent_prior_backward
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import LOG_2PI, acc_dtype, sum_per_sample
 
 # -- definition ----------------------------------------------------------------------------------------------
@@ -82,6 +84,7 @@ class LatentPrior(torch.autograd.Function):
         return out
 
 
+@planned
 def latent_prior(z: Tensor) -> Tensor:
     """Log-density of `z` under a standard normal, per sample.
 
@@ -103,5 +106,5 @@ def latent_prior(z: Tensor) -> Tensor:
     check_dtype("z", z)
     if takes_reference():
         return latent_prior_reference(z)
-    out: Tensor = LatentPrior.apply(z)
+    out: Tensor = differentiate(LatentPrior, z)
     return out

@@ -41,9 +41,11 @@ from fastflow.kernels.checks import (
 from fastflow.kernels.cpu.norm_film_act import norm_film_act_backward_cpu, norm_film_act_cpu
 from fastflow.kernels.dropout import checked_seeds, drop_threshold, dropout_mask, keep_scale
 from fastflow.kernels.layouts import empty_image, is_channels_last
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import is_recorded, refuse_second_derivative, register, takes_reference
 from fastflow.kernels.triton.norm_film_act import launch_norm_film_act
 from fastflow.kernels.triton.norm_film_act_backward import launch_norm_film_act_backward
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype
 
 # -- definition
@@ -250,6 +252,7 @@ def film_act(
     return film_act_reference(x, gamma, beta, label_index, residual)
 
 
+@planned
 @renamed_arguments(rows="label_index", keys="seeds")
 def norm_film_act(
     x: Tensor,
@@ -304,5 +307,5 @@ def norm_film_act(
     if not is_recorded(x, gamma, beta, residual):
         y: Tensor = _norm_film_act(*inputs)[0]
         return y
-    out: Tensor = NormFilmAct.apply(*inputs)
+    out: Tensor = differentiate(NormFilmAct, *inputs)
     return out

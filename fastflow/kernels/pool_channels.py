@@ -29,8 +29,10 @@ from torch.nn import functional as F
 from fastflow.kernels.checks import check_logits, check_pooled_image
 from fastflow.kernels.cpu.pool_channels import pool_channels_backward_cpu, pool_channels_cpu
 from fastflow.kernels.layouts import empty_image, is_channels_last, memory_format
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import is_recorded, refuse_second_derivative, register, takes_reference
 from fastflow.kernels.triton.pool_channels import launch_pool_channels, launch_pool_channels_backward
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype
 
 # -- definition ---------------------------------------------------------------------------------------------
@@ -107,6 +109,7 @@ class PoolChannels(torch.autograd.Function):
         return d_x, d_logits
 
 
+@planned
 def pool_channels(x: Tensor, channel_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and max over the gated channels of each pixel, in one read of `x`.
 
@@ -132,5 +135,5 @@ def pool_channels(x: Tensor, channel_logits: Tensor) -> tuple[Tensor, Tensor]:
         return pool_channels_reference(x, channel_logits), x
     if not is_recorded(x, channel_logits):
         return _pool_channels(x, channel_logits, False)[0], x
-    pooled, x = PoolChannels.apply(x, channel_logits)
+    pooled, x = differentiate(PoolChannels, x, channel_logits)
     return pooled, x

@@ -28,8 +28,10 @@ from torch.nn import functional as F
 from fastflow.kernels.checks import check_pooled_image
 from fastflow.kernels.cpu.pool_pixels import pool_pixels_backward_cpu, pool_pixels_cpu
 from fastflow.kernels.layouts import empty_image, is_channels_last, memory_format
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import is_recorded, refuse_second_derivative, register, takes_reference
 from fastflow.kernels.triton.pool_pixels import launch_pool_pixels, launch_pool_pixels_backward
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype
 
 # -- definition ---------------------------------------------------------------------------------------------
@@ -112,6 +114,7 @@ class PoolPixels(torch.autograd.Function):
         return _pool_pixels_backward(grad, index, passed, *ctx.size, ctx.channels_last), None
 
 
+@planned
 def pool_pixels(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and max over the pixels of each channel, in one read of `x`.
 
@@ -135,10 +138,11 @@ def pool_pixels(x: Tensor) -> tuple[Tensor, Tensor]:
         return pool_pixels_reference(x), x
     if not is_recorded(x):
         return _pool_pixels(x, True, False)[0], x
-    pooled, x = PoolPixels.apply(x, True)
+    pooled, x = differentiate(PoolPixels, x, True)
     return pooled, x
 
 
+@planned
 def average_pixels(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over the pixels of each channel.
 
@@ -160,5 +164,5 @@ def average_pixels(x: Tensor) -> tuple[Tensor, Tensor]:
         return average_pixels_reference(x), x
     if not is_recorded(x):
         return _pool_pixels(x, False, False)[0].squeeze(0), x
-    pooled, x = PoolPixels.apply(x, False)
+    pooled, x = differentiate(PoolPixels, x, False)
     return pooled.squeeze(0), x

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastflow.kernels import planning
 from fastflow.kernels.triton.launch import has_triton, interpreted
 
 BACKENDS = ("auto", "triton", "reference")
@@ -101,6 +102,7 @@ def set_backend(name: str) -> None:
     """
     global _backend
     _backend = _check_backend(name, "backend")
+    planning.clear_launch_plans()
 
 
 def get_backend() -> str:
@@ -165,7 +167,8 @@ def register(
     """Add an op to `OPS` and, where it has kernels, to ``torch.ops``. Arguments are the attributes of `Op`.
 
     Returns:
-        The entry in ``torch.ops.fastflow``, which is called with positions; None where the op has no kernels.
+        The entry in ``torch.ops.fastflow``, which is called with positions, behind the look-up of launch
+            plans (`fastflow.kernels.planning`); None where the op has no kernels.
     """
     op = Op(name, definition, cpu or definition, triton, fake, functions, unsupported, limit)
     OPS[name] = op
@@ -182,7 +185,7 @@ def register(
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"fastflow::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastflow, name).default
+    return planning.planned(getattr(torch.ops.fastflow, name).default, direct=run)
 
 
 # -- autograd ------------------------------------------------------------------------------------------------

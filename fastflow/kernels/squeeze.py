@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fastflow.kernels.checks import check_image
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import register, takes_reference
 from fastflow.kernels.triton.squeeze import launch_squeeze2x2, launch_unsqueeze2x2
+from fastflow.kernels.watching import differentiate
 
 # -- definition ----------------------------------------------------------------------------------------------
 
@@ -100,6 +102,7 @@ class Unsqueeze(torch.autograd.Function):
         return squeeze2x2(grad)
 
 
+@planned
 def squeeze2x2(x: Tensor) -> Tensor:
     """Move each 2x2 block of pixels into channels.
 
@@ -121,10 +124,11 @@ def squeeze2x2(x: Tensor) -> Tensor:
         raise ValueError(f"x must have even height and width to be squeezed, got {tuple(x.shape)}")
     if takes_reference():
         return squeeze2x2_reference(x)
-    out: Tensor = Squeeze.apply(x)
+    out: Tensor = differentiate(Squeeze, x)
     return out
 
 
+@planned
 def unsqueeze2x2(y: Tensor) -> Tensor:
     """Move groups of four channels back into 2x2 blocks of pixels, the inverse of `squeeze2x2`.
 
@@ -146,5 +150,5 @@ def unsqueeze2x2(y: Tensor) -> Tensor:
         raise ValueError(f"y must have a multiple of 4 channels to be unsqueezed, got {tuple(y.shape)}")
     if takes_reference():
         return unsqueeze2x2_reference(y)
-    out: Tensor = Unsqueeze.apply(y)
+    out: Tensor = differentiate(Unsqueeze, y)
     return out

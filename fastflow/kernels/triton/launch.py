@@ -118,6 +118,16 @@ def is_recording() -> bool:
     return bool(_records)
 
 
+class _Observed(threading.local):
+    watcher: Any = None
+
+
+# The watcher of this thread sees its launches, see `fastflow.kernels.watching`.
+observed = _Observed()
+# Whether this process has launched a kernel on an NVIDIA GPU: before that, and elsewhere, nobody looks for a
+# plan.
+has_launched = False
+
 _tuned: dict[tuple[str, str], Any] = {}
 
 
@@ -148,6 +158,7 @@ def launch(
     Raises:
         ValueError: more programs than a grid axis holds.
     """
+    global has_launched
     if programs == 0:
         return
     if programs >= 2**31:
@@ -171,7 +182,11 @@ def launch(
             (value.dtype for value in values if isinstance(value, Tensor)), num_warps
         )
     with torch.cuda.device_of(device_of) if device_of.is_cuda else contextlib.nullcontext():
-        compiled[(programs,)](*values, **constants, **options)
+        built = compiled[(programs,)](*values, **constants, **options)
+    has_launched = has_launched or (torch.version.hip is None and not interpreted())
+    if observed.watcher is not None:
+        bound = dict(zip(compiled.arg_names, values, strict=False)) | constants
+        observed.watcher.note_launch(compiled, built, programs, bound)
 
 
 def register_limit(dtypes: Iterable[torch.dtype], num_warps: int) -> int:
