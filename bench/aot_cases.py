@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.aot_features import norm_cases, pool_cases, sampled_norm_cases
+from bench.aot_features import cbam_cases, norm_cases, pool_cases, sampled_norm_cases
 from bench.aot_parts import BF16, DTYPES, F16, F32, F64, FLOAT32_STREAM, Case
 from bench.aot_parts import image as _image
 from bench.aot_parts import launcher as _launcher
@@ -181,7 +181,7 @@ def _other_cases() -> Iterator[Case]:
 
 CASES = (
     _coupling_cases, _mix_cases, _head_cases, norm_cases, sampled_norm_cases, pool_cases, _other_cases,
-    table_cases,
+    table_cases, cbam_cases,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The launches on a conditioner's features that `bench.aot` builds kernels for: norms, poolings and gates."""
+"""The launches on features that `bench.aot` builds kernels for: norms, poolings, gates, attention blocks."""
 
 from __future__ import annotations
 
@@ -118,3 +118,35 @@ def _pool_without(shape: tuple[int, ...], dtype: torch.dtype, net: torch.dtype) 
     yield lambda: launcher("pool_pixels_backward")(grad, pixel, None, h, w, False)
     yield lambda: launcher("pool_channels")(x, logits, False)
     yield lambda: launcher("pool_channels_backward")(grad_pooled, x, logits, channel, None)
+
+
+# -- attention blocks ----------------------------------------------------------------------------------------
+
+
+def cbam_cases() -> Iterator[Case]:
+    for dtype, net in ((F32, F32), (BF16, F32), (F16, F16), (F64, F64)):
+        for keep in (True, False) if dtype in (F32, BF16) else (True,):
+            yield from _cbam((2, 32, 32, 32), dtype, net, False, keep)
+        if dtype in (F32, BF16):
+            yield from _cbam((2, 32, 32, 32), dtype, net, True, True)
+    # Few channels, planes of several chunks and of an odd size, and the most channels of the paper.
+    for shape in ((2, 16, 92, 92), (2, 64, 23, 23), (2, 128, 12, 12), (2, 256, 6, 6)):
+        yield from _cbam(shape, F32, F32, False, True)
+
+
+def _cbam(
+    shape: tuple[int, ...], dtype: torch.dtype, net: torch.dtype, last: bool, keep: bool
+) -> Iterator[Case]:
+    batch, channels, h, w = shape
+    x, acc, hidden = image(shape, dtype, last), acc_dtype(dtype), max(1, channels // 16)
+    down, up = torch.empty(hidden, channels, dtype=net), torch.empty(channels, hidden, dtype=net)
+    weights = down, up, image((1, 2, 7, 7), net)
+    yield lambda: launcher("cbam")(x, *weights, keep)
+    if keep:
+        kept = (
+            torch.empty(2, batch, channels, dtype=acc), torch.empty(batch, channels, dtype=torch.int32),
+            torch.empty(2, batch, hidden, dtype=acc), torch.empty(batch, channels, dtype=acc),
+            image((batch, 2, h, w), acc), torch.empty(batch, h, w, dtype=torch.int32),
+            image((batch, 1, h, w), acc),
+        )  # fmt: skip
+        yield lambda: launcher("cbam_backward")(x, x, *weights, *kept)

@@ -11,8 +11,10 @@ from bench.roofline.machine import BOUND, CLASSES, Shape
 from bench.roofline.works import Tensors, Work, dtype_name
 from fastflow import kernels
 from fastflow.kernels.affine_coupling import finish_step_reference
+from fastflow.kernels.cbam import cbam_reference
 from fastflow.kernels.coupling_head import coupling_head_reference
 from fastflow.kernels.norm_film_act import norm_film_act_reference
+from fastflow.kernels.norm_modulate_act import norm_modulate_act_reference
 from fastflow.kernels.registry import OPS
 from fastflow.numerics import acc_dtype
 
@@ -41,7 +43,9 @@ def feature_works(
         Work("norm_film_act", *about, inputs, inputs, _norm_composite, _norm_public),
         _norm_residual((*inputs, residual), about),
         _norm_dropout((*inputs, seeds), about),
+        _norm_modulate((x, torch.randn(batch, c, 2, device=device).requires_grad_()), about),
         *_pools(x, channel, spatial, about),
+        _cbam(x, about),
     ]
 
 
@@ -73,6 +77,14 @@ def _norm_dropout(inputs: Tensors, about: tuple[Shape, str]) -> Work:
         return (kernels.norm_film_act(x, GROUPS, gamma, beta, label_index, dropout=DROPOUT, seeds=seeds),)
 
     return Work("norm_film_act +dropout", *about, inputs, inputs, composite, public)
+
+
+def _norm_modulate(inputs: Tensors, about: tuple[Shape, str]) -> Work:
+    return Work(
+        "norm_modulate_act", *about, inputs, inputs,
+        composite=lambda x, modulation: (norm_modulate_act_reference(x, GROUPS, modulation, None, EPS),),
+        public=lambda x, modulation: (kernels.norm_modulate_act(x, GROUPS, modulation),),
+    )  # fmt: skip
 
 
 # -- poolings and gates --------------------------------------------------------------------------------------
@@ -109,6 +121,19 @@ def _pools(x: Tensor, channel: Tensor, spatial: Tensor, about: tuple[Shape, str]
             public=lambda *inputs: (kernels.apply_gates(*inputs),),
         ),
     ]  # fmt: skip
+
+
+def _cbam(x: Tensor, about: tuple[Shape, str]) -> Work:
+    channels = x.shape[1]
+    weights = tuple(
+        torch.randn(shape, device=x.device).requires_grad_()
+        for shape in ((1, channels), (channels, 1), (1, 2, 7, 7))
+    )
+    return Work(
+        "cbam", *about, (x, *weights), (x, *weights),
+        composite=lambda *inputs: (cbam_reference(*inputs),),
+        public=lambda *inputs: (kernels.cbam(*inputs),),
+    )  # fmt: skip
 
 
 # -- heads ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from fastflow import kernels
 from fastflow.kernels import layouts
 from fastflow.kernels.cbam import cbam_reference
 from fastflow.kernels.registry import OPS
-from fastflow.kernels.triton import cbam_backward, pool_parts
+from fastflow.kernels.triton import cbam_backward, cbam_convolution, pool_parts
 from fastflow.kernels.triton import launch as launching
 from fastflow.models.conditioners.leaves import CBAM
 
@@ -48,7 +48,7 @@ def small_tiles(monkeypatch):
     """Small inputs take the ways of large ones: joined chunks, channels and taps and samples in turns."""
     monkeypatch.setattr(pool_parts, "TILE_ELEMENTS", 64)
     monkeypatch.setattr(pool_parts, "MAX_RUN_PIXELS", 16)
-    monkeypatch.setattr(cbam_backward, "CONVOLUTION_PIXELS", 16)
+    monkeypatch.setattr(cbam_convolution, "CONVOLUTION_PIXELS", 16)
     monkeypatch.setattr(cbam_backward, "SAMPLES", 2)
 
 

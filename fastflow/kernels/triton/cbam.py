@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastflow.kernels.layouts import empty_image, is_channels_last, laid_out
+from fastflow.kernels.triton.cbam_convolution import shifted_place, tap_block
 from fastflow.kernels.triton.launch import (
     kernel,
     launch,
@@ -90,18 +91,6 @@ def _gate_logits_kernel(
 
 
 @kernel
-def shifted_place(t, p, pixels, width, SIZE: tl.constexpr):
-    """(offset of tap t of a window of SIZE x SIZE, whether it lies in the image) for each tap and pixel p."""
-    dy = t // SIZE - SIZE // 2
-    dx = t % SIZE - SIZE // 2
-    place = p[None, :] + (dy * width + dx)[:, None]
-    x = (p % width)[None, :] + dx[:, None]
-    # A column within the image leaves a row outside of it for places before the first or after the last.
-    inside = (x >= 0) & (x < width) & (place >= 0) & (place < pixels)
-    return place, inside
-
-
-@kernel
 def _gates_kernel(
     x_ptr, logits_ptr, pooled_ptr, weight_ptr, y_ptr, spatial_ptr, x_stride_v, pixels_v, n_chunks, width,
     V: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
@@ -146,11 +135,6 @@ def layer_blocks(channels: int, hidden: int, acc: torch.dtype) -> tuple[int, int
     block_c = power_of_two(channels)
     block_h = min(power_of_two(hidden), max(1, tile_elements(acc) // block_c))
     return block_c, block_h, min(8, max(1, block_c * block_h // 512))
-
-
-def tap_block(taps: int, pixels: int, acc: torch.dtype) -> int:
-    """How many taps of the convolution a program takes at once for a run of pixels."""
-    return min(power_of_two(taps), max(1, tile_elements(acc) // pixels))
 
 
 def launch_cbam(

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fastflow.kernels.layouts import empty_image, is_channels_last, laid_out
 from fastflow.kernels.triton import pool_parts
-from fastflow.kernels.triton.cbam import layer_blocks, shifted_place, tap_block
+from fastflow.kernels.triton.cbam import layer_blocks
+from fastflow.kernels.triton.cbam_convolution import convolution_backward
 from fastflow.kernels.triton.launch import (
-    cdiv,
     kernel,
     launch,
     needs_int64_offsets,
@@ -38,8 +38,7 @@ from fastflow.numerics import acc_dtype
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Pixels of a program of the convolution, and samples that a program of the shared layers takes at once.
-CONVOLUTION_PIXELS = 128
+# Samples that a program of the shared layers takes at once.
 SAMPLES = 16
 
 # -- kernels -------------------------------------------------------------------------------------------------
@@ -74,67 +73,6 @@ def _gates_bwd_kernel(
         tl.store(partial_ptr + c, tl.sum(product, axis=1), mask=c < CHANNELS)
     d_spatial = tl.sum(total, axis=0) * sigmoid(-logit)
     tl.store(d_spatial_ptr + b * pixels + p, d_spatial, mask=p < pixels)
-
-
-@kernel
-def _convolution_bwd_kernel(
-    d_spatial_ptr, pooled_ptr, weight_ptr, partial_ptr, d_pooled_ptr, shares_ptr, sums_ptr,
-    batch, pixels, width, n_chunks, n_parts,
-    CHANNELS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, INT64_OFFSETS: tl.constexpr,
-):  # fmt: skip
-    """A run of pixels backward through the convolution; the last `batch` programs join a sample's chunks."""
-    program = tl.program_id(0)
-    if program < batch * n_chunks:
-        _convolution_backward(
-            program, d_spatial_ptr, pooled_ptr, weight_ptr, d_pooled_ptr, shares_ptr, pixels, width, n_chunks,
-            SIZE, BLOCK, BLOCK_T, ACC, INT64_OFFSETS,
-        )  # fmt: skip
-    else:
-        b = tl.cast(program - batch * n_chunks, tl.int64)
-        for first in range(0, CHANNELS, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            total = tl.zeros((BLOCK_K, BLOCK_C), ACC)
-            for start in range(0, n_parts, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                place = (b * n_parts + k)[:, None] * CHANNELS + c[None, :]
-                there = (k < n_parts)[:, None] & (c < CHANNELS)[None, :]
-                total += tl.load(partial_ptr + place, mask=there, other=0.0)
-            tl.store(sums_ptr + b * CHANNELS + c, tl.sum(total, axis=0), mask=c < CHANNELS)
-
-
-@kernel
-def _convolution_backward(
-    program, d_spatial_ptr, pooled_ptr, weight_ptr, d_pooled_ptr, shares_ptr, pixels, width, n_chunks,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr,
-):  # fmt: skip
-    """Stores the gradient of a run of pooled pixels and its share of the weight's gradient."""
-    b, chunk = locate(program, n_chunks, INT64_OFFSETS)
-    p = chunk * BLOCK + tl.arange(0, BLOCK)
-    taps: tl.constexpr = SIZE * SIZE
-    d_spatial_ptr += b * pixels
-    pooled_ptr += b * (2 * pixels)
-    shares_ptr += (b * n_chunks + chunk) * (2 * taps)
-    grad = tl.load(d_spatial_ptr + p, mask=p < pixels, other=0.0)
-    d_mean = tl.zeros((BLOCK_T, BLOCK), ACC)
-    d_top = tl.zeros((BLOCK_T, BLOCK), ACC)
-    for start in range(0, taps, BLOCK_T):
-        k = start + tl.arange(0, BLOCK_T)
-        real = (k < taps)[:, None] & (p < pixels)[None, :]
-        # Pixel p gets back from the opposite tap what a tap read there.
-        place, inside = shifted_place(taps - 1 - k, p, pixels, width, SIZE)
-        given = tl.load(d_spatial_ptr + place, mask=inside & real, other=0.0)
-        d_mean += tl.load(weight_ptr + k, mask=k < taps, other=0.0).to(ACC)[:, None] * given
-        d_top += tl.load(weight_ptr + taps + k, mask=k < taps, other=0.0).to(ACC)[:, None] * given
-        place, inside = shifted_place(k, p, pixels, width, SIZE)
-        mean = tl.load(pooled_ptr + place, mask=inside & real, other=0.0)
-        top = tl.load(pooled_ptr + pixels + place, mask=inside & real, other=0.0)
-        tl.store(shares_ptr + k, tl.sum(mean * grad[None, :], axis=1), mask=k < taps)
-        tl.store(shares_ptr + taps + k, tl.sum(top * grad[None, :], axis=1), mask=k < taps)
-    d_pooled_ptr += b * (2 * pixels) + p
-    tl.store(d_pooled_ptr, tl.sum(d_mean, axis=0), mask=p < pixels)
-    tl.store(d_pooled_ptr + pixels, tl.sum(d_top, axis=0), mask=p < pixels)
 
 
 @kernel
@@ -177,6 +115,84 @@ def _logit_gradient(
 
 
 @kernel
+def _sample_backward(
+    program, sums_ptr, partial_ptr, logits_ptr, units_ptr, down_ptr, up_ptr, d_pooled_ptr, batch, n_chunks,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of the pooled pixels of a sample."""
+    c = tl.arange(0, BLOCK_C)
+    real = c < CHANNELS
+    b = tl.cast(program, tl.int64)
+    grad = _logit_gradient(sums_ptr, partial_ptr, logits_ptr, b, c, real, n_chunks, CHANNELS, ACC)
+    d_mean = tl.zeros((BLOCK_C,), ACC)
+    d_top = tl.zeros((BLOCK_C,), ACC)
+    for start in range(0, HIDDEN, BLOCK_H):
+        j = start + tl.arange(0, BLOCK_H)
+        there = (j < HIDDEN)[:, None] & real[None, :]
+        up = tl.load(up_ptr + c[None, :] * HIDDEN + j[:, None], mask=there, other=0.0).to(ACC)
+        down = tl.load(down_ptr + j[:, None] * CHANNELS + c[None, :], mask=there, other=0.0).to(ACC)
+        hidden = tl.sum(up * grad[None, :], axis=1)
+        of_mean = tl.load(units_ptr + b * HIDDEN + j, mask=j < HIDDEN, other=0.0)
+        of_top = tl.load(units_ptr + (batch + b) * HIDDEN + j, mask=j < HIDDEN, other=0.0)
+        d_mean += tl.sum(down * tl.where(of_mean > 0, hidden, 0.0)[:, None], axis=0)
+        d_top += tl.sum(down * tl.where(of_top > 0, hidden, 0.0)[:, None], axis=0)
+    tl.store(d_pooled_ptr + b * CHANNELS + c, d_mean, mask=real)
+    tl.store(d_pooled_ptr + (batch + b) * CHANNELS + c, d_top, mask=real)
+
+
+@kernel
+def _unit_backward(
+    j, sums_ptr, partial_ptr, logits_ptr, pooled_ptr, units_ptr, up_ptr, d_down_ptr, d_up_ptr, batch,
+    n_chunks,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, SAMPLES: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of the weights into and out of hidden unit j."""
+    c = tl.arange(0, BLOCK_C)
+    real = c < CHANNELS
+    up = tl.load(up_ptr + c * HIDDEN + j, mask=real, other=0.0).to(ACC)
+    d_down = tl.zeros((SAMPLES, BLOCK_C), ACC)
+    d_up = tl.zeros((SAMPLES, BLOCK_C), ACC)
+    for start in range(0, batch, SAMPLES):
+        b = tl.cast(start, tl.int64) + tl.arange(0, SAMPLES)
+        there = (b < batch)[:, None] & real[None, :]
+        grad = _logit_gradient(
+            sums_ptr, partial_ptr, logits_ptr, b[:, None], c[None, :], there, n_chunks, CHANNELS, ACC
+        )
+        hidden = tl.sum(grad * up[None, :], axis=1)
+        of_mean = tl.load(units_ptr + b * HIDDEN + j, mask=b < batch, other=0.0)
+        of_top = tl.load(units_ptr + (batch + b) * HIDDEN + j, mask=b < batch, other=0.0)
+        unit = tl.where(of_mean < 0, 0.0, of_mean) + tl.where(of_top < 0, 0.0, of_top)
+        d_up += grad * unit[:, None]
+        place = b[:, None] * CHANNELS + c[None, :]
+        mean = tl.load(pooled_ptr + place, mask=there, other=0.0)
+        top = tl.load(pooled_ptr + batch * CHANNELS + place, mask=there, other=0.0)
+        d_down += tl.where(of_mean > 0, hidden, 0.0)[:, None] * mean
+        d_down += tl.where(of_top > 0, hidden, 0.0)[:, None] * top
+    total = tl.sum(d_down, axis=0)
+    tl.store(d_down_ptr + j * CHANNELS + c, total.to(d_down_ptr.dtype.element_ty), mask=real)
+    total = tl.sum(d_up, axis=0)
+    tl.store(d_up_ptr + c * HIDDEN + j, total.to(d_up_ptr.dtype.element_ty), mask=real)
+
+
+@kernel
+def _taps_backward(
+    shares_ptr, d_weight_ptr, n_parts,
+    TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradient of the convolution's weight, the sum of its shares."""
+    t = tl.arange(0, BLOCK_T)
+    d_weight = tl.zeros((BLOCK_K, BLOCK_T), ACC)
+    for start in range(0, n_parts, BLOCK_K):
+        k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
+        there = (k < n_parts)[:, None] & (t < TAPS)[None, :]
+        d_weight += tl.load(shares_ptr + k[:, None] * TAPS + t[None, :], mask=there, other=0.0)
+    total = tl.sum(d_weight, axis=0)
+    tl.store(d_weight_ptr + t, total.to(d_weight_ptr.dtype.element_ty), mask=t < TAPS)
+
+
+@kernel
 def _layers_bwd_kernel(
     sums_ptr, partial_ptr, logits_ptr, pooled_ptr, units_ptr, down_ptr, up_ptr, shares_ptr,
     d_pooled_ptr, d_down_ptr, d_up_ptr, d_weight_ptr, batch, n_chunks, n_parts,
@@ -189,59 +205,18 @@ def _layers_bwd_kernel(
     Sums over samples and chunks are in their order.
     """
     program = tl.program_id(0)
-    c = tl.arange(0, BLOCK_C)
-    real = c < CHANNELS
     if program < batch:
-        b = tl.cast(program, tl.int64)
-        grad = _logit_gradient(sums_ptr, partial_ptr, logits_ptr, b, c, real, n_chunks, CHANNELS, ACC)
-        d_mean = tl.zeros((BLOCK_C,), ACC)
-        d_top = tl.zeros((BLOCK_C,), ACC)
-        for start in range(0, HIDDEN, BLOCK_H):
-            j = start + tl.arange(0, BLOCK_H)
-            there = (j < HIDDEN)[:, None] & real[None, :]
-            up = tl.load(up_ptr + c[None, :] * HIDDEN + j[:, None], mask=there, other=0.0).to(ACC)
-            down = tl.load(down_ptr + j[:, None] * CHANNELS + c[None, :], mask=there, other=0.0).to(ACC)
-            hidden = tl.sum(up * grad[None, :], axis=1)
-            of_mean = tl.load(units_ptr + b * HIDDEN + j, mask=j < HIDDEN, other=0.0)
-            of_top = tl.load(units_ptr + (batch + b) * HIDDEN + j, mask=j < HIDDEN, other=0.0)
-            d_mean += tl.sum(down * tl.where(of_mean > 0, hidden, 0.0)[:, None], axis=0)
-            d_top += tl.sum(down * tl.where(of_top > 0, hidden, 0.0)[:, None], axis=0)
-        tl.store(d_pooled_ptr + b * CHANNELS + c, d_mean, mask=real)
-        tl.store(d_pooled_ptr + (batch + b) * CHANNELS + c, d_top, mask=real)
+        _sample_backward(
+            program, sums_ptr, partial_ptr, logits_ptr, units_ptr, down_ptr, up_ptr, d_pooled_ptr, batch,
+            n_chunks, CHANNELS, HIDDEN, BLOCK_C, BLOCK_H, ACC,
+        )  # fmt: skip
     elif program < batch + HIDDEN:
-        j = program - batch
-        up = tl.load(up_ptr + c * HIDDEN + j, mask=real, other=0.0).to(ACC)
-        d_down = tl.zeros((SAMPLES, BLOCK_C), ACC)
-        d_up = tl.zeros((SAMPLES, BLOCK_C), ACC)
-        for start in range(0, batch, SAMPLES):
-            b = tl.cast(start, tl.int64) + tl.arange(0, SAMPLES)
-            there = (b < batch)[:, None] & real[None, :]
-            grad = _logit_gradient(
-                sums_ptr, partial_ptr, logits_ptr, b[:, None], c[None, :], there, n_chunks, CHANNELS, ACC
-            )
-            hidden = tl.sum(grad * up[None, :], axis=1)
-            of_mean = tl.load(units_ptr + b * HIDDEN + j, mask=b < batch, other=0.0)
-            of_top = tl.load(units_ptr + (batch + b) * HIDDEN + j, mask=b < batch, other=0.0)
-            unit = tl.where(of_mean > 0, of_mean, 0.0) + tl.where(of_top > 0, of_top, 0.0)
-            d_up += grad * unit[:, None]
-            place = b[:, None] * CHANNELS + c[None, :]
-            mean = tl.load(pooled_ptr + place, mask=there, other=0.0)
-            top = tl.load(pooled_ptr + batch * CHANNELS + place, mask=there, other=0.0)
-            d_down += tl.where(of_mean > 0, hidden, 0.0)[:, None] * mean
-            d_down += tl.where(of_top > 0, hidden, 0.0)[:, None] * top
-        total = tl.sum(d_down, axis=0)
-        tl.store(d_down_ptr + j * CHANNELS + c, total.to(d_down_ptr.dtype.element_ty), mask=real)
-        total = tl.sum(d_up, axis=0)
-        tl.store(d_up_ptr + c * HIDDEN + j, total.to(d_up_ptr.dtype.element_ty), mask=real)
+        _unit_backward(
+            program - batch, sums_ptr, partial_ptr, logits_ptr, pooled_ptr, units_ptr, up_ptr, d_down_ptr,
+            d_up_ptr, batch, n_chunks, CHANNELS, HIDDEN, SAMPLES, BLOCK_C, ACC,
+        )  # fmt: skip
     else:
-        t = tl.arange(0, BLOCK_T)
-        d_weight = tl.zeros((BLOCK_K, BLOCK_T), ACC)
-        for start in range(0, n_parts, BLOCK_K):
-            k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
-            there = (k < n_parts)[:, None] & (t < TAPS)[None, :]
-            d_weight += tl.load(shares_ptr + k[:, None] * TAPS + t[None, :], mask=there, other=0.0)
-        total = tl.sum(d_weight, axis=0)
-        tl.store(d_weight_ptr + t, total.to(d_weight_ptr.dtype.element_ty), mask=t < TAPS)
+        _taps_backward(shares_ptr, d_weight_ptr, n_parts, TAPS, BLOCK_T, BLOCK_K, ACC)
 
 
 @kernel
@@ -311,7 +286,7 @@ def launch_cbam_backward(
         grad.stride(0) // v, x.stride(0) // v, pixels // v, parts.shape[1],
         BLOCK_C=columns.channels, BLOCK=columns.pixels, **shared,
     )  # fmt: skip
-    d_channels, shares, sums = _convolution(d_spatial, pooled_channels, spatial_weight, parts, w)
+    d_channels, shares, sums = convolution_backward(d_spatial, pooled_channels, spatial_weight, parts, w)
 
     plane = plane_tile(channels, pixels, channels_last, acc, pool_parts.MAX_RUN_PIXELS)
     chunks = plane.chunks(pixels)
@@ -342,26 +317,3 @@ def launch_cbam_backward(
         batch, grad.stride(0) // v, pixels // v, chunks, **shared,
     )  # fmt: skip
     return dx, d_down, d_up, d_weight
-
-
-def _convolution(
-    d_spatial: Tensor, pooled: Tensor, weight: Tensor, parts: Tensor, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `pooled`, shares of that of the weight (n, 2 k k), and the sums of `parts` (B, C)."""
-    acc, (batch, pixels), size = d_spatial.dtype, d_spatial.shape, weight.shape[2]
-    _, n_parts, channels = parts.shape
-    block = min(power_of_two(pixels), CONVOLUTION_PIXELS)
-    chunks = cdiv(pixels, block)
-    d_pooled = torch.empty_like(pooled)
-    shares = torch.empty(batch * chunks, weight.numel(), dtype=acc, device=weight.device)
-    sums = torch.empty(batch, channels, dtype=acc, device=weight.device)
-    block_c = min(128, power_of_two(channels))
-    launch(
-        _convolution_bwd_kernel, batch * (chunks + 1), weight, 4,
-        d_spatial, pooled, weight, parts, d_pooled, shares, sums, batch, pixels, width, chunks, n_parts,
-        CHANNELS=channels, SIZE=size, BLOCK=block,
-        BLOCK_T=min(16, tap_block(size * size, block, acc)), BLOCK_C=block_c,
-        BLOCK_K=min(power_of_two(n_parts), 2048 // block_c), ACC=triton_dtype(acc),
-        INT64_OFFSETS=needs_int64_offsets(2 * pixels, block),
-    )  # fmt: skip
-    return d_pooled, shares, sums

@@ -1,9 +1,9 @@
 """Triton kernels of the coupling head's backward pass.
 
-One launch computes the gradients of one head; that of the scale head also those of x and of the multiply-add.
-A program takes one block of active pixels with all samples, and adds up what belongs to its share of the
-features and of the table's rows. It also takes one block of passive pixels, whose weights and table entries
-get zeros.
+One launch computes the gradients of both heads: the programs of its first half those of the scale head, of x
+and of the multiply-add, the others those of the shift head. A program takes one block of active pixels with
+all samples, and adds up what belongs to its share of the features and of the table's rows. It also takes one
+block of passive pixels, whose weights and table entries get zeros.
 """
 
 from __future__ import annotations
@@ -67,7 +67,42 @@ def _result_gradient(
 def _head_bwd_kernel(
     grad_y_ptr, grad_logdet_ptr, grad_masked_ptr, x_ptr, scale_features_ptr, shift_features_ptr,
     scale_weight_ptr, shift_weight_ptr, scale_table_ptr, shift_table_ptr, label_index_ptr, order_ptr,
-    next_mask_ptr, affine_ptr, dx_ptr, dfeatures_ptr, dweight_ptr, dtable_ptr, daffine_ptr,
+    next_mask_ptr, affine_ptr, dx_ptr, shares_ptr, d_scale_weight_ptr, d_shift_weight_ptr,
+    d_scale_table_ptr, d_shift_table_ptr, daffine_ptr,
+    grad_y_stride, grad_masked_stride, x_stride, batch, active, pixels, classes, n_chunks,
+    FEATURES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, SAMPLES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_CLASSES: tl.constexpr, ACC: tl.constexpr, NARROW: tl.constexpr,
+    BOUND: tl.constexpr, INVERSE: tl.constexpr, NEXT: tl.constexpr, AFFINE: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of both heads, of x and of affine; a head takes PARTS programs for each chunk."""
+    program = tl.program_id(0)
+    if program < PARTS * n_chunks:
+        _one_head(
+            program, grad_y_ptr, grad_logdet_ptr, grad_masked_ptr, x_ptr, scale_features_ptr,
+            shift_features_ptr, scale_weight_ptr, shift_weight_ptr, scale_table_ptr, shift_table_ptr,
+            label_index_ptr, order_ptr, next_mask_ptr, affine_ptr, dx_ptr, shares_ptr, d_scale_weight_ptr,
+            d_scale_table_ptr, daffine_ptr, grad_y_stride, grad_masked_stride, x_stride, batch, active,
+            pixels, classes, n_chunks, FEATURES, BLOCK_K, BLOCK_F, SAMPLES, BLOCK, BLOCK_CLASSES, ACC, NARROW,
+            BOUND, INVERSE, NEXT, AFFINE, False,
+        )  # fmt: skip
+    else:
+        shares_ptr += tl.cast(batch, tl.int64) * n_chunks * FEATURES
+        _one_head(
+            program - PARTS * n_chunks, grad_y_ptr, grad_logdet_ptr, grad_masked_ptr, x_ptr,
+            scale_features_ptr, shift_features_ptr, scale_weight_ptr, shift_weight_ptr, scale_table_ptr,
+            shift_table_ptr, label_index_ptr, order_ptr, next_mask_ptr, affine_ptr, dx_ptr, shares_ptr,
+            d_shift_weight_ptr, d_shift_table_ptr, daffine_ptr, grad_y_stride, grad_masked_stride, x_stride,
+            batch, active, pixels, classes, n_chunks, FEATURES, BLOCK_K, BLOCK_F, SAMPLES, BLOCK,
+            BLOCK_CLASSES, ACC, NARROW, BOUND, INVERSE, NEXT, AFFINE, True,
+        )  # fmt: skip
+
+
+@kernel
+def _one_head(
+    program, grad_y_ptr, grad_logdet_ptr, grad_masked_ptr, x_ptr, scale_features_ptr, shift_features_ptr,
+    scale_weight_ptr, shift_weight_ptr, scale_table_ptr, shift_table_ptr, label_index_ptr, order_ptr,
+    next_mask_ptr, affine_ptr, dx_ptr, shares_ptr, dweight_ptr, dtable_ptr, daffine_ptr,
     grad_y_stride, grad_masked_stride, x_stride, batch, active, pixels, classes, n_chunks,
     FEATURES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_CLASSES: tl.constexpr, ACC: tl.constexpr, NARROW: tl.constexpr,
@@ -75,7 +110,7 @@ def _head_bwd_kernel(
     SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one head (SHIFT: the shift head); with the scale head's also those of x and affine."""
-    part, chunk = locate(tl.program_id(0), n_chunks, False)
+    part, chunk = locate(program, n_chunks, False)
     k = part * BLOCK_F + tl.arange(0, BLOCK_F)
     table_row = part * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
     index = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -131,7 +166,7 @@ def _head_bwd_kernel(
         chosen = tl.where((table_row[:, None] == label[None, :]) & exists[None, :], 1.0, 0.0)
         dweight, dtable = _add_gradients(
             grad, shift_features_ptr if SHIFT else scale_features_ptr,
-            shift_weight_ptr if SHIFT else scale_weight_ptr, dfeatures_ptr, chosen, b, exists, pixel, inside,
+            shift_weight_ptr if SHIFT else scale_weight_ptr, shares_ptr, chosen, b, exists, pixel, inside,
             k, chunk, n_chunks, dweight, dtable, FEATURES, ACC, NARROW,
         )  # fmt: skip
     _store_head(
@@ -168,7 +203,7 @@ def _head_bwd_kernel(
 
 @kernel
 def _add_gradients(
-    grad, features_ptr, weight_ptr, dfeatures_ptr, chosen, b, exists, pixel, inside, k, chunk, n_chunks,
+    grad, features_ptr, weight_ptr, shares_ptr, chosen, b, exists, pixel, inside, k, chunk, n_chunks,
     dweight, dtable, FEATURES: tl.constexpr, ACC: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Store this block's share of the gradient of a group's features, and add the group to the other sums."""
@@ -177,7 +212,7 @@ def _add_gradients(
     f = load_features(features_ptr, b, exists, k, FEATURES, ACC, NARROW)
     w = load_weights(weight_ptr, features_ptr, pixel, inside, k, FEATURES, ACC, NARROW)
     share = matmul(grad, w)
-    ptrs = dfeatures_ptr + (b * n_chunks + chunk)[:, None] * FEATURES + k[None, :]
+    ptrs = shares_ptr + (b * n_chunks + chunk)[:, None] * FEATURES + k[None, :]
     tl.store(ptrs, share, mask=exists[:, None] & (k < FEATURES)[None, :])
     dweight += matmul(tl.trans(grad), f)
     dtable += matmul(chosen.to(operand_dtype), grad)
@@ -198,9 +233,10 @@ def _store_head(
 
 @kernel
 def _sum_shares_kernel(
-    partial_ptr, out_ptr, n_chunks, width, FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr
+    partial_ptr, scale_ptr, shift_ptr, batch, n_chunks, width,
+    FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Second stage of the features' gradient, (B, n, F) -> (B, F), in `width` programs a sample."""
+    """Second stage of the features' gradients, (2, B, n, F) -> twice (B, F), in `width` programs a row."""
     b, part = locate(tl.program_id(0), width, True)
     k = part * BLOCK_F + tl.arange(0, BLOCK_F)
     chunk = tl.arange(0, BLOCK)
@@ -209,19 +245,23 @@ def _sum_shares_kernel(
         index = start + chunk
         ptrs = partial_ptr + (b * n_chunks + index)[:, None] * FEATURES + k[None, :]
         acc += tl.load(ptrs, mask=(index < n_chunks)[:, None] & (k < FEATURES)[None, :], other=0.0)
-    tl.store(out_ptr + b * FEATURES + k, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=k < FEATURES)
+    total = tl.sum(acc, axis=0)
+    place = b * FEATURES + k
+    tl.store(scale_ptr + place, total.to(scale_ptr.dtype.element_ty), mask=(k < FEATURES) & (b < batch))
+    place = (b - batch) * FEATURES + k
+    tl.store(shift_ptr + place, total.to(shift_ptr.dtype.element_ty), mask=(k < FEATURES) & (b >= batch))
 
 
 # -- launchers -----------------------------------------------------------------------------------------------
 
 
-def _sum_shares(shares: Tensor, out: Tensor) -> None:
-    """Fill `out` (B, F) with the sum of `shares` (B, n, F) over n."""
-    batch, chunks, features = shares.shape
+def _sum_shares(shares: Tensor, d_scale: Tensor, d_shift: Tensor) -> None:
+    """Fill both gradients (B, F) with the sums of `shares` (2, B, n, F) over n."""
+    _, batch, chunks, features = shares.shape
     block_f = min(64, power_of_two(features))
     pieces = cdiv(features, block_f)
     launch(
-        _sum_shares_kernel, batch * pieces, shares, 4, shares, out, chunks, pieces,
+        _sum_shares_kernel, 2 * batch * pieces, shares, 4, shares, d_scale, d_shift, batch, chunks, pieces,
         FEATURES=features, BLOCK_F=block_f, BLOCK=min(64, power_of_two(chunks)),
     )  # fmt: skip
 
@@ -277,25 +317,21 @@ def launch_coupling_head_backward(
     grad_logdet, label_index = grad_logdet.contiguous(), label_index.contiguous()
     next_bytes = mask_bytes(next_mask, x.shape)
     d_affine = torch.empty(0 if affine is None else 2, chunks, dtype=acc, device=x.device)
-    for d_features, d_weight, d_table in (
-        (d_scale_features, d_scale_weight, d_scale_table),
-        (d_shift_features, d_shift_weight, d_shift_table),
-    ):
-        shares = torch.empty(batch, chunks, features, dtype=acc, device=x.device)
-        launch(
-            _head_bwd_kernel, parts * chunks, x, blocks.warps,
-            grad_y, grad_logdet, None if next_mask is None else grad_masked, x,
-            scale_features, shift_features, scale_weight, shift_weight, scale_table, shift_table, label_index,
-            order, next_bytes, affine,
-            dx, shares, d_weight, d_table, None if affine is None else d_affine,
-            grad_y.stride(0), 0 if next_mask is None else grad_masked.stride(0), x.stride(0),
-            batch, active, pixels, classes, chunks,
-            FEATURES=features, BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f, SAMPLES=SAMPLES,
-            BLOCK=blocks.pixels, BLOCK_CLASSES=BLOCK_CLASSES, ACC=triton_dtype(acc), NARROW=narrow,
-            BOUND=bound, INVERSE=inverse, NEXT=next_mask is not None, AFFINE=affine is not None,
-            SHIFT=d_features is d_shift_features,
-        )  # fmt: skip
-        _sum_shares(shares, d_features)
+    shares = torch.empty(2, batch, chunks, features, dtype=acc, device=x.device)
+    launch(
+        _head_bwd_kernel, 2 * parts * chunks, x, blocks.warps,
+        grad_y, grad_logdet, None if next_mask is None else grad_masked, x,
+        scale_features, shift_features, scale_weight, shift_weight, scale_table, shift_table, label_index,
+        order, next_bytes, affine,
+        dx, shares, d_scale_weight, d_shift_weight, d_scale_table, d_shift_table,
+        None if affine is None else d_affine,
+        grad_y.stride(0), 0 if next_mask is None else grad_masked.stride(0), x.stride(0),
+        batch, active, pixels, classes, chunks,
+        FEATURES=features, BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f, SAMPLES=SAMPLES,
+        BLOCK=blocks.pixels, BLOCK_CLASSES=BLOCK_CLASSES, ACC=triton_dtype(acc), NARROW=narrow,
+        BOUND=bound, INVERSE=inverse, NEXT=next_mask is not None, AFFINE=affine is not None, PARTS=parts,
+    )  # fmt: skip
+    _sum_shares(shares, d_scale_features, d_shift_features)
     return (
         dx, d_scale_features, d_shift_features, d_scale_weight, d_shift_weight, d_scale_table, d_shift_table,
         d_affine.flatten() if affine is None else sum_chunks(d_affine),
