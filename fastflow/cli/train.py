@@ -45,6 +45,23 @@ class Augment(StrEnum):
     none = "none"
 
 
+class Engine(StrEnum):
+    """How training steps run."""
+
+    auto = "auto"
+    eager = "eager"
+    cuda_graph = "cuda_graph"
+
+
+class Precision(StrEnum):
+    """The precisions of training."""
+
+    float32 = "32-true"
+    tf32 = "tf32"
+    bfloat16 = "bf16-mixed"
+    float64 = "64-true"
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
     """Arguments and options of the command."""
@@ -79,6 +96,14 @@ class TrainOptions:
             help="Steps at the beginning that ignore the label: scoring computes them once for all labels.",
         ),
     ] = 0
+    engine: Annotated[
+        Engine,
+        typer.Option(help="How steps run; auto takes a CUDA graph on a GPU, and eager steps elsewhere."),
+    ] = Engine.auto
+    precision: Annotated[
+        Precision,
+        typer.Option(help="32-true uses no TF32; tf32 allows it in convolutions and matrix products."),
+    ] = Precision.float32
     slices: Annotated[
         str, typer.Option(help="Slices of a volume: center, center+-N, center+-N:S or i,j,k.")
     ] = "center"
@@ -113,6 +138,8 @@ def train(options: TrainOptions) -> None:
         options.preset.value,
         options.task.value,
         seed=options.seed,
+        engine=options.engine.value,
+        precision=options.precision.value,
         **{name: value for name, value in given.items() if value is not None},
     )
     changes: dict[str, Any] = {

@@ -121,6 +121,11 @@ class TrainingStep:
         """Whether a batch of the shape of the first one is a replay."""
         return self._captured is not None and self._captured.captured
 
+    @property
+    def staged(self) -> Batch | None:
+        """The tensors that a captured step reads and writes; None before the first step, and on a CPU."""
+        return None if self._staging is None else self._staging.batch
+
     def set_learning_rate(self, value: float) -> None:
         """Take steps with this learning rate from now on."""
         self._rate.fill_(value)

@@ -6,6 +6,8 @@ from helpers import application_mask, build, images, labels
 
 from fastflow import FlowConfig, MagicFlow
 from fastflow.errors import UninitializedModelError
+from fastflow.kernels.checks import check_label_index, mark_label_index
+from fastflow.models.coupling import draw_seeds
 
 LAYOUTS = {
     "classification": {},
@@ -72,3 +74,29 @@ def test_a_flow_without_data_conditions_forward_only():
     assert model.initialized
     with pytest.raises(UninitializedModelError):
         MagicFlow(FlowConfig.tiny(2), application_mask(16, 16)).condition(torch.arange(2), inverse=True)
+
+
+@pytest.mark.parametrize("dropout", [0.2, 0.0])
+def test_one_draw_gives_the_seeds_of_a_draw_for_each_coupling(dropout):
+    model = MagicFlow(FlowConfig.tiny(2, dropout=dropout)).train()
+    couplings = [step.coupling for step in model.steps]
+    device = torch.device("cpu")
+    torch.manual_seed(3)
+    one_by_one = [coupling.draw_seeds(5, device) for coupling in couplings]
+    torch.manual_seed(3)
+    at_once = draw_seeds(couplings, 5, device)
+    for first, second in zip(one_by_one, at_once, strict=True):
+        for half, same in zip(first, second, strict=True):
+            assert (half is None and same is None) if dropout == 0 else torch.equal(half, same)
+    model.eval()
+    assert draw_seeds(couplings, 5, device) == [(None, None)] * len(couplings)
+
+
+def test_labels_that_are_known_are_not_looked_at():
+    label_index, x = torch.tensor([0, 1, 2]), torch.zeros(3)
+    check_label_index(mark_label_index(label_index, 2), 3, 2, x)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        check_label_index(label_index.clone(), 3, 2, x)
+    label_index.fill_(2)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        check_label_index(label_index, 3, 2, x)

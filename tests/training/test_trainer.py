@@ -9,6 +9,7 @@ import torch
 
 from fastflow import FlowConfig, MagicFlow
 from fastflow.data.slices import SliceSet
+from fastflow.training import objective as objectives
 from fastflow.training.trainer import TrainConfig, evaluate_bits_per_dim, middle_slices, train
 
 NAMES = ("dark", "bright")
@@ -146,6 +147,41 @@ def test_conditioners_in_bfloat16_learn_too(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("precision", "allowed"), [("32-true", False), ("tf32", True)])
+@pytest.mark.parametrize("before", [(True, False), (False, True)])
+def test_tf32_is_allowed_where_it_was_asked_for_and_nowhere_else(
+    tmp_path, monkeypatch, precision, allowed, before
+):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    monkeypatch.setattr(cudnn, "allow_tf32", before[0])
+    monkeypatch.setattr(matmul, "allow_tf32", before[1])
+    seen = []
+    train(
+        new_model(),
+        make_set(4),
+        None,
+        config(epochs=1, precision=precision),
+        tmp_path,
+        progress=lambda _: seen.append((cudnn.allow_tf32, matmul.allow_tf32)),
+    )
+    assert seen == [(allowed, allowed)]
+    assert (cudnn.allow_tf32, matmul.allow_tf32) == before
+
+
+def test_skipped_steps_are_counted_and_the_mean_is_of_the_others(tmp_path, monkeypatch):
+    original, calls = objectives.likelihood_loss, []
+
+    def likelihood_loss(flow, x, y):
+        calls.append(None)
+        loss, lp = original(flow, x, y)
+        return (loss * float("nan"), lp * float("nan")) if len(calls) in (2, 4) else (loss, lp)
+
+    monkeypatch.setattr(objectives, "likelihood_loss", likelihood_loss)
+    history = train(new_model(), make_set(), None, config(), tmp_path)
+    assert [record.get("skipped_steps") for record in history] == [1, 1, None]
+    assert all(np.isfinite(record["train_bits_per_dim"]) for record in history)
+
+
 def test_balanced_sampling_takes_a_class_imbalance(tmp_path):
     data = make_set(12)
     few = data.subset([0, 2, 4, 6, 8, 10, 1])
@@ -205,6 +241,8 @@ def test_bits_per_dim_does_not_depend_on_the_batch():
         ("precision", "8-bit"),
         ("contrast_temperature", 0.0),
         ("threads", 0),
+        ("engine", "graph"),
+        ("max_skipped", 0),
     ],
 )
 def test_settings_out_of_range_are_named(field, value):
