@@ -18,6 +18,7 @@ from fastflow.kernels.head_tables import head_tables
 from fastflow.kernels.latent_prior import latent_prior
 from fastflow.kernels.norm_film_act import film_act, norm_film_act
 from fastflow.kernels.norm_modulate_act import norm_modulate_act
+from fastflow.kernels.planning import set_launch_plans
 from fastflow.kernels.pool_channels import pool_channels
 from fastflow.kernels.pool_pixels import average_pixels, pool_pixels
 from fastflow.kernels.pyramid import atrous_pyramid
@@ -48,6 +49,7 @@ __all__ = [
     "pool_channels",
     "pool_pixels",
     "set_backend",
+    "set_launch_plans",
     "squeeze2x2",
     "unsqueeze2x2",
 ]

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fastflow.kernels.triton import launch as launching
-from fastflow.kernels.triton.plans import getter, has_hooks
+from fastflow.kernels.triton.plans import getter, must_be_seen
 from fastflow.kernels.watching import MISS, RepeatedFunction, RepeatedLaunches, is_inner, watch
 
 P = ParamSpec("P")
@@ -47,6 +47,7 @@ MAX_CANDIDATES = 8
 # These compare type, dispatch keys, dtype, device, sizes and strides of tensors in one call of C++.
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _is_tracing = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
 
 # -- setting -------------------------------------------------------------------------------------------------
 
@@ -139,20 +140,20 @@ class _Layout:
     """Which of a function's arguments are tensors and which numbers, for given types of them.
 
     Attributes:
-        nested: whether tuples are among the arguments, which are then laid out flat under another key.
-        unusual: whether calls with such types have no plans, or are `nested`.
+        tuples: places of tuples, whose items are then laid out flat under another key.
+        unusual: whether calls with such types have no plans, or have `tuples`.
         tensors: takes the tensors from the arguments, as a tuple.
         scalars: takes the rest from the arguments, as a tuple.
-        entries: the candidates for a shape of the first tensor and the scalars.
+        entries: the candidates for a shape of the first tensor, the scalars, and whether gradients are on.
     """
 
-    __slots__ = ("entries", "nested", "scalars", "tensors", "unusual")
+    __slots__ = ("entries", "scalars", "tensors", "tuples", "unusual")
 
     def __init__(self, values: tuple[Any, ...], known: bool) -> None:
         places = [i for i, value in enumerate(values) if type(value) in (Tensor, torch.nn.Parameter)]
         rest = [i for i in range(len(values)) if i not in places]
         self.tensors, self.scalars = getter(places), getter(rest)
-        self.nested = any(isinstance(values[i], tuple) for i in rest)
+        self.tuples = [i for i in rest if isinstance(values[i], tuple)]
         plain = (int, float, bool, type(None), torch.dtype, str)
         self.unusual = not (known and places and all(type(values[i]) in plain for i in rest))
         self.entries: dict[Any, tuple[_Candidate, ...]] = {}
@@ -161,7 +162,8 @@ class _Layout:
 def _guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
     """Whether tensors have the types, dispatch keys, dtypes, devices, sizes and strides of these.
 
-    Dispatch keys include those of modes, functorch and tracing, and whether autograd records the call.
+    Dispatch keys include those of modes, functorch, tracing and inference. Whether a tensor requires
+    gradients is compared, whether gradients are enabled is not.
     """
     sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
     guards = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -173,10 +175,9 @@ def _can_watch(tensors: tuple[Tensor, ...]) -> bool:
     return (
         _enabled
         and _TensorGuards is not None
-        and not launching.is_recording()
         and not launching.interpreted()
         and not launching.autotuned()
-        and not has_hooks()
+        and not must_be_seen()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()
@@ -185,16 +186,6 @@ def _can_watch(tensors: tuple[Tensor, ...]) -> bool:
 
 
 # -- look-up -------------------------------------------------------------------------------------------------
-
-
-def _flat(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    out: list[Any] = []
-    for value in values:
-        if isinstance(value, tuple):
-            out += value
-        else:
-            out.append(value)
-    return tuple(out)
 
 
 def planned(function: Callable[P, R], direct: Callable[..., Any] | None = None) -> Callable[P, R]:
@@ -222,7 +213,7 @@ def planned(function: Callable[P, R], direct: Callable[..., Any] | None = None) 
             if layout.unusual:
                 return seen(*args, **kwargs) if is_inner() else function(*args, **kwargs)
         tensors = layout.tensors(values)
-        key = tensors[0].shape, layout.scalars(values)
+        key = tensors[0].shape, layout.scalars(values), _is_grad_enabled()
         repeat: Any = MISS
         for fits, found in layout.entries.get(key, ()):
             if fits(*tensors):
@@ -239,10 +230,15 @@ def planned(function: Callable[P, R], direct: Callable[..., Any] | None = None) 
     ) -> tuple[tuple[Any, ...], _Layout]:
         """The arguments, flat where tuples are among them, and their layout."""
         layout = table.get(kind) or add(kind, values, known)
-        if not layout.nested:
+        if not layout.tuples:
             return values, layout
-        lengths = [len(value) for value in values if isinstance(value, tuple)]
-        values = _flat(values)
+        flat: list[Any] = []
+        lengths, start = [], 0
+        for place in layout.tuples:
+            lengths.append(len(values[place]))
+            flat += (*values[start:place], *values[place])
+            start = place + 1
+        values = (*flat, *values[start:])
         kind = (*kind, *lengths, *map(type, values))
         return values, table.get(kind) or add(kind, values, known)
 

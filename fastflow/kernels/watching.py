@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastflow.kernels.triton import launch as launching
-from fastflow.kernels.triton.plans import Plan, data_ptr, getter, has_hooks
+from fastflow.kernels.triton.plans import Plan, data_ptr, getter, must_be_seen
 from fastflow.kernels.triton.recorder import Recorder
 
 Check = tuple[Callable[..., None], int, tuple[Any, ...]]
@@ -43,7 +43,7 @@ class RepeatedLaunches:
         self._others |= other._others
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> Any:
-        if launching.is_recording() or has_hooks():
+        if must_be_seen():
             return MISS
         for check, place, rest in self._checks:
             check(tensors[place], *rest)

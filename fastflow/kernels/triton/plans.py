@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastflow.kernels.triton import launch as launching
+
 data_ptr = Tensor.data_ptr
 
 
@@ -151,11 +153,10 @@ class Plan:
         values = (*tensors, *made)
         if self._steps:
             values = self._run_steps(values, numbers, stream)
-        else:
-            if self._offsets:
-                numbers += [numbers[place] + offset for place, offset in self._offsets]
-            for launch, programs, function, tail, arguments in self._launches:
-                launch(programs, 1, 1, stream, function, *tail, arguments(numbers))
+        elif self._offsets:
+            numbers += [numbers[place] + offset for place, offset in self._offsets]
+        for launch, programs, function, tail, arguments in self._launches:
+            launch(programs, 1, 1, stream, function, *tail, arguments(numbers))
         if self._outputs is not None:
             results = self._outputs(values)
         else:
@@ -191,10 +192,10 @@ def getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
     return lambda values: tuple([values[i] for i in chosen])
 
 
-def has_hooks() -> bool:
-    """Whether Triton calls somebody before or after each launch, as its profiler asks for."""
+def must_be_seen() -> bool:
+    """Whether somebody watches launches: `recording`, or hooks that Triton calls, as for its profiler."""
     runtime = _triton_settings()
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    return bool(launching._records or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 @functools.cache

@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
             self._paused = False
         place = self._place(value)
         if place is None or place.slot >= len(self._inputs) or self._inputs[place.slot] is not value:
-            self.refusal = "a tensor whose values are checked is no input"
+            self._refuse("a tensor whose values are checked is no input")
             return
         self.checks.append((function, place.slot, rest))
 
@@ -85,7 +85,7 @@ class Recorder(TorchDispatchMode):
         """Note a launch of `kernel`, the build of Triton's `compiled` for the arguments `bound` by name."""
         run: Any = getattr(kernel, "run", None)
         if not _is_plain(run) or getattr(compiled, "pre_run_hooks", None):
-            self.refusal = "plans do not know the launcher of this Triton, or the kernel needs scratch memory"
+            self._refuse("plans do not know the launcher of this Triton, or the kernel needs scratch memory")
             return
         arguments, annotations = [], []
         signature = kernel.src.signature
@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(value, Tensor):
                 value = self._place(value)
                 if value is None:
-                    self.refusal = f"the tensor {name} of {kernel.name} is neither an input nor made here"
+                    self._refuse(f"the tensor {name} of {kernel.name} is neither an input nor made here")
                     return
             arguments.append(value)
             annotations.append(annotation)
@@ -116,29 +116,29 @@ class Recorder(TorchDispatchMode):
             return
         results = out if isinstance(out, (tuple, list)) else (out,)
         if any(tag in func.tags for tag in _UNREPEATABLE) or not all(isinstance(r, Tensor) for r in results):
-            self.refusal = f"{func} reads values on the host"
+            self._refuse(f"{func} reads values on the host")
             return
         new = [result for result in results if _storage(result) not in self._owners]
         if not new and not func._schema.is_mutable:
             # A view needs no step, since places are addresses.
             return
         if any(value.device != self._inputs[0].device for value in results):
-            self.refusal = f"{func} copies to another device"
+            self._refuse(f"{func} copies to another device")
             return
         arguments = tuple(self._argument(value, func) for value in args)
         keywords = {name: self._argument(value, func) for name, value in kwargs.items()}
         if new and len(new) != len(results):
-            self.refusal = f"{func} returns views among its results"
+            self._refuse(f"{func} returns views among its results")
         self._steps.append(Call(func, arguments, keywords, tuple(self._own(result) for result in new)))
 
     def _argument(self, value: Any, func: Any) -> Any:
         if isinstance(value, Tensor):
             view = self._view(value)
             if view is None:
-                self.refusal = self.refusal or f"{func} takes a tensor that is neither an input nor made here"
+                self._refuse(f"{func} takes a tensor that is neither an input nor made here")
             return view
         if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
-            self.refusal = self.refusal or f"{func} takes a list of tensors"
+            self._refuse(f"{func} takes a list of tensors")
         return value
 
     def _own(self, value: Tensor) -> int:
@@ -170,6 +170,9 @@ class Recorder(TorchDispatchMode):
             return None
         return View(place.slot, tuple(value.shape), value.stride(), place.offset // base.element_size())
 
+    def _refuse(self, why: str) -> None:
+        self.refusal = self.refusal or why
+
     # -- the plan --------------------------------------------------------------------------------------------
 
     def plan(self, result: Any) -> Plan | None:
@@ -177,15 +180,15 @@ class Recorder(TorchDispatchMode):
         results = result if type(result) is tuple else (result,)
         outputs = [self._view(value) if type(value) is Tensor else None for value in results]
         if None in outputs:
-            self.refusal = self.refusal or "the result holds something that is no tensor of the call"
+            self._refuse("the result holds something that is no tensor of the call")
         if not any(isinstance(step, KernelLaunch) for step in self._steps):
-            self.refusal = self.refusal or "nothing was launched"
+            self._refuse("nothing was launched")
         used = {slot for step in self._steps for slot in _slots(step)}
         used.update(view.slot for view in outputs if view is not None)
         allocations = [made for made in self._allocations if made.slot in used]
         device = self._inputs[0].device
         if any(made.device != device for made in allocations):
-            self.refusal = self.refusal or "memory on another device is used"
+            self._refuse("memory on another device is used")
         if self.refusal:
             return None
         views = [view for view in outputs if view is not None]
