@@ -29,6 +29,7 @@ from fastflow.kernels.checks import check_device, check_dtype, check_pooled_imag
 from fastflow.kernels.cpu.convolution import convolve
 from fastflow.kernels.cpu.linear import grouped_linear
 from fastflow.kernels.layouts import empty_image, is_channels_last, memory_format
+from fastflow.kernels.planning import planned
 from fastflow.kernels.pool_channels import pool_channels
 from fastflow.kernels.pool_pixels import pool_pixels
 from fastflow.kernels.registry import (
@@ -40,6 +41,7 @@ from fastflow.kernels.registry import (
 )
 from fastflow.kernels.triton.cbam import MAX_CHANNELS, launch_cbam
 from fastflow.kernels.triton.cbam_backward import launch_cbam_backward
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype, full_precision
 
 # The result, then the pooled pixels, their indices, the hidden units, the channel logits, the pooled
@@ -228,6 +230,7 @@ def _check(x: Tensor, down: Tensor, up: Tensor, spatial_weight: Tensor) -> None:
         check_device(name, value, x)
 
 
+@planned
 def cbam(x: Tensor, down: Tensor, up: Tensor, spatial_weight: Tensor) -> Tensor:
     """Multiply `x` by a gate per channel, made of its pooled pixels, and a gate per pixel, made of channels.
 
@@ -254,5 +257,5 @@ def cbam(x: Tensor, down: Tensor, up: Tensor, spatial_weight: Tensor) -> Tensor:
     if not is_recorded(x, down, up, spatial_weight):
         gated: Tensor = _cbam(x, down, up, spatial_weight, False)[0]
         return gated
-    y: Tensor = Cbam.apply(x, down, up, spatial_weight)
+    y: Tensor = differentiate(Cbam, x, down, up, spatial_weight)
     return y

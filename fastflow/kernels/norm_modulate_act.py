@@ -25,11 +25,13 @@ from fastflow.kernels.cpu.norm_film_act import norm_modulate_act_backward_cpu, n
 from fastflow.kernels.dropout import checked_seeds, drop_threshold, dropout_mask, keep_scale
 from fastflow.kernels.layouts import empty_image, is_channels_last
 from fastflow.kernels.norm_film_act import norm_film_act_backward_reference
+from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import is_recorded, refuse_second_derivative, register, takes_reference
 from fastflow.kernels.triton.norm_modulate_act import (
     launch_norm_modulate_act,
     launch_norm_modulate_act_backward,
 )
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype
 
 # -- definition ----------------------------------------------------------------------------------------------
@@ -163,6 +165,7 @@ class NormModulateAct(torch.autograd.Function):
         return dx, d_modulation.to(modulation.dtype), d_residual, None, None, None, None, None
 
 
+@planned
 def norm_modulate_act(
     x: Tensor,
     groups: int,
@@ -217,5 +220,5 @@ def norm_modulate_act(
     if not is_recorded(x, modulation, residual):
         y: Tensor = _norm_modulate_act(*inputs)[0]
         return y
-    out: Tensor = NormModulateAct.apply(*inputs)
+    out: Tensor = differentiate(NormModulateAct, *inputs)
     return out

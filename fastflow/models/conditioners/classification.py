@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastflow import kernels
 from fastflow.kernels.coupling_head import head_reference
 from fastflow.kernels.cpu.linear import grouped_linear, whole_groups, wide_linear
+from fastflow.kernels.registry import runs_triton
 from fastflow.models.conditioners.label_params import (
     CouplingMask,
     Dropout,
@@ -158,7 +159,15 @@ class ClassificationConditioner(ConditionerBase):
             for norm, seed in zip(DROPOUT_NORMS, seeds, strict=True):
                 films[norm] = films[norm]._replace(dropout=Dropout(self.dropout, seed))
         v = encode_strided(self, a, films).flatten(1)
-        return self.scale.features(v), self.shift.features(v)
+        if not runs_triton(v):
+            return self.scale.features(v), self.shift.features(v)
+        layers = self.scale.image, self.shift.image
+        # In evaluation features are never narrower than the weights, see `DenseHead.features`.
+        dtype = conditioner_dtype(v) if self.training else layers[0].weight.dtype
+        weights = layers[0].weight.to(dtype), layers[1].weight.to(dtype)
+        return kernels.head_features(
+            v.to(dtype), weights, (layers[0].bias.to(dtype), layers[1].bias.to(dtype))
+        )
 
     def forward(self, a: Tensor, label_params: LabelParams, label_index: Tensor) -> tuple[Tensor, Tensor]:
         """Masked input (B, C, H, W) -> (raw log-scale, shift), each (B, C, H, W)."""
