@@ -47,10 +47,14 @@ def op_cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
         torch.randn(2, n, width).unbind(0) for n, width in ((BATCH, FEATURES), (256, FEATURES), (LABELS, 256))
     )
     weight, bias = torch.randn(CHANNELS, CHANNELS), torch.randn(CHANNELS)
+    gates = torch.randn(1, CHANNELS), torch.randn(CHANNELS, 1), torch.randn(1, 2, 7, 7)
     channel_logits, spatial_logits = torch.randn(BATCH, CHANNELS), torch.randn(BATCH, 1, SIDE, SIDE)
 
     def norm(x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> object:
         return kernels.norm_film_act(x, 8, gamma, beta, label_index, residual)
+
+    def sampled_norm(x: Tensor, modulation: Tensor, residual: Tensor) -> object:
+        return kernels.norm_modulate_act(x, 8, modulation, residual)
 
     def head(x: Tensor, *rest: Tensor) -> object:
         pairs = rest[:2], rest[2:4], rest[4:]
@@ -58,6 +62,8 @@ def op_cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
 
     return {
         "norm_film_act": (norm, (image, gamma, beta, residual)),
+        "norm_modulate_act": (sampled_norm, (image, torch.randn(BATCH, CHANNELS, 2), residual)),
+        "cbam": (kernels.cbam, (image, *gates)),
         "channel_mix": (kernels.channel_mix, (image, weight, bias)),
         "affine_coupling": (lambda *x: kernels.affine_coupling(*x, mask), (one, raw, shift)),
         "coupling_head_step": (head, (one, *features, *weights, *tables)),
