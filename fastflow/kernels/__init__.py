@@ -17,6 +17,7 @@ from fastflow.kernels.dropout import dropout_seeds
 from fastflow.kernels.head_features import head_features
 from fastflow.kernels.head_tables import head_tables
 from fastflow.kernels.latent_prior import latent_prior
+from fastflow.kernels.lu_mixing import ChannelMap, MixingLayer, lu_mixing, runs_lu_mixing
 from fastflow.kernels.norm_film_act import film_act, norm_film_act
 from fastflow.kernels.norm_modulate_act import norm_modulate_act
 from fastflow.kernels.planning import set_launch_plans
@@ -27,6 +28,8 @@ from fastflow.kernels.registry import get_backend, set_backend
 from fastflow.kernels.squeeze import squeeze2x2, unsqueeze2x2
 
 __all__ = [
+    "ChannelMap",
+    "MixingLayer",
     "PixelOrder",
     "affine_coupling",
     "apply_gates",
@@ -45,11 +48,13 @@ __all__ = [
     "head_features",
     "head_tables",
     "latent_prior",
+    "lu_mixing",
     "norm_film_act",
     "norm_modulate_act",
     "pixel_order",
     "pool_channels",
     "pool_pixels",
+    "runs_lu_mixing",
     "set_backend",
     "set_launch_plans",
     "squeeze2x2",

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ class Op:
         name: name of the entry in `OPS` and in ``torch.ops.fastflow``.
         definition: plain ATen that decides what is right. A forward definition may take the arguments of the
             public function and return its result alone; a backward definition takes those of the entry.
-        cpu: what runs on a CPU. Its first argument is a tensor, whose device decides between `cpu` and
-            `triton`.
+        cpu: what runs on a CPU. Its first argument is a tensor or a list of them, whose device decides
+            between `cpu` and `triton`.
         triton: the launcher, which starts the kernels; None where an op has no kernels.
         fake: gives shapes, dtypes and strides of the results. Its annotations are the op's schema.
         functions: names of the public functions that run the entry; none for a backward entry.
@@ -175,8 +175,8 @@ def register(
     if triton is None:
         return None
 
-    def run(x: Tensor, *rest: Any) -> Any:
-        if use_triton(x, unsupported(x, *rest) if unsupported else ""):
+    def run(x: Tensor | Sequence[Tensor], *rest: Any) -> Any:
+        if use_triton(x if isinstance(x, Tensor) else x[0], unsupported(x, *rest) if unsupported else ""):
             return triton(x, *rest)
         return op.cpu(x, *rest)
 

@@ -45,6 +45,10 @@ class ConditionedFlow:
         ignored = mark_label_index(torch.zeros_like(label_index), 1)
         return lambda i: label_index if self.steps[i].step.uses_label else ignored
 
+    def mixing_logdet(self) -> Tensor:
+        """Log-determinant of all mixes, a scalar in float64; after the first batch has passed."""
+        return torch.stack([step.mixing_logdet() for step in self.steps]).sum()
+
     def forward(
         self,
         h: Tensor,
@@ -257,17 +261,15 @@ class Flow(nn.Module):
         labels, label_index = self._labels_and_index(y)
         if self.config.reversible and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             walk = reversible.encode(self.steps, x, labels, label_index)
-            logdets = walk.terms
+            mixing: Tensor | float = 0.0
         else:
             flow = self.condition(labels)
             walk = flow.forward(x, label_index)
-            logdets = [
-                logdet.double() + step.mixing_logdet()
-                for step, logdet in zip(flow.steps, walk.terms, strict=True)
-            ]
+            mixing = flow.mixing_logdet()
         z = torch.cat([block.flatten(1) for block in (walk.h, *walk.blocks)], dim=1)
         # The sum is float64, since 24 roundings at 3e4 nats would cost more than the first 24 terms.
-        return z, torch.stack(logdets).sum(dim=0).to(acc_dtype(self.dtype))
+        total = torch.stack(walk.terms).sum(dim=0, dtype=torch.float64) + mixing
+        return z, total.to(acc_dtype(self.dtype))
 
     def _labels_and_index(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Labels to condition on, and each sample's index: all classes, or the samples' own if fewer."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastflow.kernels.lu_mixing import lu_factors, lu_inverse, lu_weight
+
 STD_FLOOR = 1e-3
 
 
@@ -110,25 +112,12 @@ class InvertibleConv1x1(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(L, U) in float64, U with its diagonal."""
-        eye = torch.eye(self.log_s.numel(), dtype=torch.float64, device=self.log_s.device)
-        lower = self.lower.double().tril(-1) + eye
-        return lower, self.upper.double().triu(1) + torch.diag(self.sign * self.log_s.double().exp())
+        return lu_factors(self.lower, self.upper, self.log_s, self.sign)
 
     def weight(self) -> Tensor:
         """W (C, C) in float64."""
-        lower, upper = self.factors()
-        product: Tensor = lower @ upper
-        return product[self.permutation]
+        return lu_weight(*self.factors(), self.permutation)
 
     def inverse_weight(self) -> Tensor:
         """W^-1 (C, C) in float64, by two triangular solves."""
-        lower, upper = self.factors()
-        eye = torch.eye(self.log_s.numel(), dtype=torch.float64, device=self.log_s.device)
-        # W = P L U with (P A)[i] = A[permutation[i]], so the columns of P^T are rows of the identity at those
-        # places.
-        permuted = torch.zeros_like(eye).index_put(
-            (self.permutation, torch.arange(len(eye), device=eye.device)), eye.new_ones(())
-        )
-        half = torch.linalg.solve_triangular(lower, permuted, upper=False, unitriangular=True)
-        out: Tensor = torch.linalg.solve_triangular(upper, half, upper=True)
-        return out
+        return lu_inverse(*self.factors(), self.permutation)

@@ -11,22 +11,12 @@ from torch import Tensor, nn
 
 from fastflow import kernels
 from fastflow.errors import UninitializedModelError
+from fastflow.kernels.lu_mixing import inverse_mixing_reference, mixing_logdet_reference
 from fastflow.models.conditioners.label_params import LabelParams, NextInput, conditioner_dtype
 from fastflow.models.config import FlowConfig, Shape
 from fastflow.models.coupling import AffineCoupling, ConvWeights, Seeds
 from fastflow.models.layers import ActNorm, InvertibleConv1x1
-
-
-class Mixing(NamedTuple):
-    """ActNorm and the 1x1 convolution of a step as one affine map of the channels.
-
-    Attributes:
-        weight: (C, C).
-        bias: (C,), added after the product.
-    """
-
-    weight: Tensor
-    bias: Tensor
+from fastflow.models.mixing import Mixing, StepMap, step_map, step_maps
 
 
 class FlowStep(nn.Module):
@@ -65,22 +55,30 @@ class FlowStep(nn.Module):
         """The parameters that `labels` (R,) give each conditioner; those of one label where it knows none."""
         return self.coupling.label_params(labels if self.uses_label else labels.new_zeros(1))
 
+    def mixing_layer(self) -> kernels.MixingLayer:
+        """The parameters of ActNorm and convolution."""
+        conv, norm = self.conv, self.actnorm
+        lu = conv.lower, conv.upper, conv.log_s
+        return kernels.MixingLayer(*lu, norm.log_scale, norm.bias, conv.permutation, conv.sign, self.pixels)
+
     def mixing(self, dtype: torch.dtype) -> Mixing:
         """The affine map of the channels, computed in float64."""
-        weight = self.conv.weight()
-        scale = self.actnorm.log_scale.double().exp()
-        bias = weight @ self.actnorm.bias.double()
-        return Mixing((weight * scale).to(dtype), bias.to(dtype))
+        mixing = step_map(self.mixing_layer(), dtype).mixing
+        assert mixing is not None
+        return mixing
 
     def inverse_matrix(self, dtype: torch.dtype) -> Tensor:
         """The inverse (C, C) of the matrix of `mixing`, from the factors of the 1x1 convolution."""
-        scale = self.actnorm.log_scale.double().exp()
-        return (self.conv.inverse_weight() / scale[:, None]).to(dtype)
+        return inverse_mixing_reference(self.mixing_layer()).to(dtype)
 
     def mixing_logdet(self) -> Tensor:
         """Log-determinant of ActNorm and convolution, a scalar in float64 that no sample or label changes."""
-        total: Tensor = self.actnorm.log_scale.double().sum() + self.conv.log_s.double().sum()
-        return self.pixels * total
+        return mixing_logdet_reference(self.mixing_layer())
+
+    @property
+    def may_be_applied_before(self) -> bool:
+        """Whether the mix has a single channel, so that the coupling before the step can apply it."""
+        return self.conv.log_s.numel() == 1 and not self.squeeze and self.actnorm.ready
 
     def affine(self, inverse: bool = False) -> Tensor | None:
         """The mix of a step of one channel as (2,), a factor and a constant; None where it is more.
@@ -88,12 +86,9 @@ class FlowStep(nn.Module):
         The coupling before such a step applies it while its result is at hand. With `inverse`, they are the
         factor and the constant of `unmix`.
         """
-        if self.conv.log_s.numel() != 1 or self.squeeze or not self.actnorm.ready:
+        if not self.may_be_applied_before:
             return None
-        weight = self.conv.weight().reshape(1)
-        scale = self.actnorm.log_scale.double().exp()
-        factor = self.conv.inverse_weight().reshape(1) / scale if inverse else weight * scale
-        return torch.cat((factor, weight * self.actnorm.bias.double())).to(self.actnorm.bias.dtype)
+        return step_map(self.mixing_layer(), self.actnorm.bias.dtype, True, inverse).affine
 
     def mix(self, x: Tensor) -> Tensor:
         """Squeeze, ActNorm and convolution: x (B, C', H', W') -> (B, C, H, W).
@@ -107,7 +102,9 @@ class FlowStep(nn.Module):
         """Inverse of `mix`."""
         if not self.actnorm.ready:
             raise UninitializedModelError
-        return kernels.channel_unmix(y, *self.mixing(y.dtype), self.squeeze, self.inverse_matrix(y.dtype))
+        found = step_map(self.mixing_layer(), y.dtype, inverse=True)
+        assert found.mixing is not None
+        return kernels.channel_unmix(y, *found.mixing, self.squeeze, found.inverse_matrix)
 
 
 class HalfParams(NamedTuple):
@@ -223,7 +220,9 @@ class ConditionedStep:
 
 def condition_step(steps: Sequence[FlowStep], i: int, labels: Tensor) -> ConditionedStep:
     """Step i given `labels` (R,), for the forward direction; its mix is left to the first image."""
-    return ConditionedStep(steps[i], steps[i].label_params(labels), next_input=_next_input(steps, i))
+    affine = steps[i + 1].affine() if i + 1 < len(steps) and not steps[i].split else None
+    following = _next_input(steps, i + 1, affine, inverse=False)
+    return ConditionedStep(steps[i], steps[i].label_params(labels), next_input=following)
 
 
 def condition_steps(
@@ -242,46 +241,36 @@ def condition_steps(
         dtype: of the stream.
         inverse: prepare the inverse direction instead of the forward one.
     """
-    if inverse:
-        return [_conditioned_inverse(steps, i, label_params[i], dtype) for i in range(len(steps))]
-    conditioned = [
-        ConditionedStep(step, label_params[i], next_input=_next_input(steps, i))
-        for i, step in enumerate(steps)
-    ]
-    applied_before = [False, *(one.next_input is not None for one in conditioned[:-1])]
+    applied = [_is_applied_before(steps, i) for i in range(len(steps))]
+    if all(step.actnorm.ready for step in steps):
+        maps = step_maps([step.mixing_layer() for step in steps], applied, dtype, inverse)
+    else:
+        maps = [_forward_map(step, dtype, pair) for step, pair in zip(steps, applied, strict=True)]
+    inputs = [_next_input(steps, i, one.affine, inverse) for i, one in enumerate(maps)]
+    none: list[NextInput | None] = [None] * len(steps)
+    following, previous = (none, inputs) if inverse else ([*inputs[1:], None], none)
     return [
-        _with_mixing(one, dtype, applied) if one.step.actnorm.ready else one
-        for one, applied in zip(conditioned, applied_before, strict=True)
+        ConditionedStep(step, params, one.mixing, one.logdet, one.inverse_matrix, *written)
+        for step, params, one, *written in zip(steps, label_params, maps, following, previous, strict=True)
     ]
 
 
-def _with_mixing(one: ConditionedStep, dtype: torch.dtype, applied_before: bool) -> ConditionedStep:
-    # A step of one channel that the coupling before it applies needs no map of its own.
-    mixing = None if applied_before else one.step.mixing(dtype)
-    return dataclasses.replace(one, mixing=mixing, logdet=one.step.mixing_logdet())
+def _forward_map(step: FlowStep, dtype: torch.dtype, applied: bool) -> StepMap:
+    if not step.actnorm.ready:
+        return StepMap()
+    return step_map(step.mixing_layer(), dtype, applied)._replace(logdet=step.mixing_logdet())
 
 
-def _conditioned_inverse(
-    steps: Sequence[FlowStep], i: int, params: list[LabelParams], dtype: torch.dtype
-) -> ConditionedStep:
-    step, previous = steps[i], _previous_input(steps, i)
-    if previous is not None:
-        return ConditionedStep(step, params, previous_input=previous)
-    return ConditionedStep(step, params, step.mixing(dtype), inverse_matrix=step.inverse_matrix(dtype))
+def _is_applied_before(steps: Sequence[FlowStep], i: int) -> bool:
+    """Whether the coupling before step i applies the mix of step i, in both directions."""
+    return i > 0 and not steps[i - 1].split and steps[i].may_be_applied_before
 
 
-def _next_input(steps: Sequence[FlowStep], i: int) -> NextInput | None:
-    if i + 1 >= len(steps) or steps[i].split:
+def _next_input(steps: Sequence[FlowStep], i: int, affine: Tensor | None, inverse: bool) -> NextInput | None:
+    """What a coupling writes that applies the mix of step i, or its inverse."""
+    if affine is None:
         return None
-    affine = steps[i + 1].affine()
-    return None if affine is None else NextInput(steps[i + 1].coupling.mask, affine)
-
-
-def _previous_input(steps: Sequence[FlowStep], i: int) -> NextInput | None:
-    if i == 0 or steps[i - 1].split:
-        return None
-    affine = steps[i].affine(inverse=True)
-    return None if affine is None else NextInput(steps[i - 1].coupling.opposite, affine)
+    return NextInput(steps[i - 1].coupling.opposite if inverse else steps[i].coupling.mask, affine)
 
 
 # How a walk runs a step: (index, h, masked input of its first conditioner or None) -> (h, term, masked input

@@ -90,6 +90,13 @@ def cases():
     )
     yield OPS.latent_prior, (rand(3, 50),)
     yield OPS.latent_prior_backward, (rand(3), rand(3, 50))
+    layers = [
+        [rand(c, c), rand(c, c), *rand(3, c), torch.arange(c), torch.ones(c).to(torch.int8)] for c in (1, 3)
+    ]
+    params, pixels = [value for layer in layers for value in layer], [4, 9]
+    yield OPS.lu_mixing, (params, pixels, [True, False], False)
+    yield OPS.lu_mixing, (params, pixels, [True, False], True)
+    yield OPS.lu_mixing_backward, (rand(14), rand(2).double(), params, pixels)
     yield from norm_cases(x, last)
     yield from pool_cases(x, last)
     yield from cbam_cases(x, last)

@@ -51,7 +51,7 @@ class Eager:
         config = model.config
         self.device, self.free = model.device, config.condition_from_step
         self.flow = model.condition(torch.arange(config.num_classes, device=model.device))
-        self.constant = torch.stack([step.mixing_logdet() for step in self.flow.steps]).sum()
+        self.constant = self.flow.mixing_logdet()
         self._label_index: dict[tuple[int, int, int], Tensor] = {}
 
     def label_index(self, batch: int, first: int, last: int) -> Tensor:
