@@ -19,7 +19,7 @@ from fastflow import MagicFlow
 from fastflow.data.manifest import read_manifest
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import load_slices
-from fastflow.models.inference import scorer as scoring
+from fastflow.models.inference import precision as scoring
 from fastflow.models.scoring import LabelScorer, score_slices
 
 

@@ -209,7 +209,8 @@ def _mixing_fake(
     params: Sequence[Tensor], pixels: Sequence[int], affine: Sequence[bool], inverse: bool
 ) -> tuple[Tensor, Tensor]:
     channels = channels_of(params)
-    size = map_places(channels, tuple(affine), inverse)[1]
+    # Symbolic sizes are no keys of a cache.
+    size = map_places.__wrapped__(channels, tuple(affine), inverse)[1]
     return params[0].new_empty(size), params[0].new_empty(len(channels), dtype=torch.float64)
 
 
@@ -237,7 +238,7 @@ def _mixing_backward_cpu(
 def _mixing_backward_fake(
     grad: Tensor, grad_logdets: Tensor, params: Sequence[Tensor], pixels: Sequence[int]
 ) -> Tensor:
-    return params[0].new_empty(param_places(channels_of(params))[1])
+    return params[0].new_empty(param_places.__wrapped__(channels_of(params))[1])
 
 
 def _mixing_backward_unsupported(

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastflow.decision import check_prior, check_temperature
 from fastflow.models.flow import Flow
-from fastflow.models.inference.engines import has_bfloat16
-from fastflow.models.inference.scorer import ENGINES, PRECISIONS, LabelScorer, Scores, log_prob_all
+from fastflow.models.inference.precision import PRECISIONS, has_bfloat16
+from fastflow.models.inference.scorer import ENGINES, LabelScorer, Scores, log_prob_all
 
 __all__ = [
     "ENGINES",

@@ -10,6 +10,7 @@ from helpers import build, images
 from fastflow import FlowConfig, MagicFlow
 from fastflow.errors import InvalidImageWarning, PrecisionWarning, UninitializedModelError
 from fastflow.models import scoring
+from fastflow.models.inference import precision
 from fastflow.models.inference import scorer as scorers
 from fastflow.models.scoring import LabelScorer
 
@@ -212,7 +213,7 @@ def test_invalid_images_are_named_and_harm_no_other(engine, uncompiled):
 def test_choices_are_checked():
     model = build(FlowConfig.tiny(2), dtype=torch.float32)
     for arguments, words in (
-        ({"precision": "half"}, "precision must be one of float32, mixed, got 'half'"),
+        ({"precision": "half"}, "precision must be one of float32, tf32, mixed, got 'half'"),
         ({"engine": "tensorrt"}, "engine must be one of auto, eager, compile, cuda_graph, got 'tensorrt'"),
         ({"max_rows": 0}, "max_rows must be an integer of at least 1, got 0"),
         ({"max_rows": 2.5}, "max_rows must be an integer of at least 1, got 2.5"),
@@ -256,7 +257,7 @@ def test_compiling_needs_a_compiler(monkeypatch):
 @pytest.mark.parametrize("engine", ["eager", "compile"])
 @pytest.mark.parametrize("task", ["classification", "generation"])
 def test_mixed_rounds_conditioners_only(task, engine, uncompiled, monkeypatch):
-    monkeypatch.setattr(scorers, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     model = build(FlowConfig.tiny(3, task=task), dtype=torch.float32)
     x = images(model.config, 6, dtype=torch.float32)
     want = LabelScorer(model)(x)
@@ -272,7 +273,7 @@ def test_mixed_rounds_conditioners_only(task, engine, uncompiled, monkeypatch):
 
 
 def test_mixed_without_bfloat16_arithmetic_stays_wide(monkeypatch):
-    monkeypatch.setattr(scorers, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
     model = build(FlowConfig.tiny(3), dtype=torch.float32)
     x = images(model.config, 2, dtype=torch.float32)
     with pytest.warns(PrecisionWarning, match="no bfloat16 arithmetic"):

@@ -243,13 +243,3 @@ class CudaGraphs:
             scores = self.eager.finish(self.eager.start(images), first, last)
         self.pool = graph.pool() if self.pool is None else self.pool
         return images, scores, graph
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes products in bfloat16, and not only stores it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(bool(known.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))

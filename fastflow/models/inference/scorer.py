@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastflow.errors import InvalidImageWarning, PrecisionWarning, UninitializedModelError
+from fastflow.errors import InvalidImageWarning, UninitializedModelError
 from fastflow.models.flow import Flow
-from fastflow.models.inference.engines import Compiled, CudaGraphs, Eager, Engine, has_bfloat16
+from fastflow.models.inference.engines import Compiled, CudaGraphs, Eager, Engine
+from fastflow.models.inference.precision import (
+    PRECISIONS,
+    check_choice,
+    evaluating,
+    pick_conditioner_dtype,
+)
 
-PRECISIONS = ("float32", "mixed")
 ENGINES = ("auto", "eager", "compile", "cuda_graph")
 
 # Samples are micro-batched so that one activation of the widest stage stays near this many elements: on CPUs,
@@ -50,7 +55,8 @@ class LabelScorer:
 
     Args:
         model: the flow, initialised and in evaluation mode.
-        precision: ``"float32"``: everything in the model's dtype, without TF32. ``"mixed"``: conditioners in
+        precision: ``"float32"``: everything in the model's dtype, without TF32. ``"tf32"``: products and
+            convolutions of a GPU may round their factors to TF32. ``"mixed"``: conditioners in
             bfloat16, the stream, the log-scales and shifts, exponentials and all sums in float32. Where the
             device has no bfloat16 arithmetic, conditioners stay in float32, with a `PrecisionWarning`.
         engine: ``"eager"``: kernels or ATen one after the other; on a CPU a row's bits depend on no other
@@ -89,8 +95,8 @@ class LabelScorer:
     def __init__(
         self, model: Flow, precision: str = "float32", engine: str = "auto", max_rows: int | None = None
     ) -> None:
-        _check_choice("precision", precision, PRECISIONS)
-        _check_choice("engine", engine, ENGINES)
+        check_choice("precision", precision, PRECISIONS)
+        check_choice("engine", engine, ENGINES)
         _check_rows(max_rows)
         if model.training:
             raise ValueError(
@@ -105,13 +111,9 @@ class LabelScorer:
                 f"engine='cuda_graph' needs a model on a CUDA device, it is on {model.device}; use 'eager' "
                 "or 'compile'"
             )
-        if precision == "mixed" and model.dtype != torch.float32:
-            raise ValueError(
-                f"precision='mixed' needs a float32 model, it is {model.dtype}; use precision='float32'"
-            )
         self.model, self.precision = model, precision
         self.engine = ("cuda_graph" if on_cuda else "eager") if engine == "auto" else engine
-        self.conditioner_dtype = _mixed_dtype(model.device) if precision == "mixed" else model.dtype
+        self.conditioner_dtype = pick_conditioner_dtype(precision, model.dtype, model.device)
         self.max_rows = default_rows(model) if max_rows is None else max_rows
         # Tables and matrices are computed wide whatever the precision: rounded, they would shift whole
         # labels.
@@ -119,7 +121,7 @@ class LabelScorer:
             if self.engine == "compile":
                 self._engine: Engine = Compiled(model, self.conditioner_dtype)
             else:
-                eager = Eager(_without_parametrizations(model))
+                eager = Eager(without_parametrizations(model))
                 self._engine = CudaGraphs(eager) if self.engine == "cuda_graph" else eager
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -161,29 +163,19 @@ class LabelScorer:
             return Scores(log_probs.masked_fill(invalid[:, None], float("nan")), invalid)
 
     def _context(self, narrow: bool = True) -> AbstractContextManager[Any]:
-        """Without gradients, nor inference tensors (which compiled graphs would tell from others); mixed
-        eager under autocast.
-        """
-        stack = ExitStack()
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(parametrize.cached())
+        """Evaluation in the scorer's precision; where it is mixed, eager passes are under autocast."""
         narrow = narrow and self.conditioner_dtype != self.model.dtype and self.engine != "compile"
-        device = self.model.device.type
-        if device == "cuda" and self.conditioner_dtype == self.model.dtype:
-            stack.enter_context(_no_tf32())
         # A graph that was captured reads what it read then: weights that autocast had cached would be freed
         # memory by now.
-        cache = self.engine != "cuda_graph"
-        stack.enter_context(
-            torch.autocast(device, self.conditioner_dtype, cache_enabled=cache)
-            if narrow
-            else _no_autocast(device)
+        return evaluating(
+            self.precision,
+            self.model.device,
+            self.conditioner_dtype if narrow else None,
+            cache_weights=self.engine != "cuda_graph",
         )
-        return stack
 
 
-def _without_parametrizations(model: Flow) -> Flow:
+def without_parametrizations(model: Flow) -> Flow:
     """A copy that shares the model's tensors and has the weights of normed convolutions computed once."""
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for module in copied.modules():
@@ -198,40 +190,9 @@ def _without_parametrizations(model: Flow) -> Flow:
     return copied
 
 
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    """Convolutions on tensor cores round float32 to 10 bits unless they are told not to."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-def _no_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def _check_rows(max_rows: int | None) -> None:
     if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
         raise ValueError(f"max_rows must be an integer of at least 1, got {max_rows!r}")
-
-
-def _mixed_dtype(device: torch.device) -> torch.dtype:
-    if has_bfloat16(device):
-        return torch.bfloat16
-    warnings.warn(
-        f"precision='mixed': {device.type} has no bfloat16 arithmetic here, so conditioners stay in float32",
-        PrecisionWarning,
-        stacklevel=3,
-    )
-    return torch.float32
 
 
 def default_rows(model: Flow) -> int:
