@@ -194,8 +194,14 @@ def getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
 
 def must_be_seen() -> bool:
     """Whether somebody watches launches: `recording`, or hooks that Triton calls, as for its profiler."""
+    if launching._records:
+        return True
     runtime = _triton_settings()
-    return bool(launching._records or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        # Triton keeps a chain of hooks here, which is empty as a rule.
+        if getattr(hook, "calls", hook):
+            return True
+    return False
 
 
 @functools.cache
