@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-    from, bench, aot_features, import, cbam_cases, norm_cases, pool_cases, sampled_norm_cases,
-    aot_mixing, lu_mixing_cases,
+from bench.aot_features import cbam_cases, norm_cases, pool_cases, sampled_norm_cases
+from bench.aot_mixing import lu_mixing_cases
 from bench.aot_parts import BF16, DTYPES, F16, F32, F64, FLOAT32_STREAM, Case
 from bench.aot_parts import image as _image
 from bench.aot_parts import launcher as _launcher
@@ -182,11 +182,7 @@ def _other_cases() -> Iterator[Case]:
 
 CASES = (
     _coupling_cases, _mix_cases, _head_cases, norm_cases, sampled_norm_cases, pool_cases, _other_cases,
-<<<<<<< HEAD
-    table_cases, cbam_cases,
-=======
-    table_cases, lu_mixing_cases,
->>>>>>> c24d490 (Maps of the channels of all steps in one launch, forward, backward and inverse)
+    table_cases, cbam_cases, lu_mixing_cases,
 )  # fmt: skip
 
 
