@@ -26,9 +26,13 @@ class Rule(NamedTuple):
     name: str
 
 
-# Rules of models and of torch: the innermost frame that one of them names decides.
+# Rules of models, of torch and of ops that models compose: the innermost frame that one of them names decides.
 RULES = (
     Rule(r"nn/utils/parametrizations\.py", r"_WeightNorm\..*", WEIGHT_NORM),
+    Rule(r"models/conditioners/grouped\.py", r"grouped_weight_norm", WEIGHT_NORM),
+    Rule(r"models/conditioners/grouped\.py", r".*", LABEL_TABLES),
+    Rule(r"models/conditioners/uses\.py", r".*[Tt]wo_?[Uu]ses.*", ADDS),
+    Rule(r"kernels/head_features\.py", r".*", FEATURES),
     Rule(r"models/.*", r".*\.draw_seeds|.*dropout_seeds", SEEDS),
     Rule(r"models/.*", r".*label_(params|tables|embedding).*|.*\.(fold|table)|one_hot_linear", LABEL_TABLES),
     Rule(r"models/conditioners/label_.*", r".*(fold|table|embed|grouped).*", LABEL_TABLES),

@@ -38,6 +38,15 @@ register(
 )
 
 
+def _linear_maps(v: Tensor, weights: Pair, biases: Pair) -> Tensor:
+    """(2, B, H), so that one launch activates both."""
+    linear = v.new_empty(2, len(v), len(biases[0]))
+    with full_precision(v):
+        for out, weight, bias in zip(linear, weights, biases, strict=True):
+            torch.addmm(bias, v, weight.t(), out=out)
+    return linear
+
+
 class HeadFeatures(torch.autograd.Function):
     """The op under autograd; a second derivative is an error. Saves v, the weights and the linear maps."""
 
@@ -50,10 +59,7 @@ class HeadFeatures(torch.autograd.Function):
         scale_bias: Tensor,
         shift_bias: Tensor,
     ) -> Pair:
-        linear = v.new_empty(2, len(v), len(scale_bias))
-        with full_precision(v):
-            torch.addmm(scale_bias, v, scale_weight.t(), out=linear[0])
-            torch.addmm(shift_bias, v, shift_weight.t(), out=linear[1])
+        linear = _linear_maps(v, (scale_weight, shift_weight), (scale_bias, shift_bias))
         ctx.save_for_backward(v, scale_weight, shift_weight, linear)
         scale, shift = F.gelu(linear).unbind(0)
         return scale, shift
@@ -100,7 +106,10 @@ def head_features(v: Tensor, weights: Pair, biases: Pair) -> Pair:
             if tuple(value.shape) != shape or value.dtype != v.dtype:
                 got = f"{tuple(value.shape)} {value.dtype}"
                 raise ValueError(f"{name} must be {shape} {v.dtype} for v {tuple(v.shape)}, got {got}")
-    if takes_reference() or not is_recorded(v, *weights, *biases):
+    if takes_reference() or torch.compiler.is_compiling():
         return head_features_reference(v, weights, biases)
-    scale, shift = HeadFeatures.apply(v, *weights, *biases)
+    if is_recorded(v, *weights, *biases):
+        scale, shift = HeadFeatures.apply(v, *weights, *biases)
+    else:
+        scale, shift = F.gelu(_linear_maps(v, weights, biases)).unbind(0)
     return scale, shift

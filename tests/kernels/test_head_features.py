@@ -24,6 +24,8 @@ def test_values_and_gradients_are_those_of_two_layers(dtype):
     results, grads = run(apply, values(dtype))
     want, want_grads = run(lambda v, *rest: head_features_reference(v, rest[:2], rest[2:]), values(dtype))
     assert same_bits(results, want)
+    with torch.no_grad():
+        assert same_bits(apply(*values(dtype)), want)
     for got, right in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(got, right, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
