@@ -83,3 +83,20 @@ def test_modules_have_their_own_parameters_after_a_pass() -> None:
     run(model, images(4), torch.tensor([2, 0, 1, 1]))
     assert {name: id(p) for name, p in model.named_parameters()} == before
     assert all(getattr(module, "given_weight", None) is None for module in model.modules())
+
+
+def test_under_autocast_gradients_are_as_near_as_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = build(), images(4), torch.tensor([2, 0, 1, 1])
+    exact = run(model, x, y)[1]
+    model, x = model.float(), x.float()
+
+    def error() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(model, x, y)[1]
+        assert found.keys() == exact.keys()
+        assert all(gradient.dtype == torch.float32 for gradient in found.values())
+        return sum(float((found[name] - gradient).square().sum()) for name, gradient in exact.items()) ** 0.5
+
+    by_step = error()
+    monkeypatch.setattr(grouping, "runs_triton", lambda x: True)
+    assert 0 < error() <= 1.2 * by_step

@@ -8,6 +8,7 @@ coupling, which share a conditioner, take their parameters through the functions
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -116,6 +117,23 @@ def take_entries(tables: Tensor, index: Tensor) -> Tensor:
     return out
 
 
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return tuple(_copies(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_copies(grads, ctx.dtype)
+
+
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    out = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(out, list(tensors))
+    return out
+
+
 def narrowed(slots: Sequence[Slot], values: Sequence[Tensor]) -> list[Tensor]:
     """The parameters that autocast would round at each of their uses, rounded once; the others as they are.
 
@@ -135,8 +153,11 @@ def narrowed(slots: Sequence[Slot], values: Sequence[Tensor]) -> list[Tensor]:
         linear = isinstance(module, nn.Linear) and module.bias is not None
         return value.dtype == torch.float32 and (linear or isinstance(module, nn.Conv2d))
 
-    pairs = zip(slots, values, strict=True)
-    return [value.to(dtype) if is_rounded(module, value) else value for (module, _), value in pairs]
+    chosen = [is_rounded(module, value) for (module, _), value in zip(slots, values, strict=True)]
+    if not any(chosen):
+        return list(values)
+    rounded = iter(_Rounded.apply(dtype, *itertools.compress(values, chosen)))
+    return [next(rounded) if narrow else value for value, narrow in zip(values, chosen, strict=True)]
 
 
 @contextlib.contextmanager
