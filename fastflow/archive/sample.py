@@ -18,6 +18,7 @@ from fastflow.archive.rows import class_names
 from fastflow.data.preprocess import to_uint8
 from fastflow.evaluation.figures import grid_figure, png
 from fastflow.models.magic_flow import MagicFlow
+from fastflow.models.sampling import Sampler
 
 IMAGES_PER_PASS = 16
 
@@ -38,7 +39,7 @@ def draw(
         (L, count, C, H, W) uint8; values outside [-1, 1] are clipped.
 
     Raises:
-        ValueError: the count is not positive, a label does not fit, the temperature is negative.
+        ValueError: the count is not positive, a label or the temperature does not fit.
     """
     if count < 1 or not labels:
         raise ValueError(
@@ -46,9 +47,10 @@ def draw(
             f"got labels {list(labels)} and count {count}"
         )
     generator = torch.Generator().manual_seed(seed)
-    wanted = torch.tensor(labels, device=model.device).repeat_interleave(count)
+    wanted = torch.tensor(labels).repeat_interleave(count)
+    sampler = Sampler(model)
     parts = [
-        to_uint8(model.sample(y, temperature, generator).cpu().numpy()) for y in wanted.split(IMAGES_PER_PASS)
+        to_uint8(sampler(y, temperature, generator).cpu().numpy()) for y in wanted.split(IMAGES_PER_PASS)
     ]
     return np.concatenate(parts).reshape(len(labels), count, *model.config.input_shape)
 

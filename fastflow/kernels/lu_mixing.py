@@ -55,6 +55,11 @@ class MixingLayer(NamedTuple):
     sign: Tensor
     pixels: int
 
+    def tensors(self) -> list[Tensor]:
+        """All parameters, in the order in which kernels take their addresses."""
+        factors = [self.lower, self.upper, self.log_s]
+        return [*factors, self.log_scale, self.bias, self.permutation, self.sign]
+
 
 class ChannelMap(NamedTuple):
     """The map of a layer, or its inverse.
@@ -170,8 +175,8 @@ def _backward_of(layer: MixingLayer, grad_weight: Tensor, grad_bias: Tensor, gra
 
 
 def _layers(params: Sequence[Tensor], pixels: Sequence[int]) -> list[MixingLayer]:
-    groups = [params[i : i + TENSORS] for i in range(0, len(params), TENSORS)]
-    return [MixingLayer(*group, count) for group, count in zip(groups, pixels, strict=True)]
+    columns = [params[i::TENSORS] for i in range(TENSORS)]
+    return [MixingLayer(*row) for row in zip(*columns, pixels, strict=True)]
 
 
 def _slice(flat: Tensor, at: int, *shape: int) -> Tensor:
@@ -324,7 +329,7 @@ def runs_lu_mixing(layers: Sequence[MixingLayer]) -> bool:
     """Whether `lu_mixing` computes all of `layers` in one launch; elsewhere it saves its caller nothing."""
     if torch.compiler.is_compiling() or not runs_triton(layers[0].bias):
         return False
-    return not _unsupported([tensor for layer in layers for tensor in layer[:TENSORS]])
+    return not _unsupported([tensor for layer in layers for tensor in layer.tensors()])
 
 
 def lu_mixing(
@@ -354,7 +359,7 @@ def lu_mixing(
     layers = list(layers)
     affine = [False] * len(layers) if affine is None else list(affine)
     _check(layers, affine)
-    params = [tensor for layer in layers for tensor in layer[:TENSORS]]
+    params = [tensor for layer in layers for tensor in layer.tensors()]
     if not runs_lu_mixing(layers) or (inverse and is_recorded(*params)):
         return lu_mixing_reference(layers, affine, inverse)
     pixels = [layer.pixels for layer in layers]
@@ -384,7 +389,7 @@ def _check(layers: Sequence[MixingLayer], affine: Sequence[bool]) -> None:
         c = layer.log_s.shape[0]
         if pair and c != 1:
             raise ValueError(f"affine[{i}] must be False for a layer of {c} channels, got True")
-        for name, tensor in zip(MixingLayer._fields, layer[:TENSORS], strict=False):
+        for name, tensor in zip(MixingLayer._fields, layer.tensors(), strict=False):
             shape = (c, c) if name in ("lower", "upper") else (c,)
             kind = {"permutation": torch.int64, "sign": torch.int8}.get(name, first.dtype)
             if tensor.shape != shape or tensor.dtype != kind or tensor.device != first.device:

@@ -110,6 +110,10 @@ class MagicFlow(Flow):
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw images given labels.
 
+        Each call computes label parameters and inverse matrices anew. For more than a call or two,
+        `fastflow.models.sampling.Sampler` computes them once, gives the same images, and is far faster on a
+        GPU.
+
         Args:
             y: (B,) int64 labels in [0, K).
             temperature: standard deviation of the latent; below 1 gives smoother, more typical images.

@@ -10,7 +10,7 @@ from helpers import build, images
 from fastflow import FlowConfig, MagicFlow
 from fastflow.errors import InvalidImageWarning, PrecisionWarning, UninitializedModelError
 from fastflow.models import scoring
-from fastflow.models.inference import precision
+from fastflow.models.inference import precision, prepare
 from fastflow.models.inference import scorer as scorers
 from fastflow.models.scoring import LabelScorer
 
@@ -176,17 +176,17 @@ def test_rows_follow_the_free_memory(monkeypatch):
     model = build(FlowConfig.tiny(3), dtype=torch.float32)
     rows = []
     for free in (1 << 40, 1 << 20, 1 << 12):
-        monkeypatch.setattr(scorers, "free_memory", lambda device, free=free: free)
-        rows.append(scorers.default_rows(model))
+        monkeypatch.setattr(prepare, "free_memory", lambda device, free=free: free)
+        rows.append(prepare.default_rows(model))
     assert rows[0] > rows[1] >= 1 and rows[2] == 1
     assert (
-        scorers.default_rows(build(FlowConfig.tiny(3, input_shape=(1, 64, 64)), dtype=torch.float32))
+        prepare.default_rows(build(FlowConfig.tiny(3, input_shape=(1, 64, 64)), dtype=torch.float32))
         <= rows[0]
     )
 
 
 def test_free_memory_is_a_number_of_bytes():
-    assert scorers.free_memory(torch.device("cpu")) > 1 << 20
+    assert prepare.free_memory(torch.device("cpu")) > 1 << 20
 
 
 # -- bad input -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from fastflow import kernels
 from fastflow.models.flow import Flow
 from fastflow.models.inference import planes as plane_walk
 from fastflow.models.inference.fold import fold
+from fastflow.models.inference.graphs import GraphPerSize
 from fastflow.models.inference.leaves import ClassificationNet
 from fastflow.models.inference.steps import FoldedHalfCoupling, FoldedStep
 from fastflow.models.step import Walk
@@ -205,9 +206,7 @@ class CudaGraphs:
     """Passes of `Eager` captured as CUDA graphs, one for each number of images, a power of two."""
 
     def __init__(self, eager: Eager) -> None:
-        self.eager = eager
-        self.graphs: dict[tuple[int, int, int], tuple[Tensor, Tensor, torch.cuda.CUDAGraph]] = {}
-        self.pool: Any = None
+        self.eager, self.graphs = eager, GraphPerSize()
 
     def start(self, x: Tensor) -> State:
         """See `Engine.start`."""
@@ -215,31 +214,8 @@ class CudaGraphs:
 
     def finish(self, state: State, first: int, last: int) -> Tensor:
         """See `Engine.finish`."""
-        x = state.planes[0]
-        bucket = 1 << (len(x) - 1).bit_length()
-        key = bucket, first, last
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(x, bucket, first, last)
-        images, scores, graph = self.graphs[key]
-        images[: len(x)].copy_(x)
-        # The last image fills a bucket up: its numbers are as harmless as it is.
-        images[len(x) :].copy_(x[-1:])
-        graph.replay()
-        return scores[: len(x)].clone()
 
-    def _capture(
-        self, x: Tensor, bucket: int, first: int, last: int
-    ) -> tuple[Tensor, Tensor, torch.cuda.CUDAGraph]:
-        images = x[-1:].expand(bucket, *x.shape[1:]).clone()
-        stream = torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
-            # Kernels compile and allocations settle before the capture, which may do neither.
-            for _ in range(2):
-                self.eager.finish(self.eager.start(images), first, last)
-        torch.cuda.current_stream(x.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            scores = self.eager.finish(self.eager.start(images), first, last)
-        self.pool = graph.pool() if self.pool is None else self.pool
-        return images, scores, graph
+        def run(images: Tensor) -> Tensor:
+            return self.eager.finish(self.eager.start(images), first, last)
+
+        return self.graphs(run, (state.planes[0],), (first, last))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from fastflow.errors import InvalidImageWarning, UninitializedModelError
 from fastflow.models.flow import Flow
@@ -21,18 +19,9 @@ from fastflow.models.inference.precision import (
     evaluating,
     pick_conditioner_dtype,
 )
+from fastflow.models.inference.prepare import default_rows, without_parametrizations
 
 ENGINES = ("auto", "eager", "compile", "cuda_graph")
-
-# Samples are micro-batched so that one activation of the widest stage stays near this many elements: on CPUs,
-# more only stream more memory (measured: no gain from 28 samples of 184x184 on).
-MAX_CPU_ELEMENTS = 1 << 22
-# Beyond this many samples a GPU gains nothing.
-MAX_CUDA_ROWS = 4096
-# The share of the memory that is free when a scorer is made which its activations may take.
-MEMORY_SHARE = 0.5
-# A sample holds about this many activations of its widest stage at a time, and of its stream.
-LIVE_ACTIVATIONS, LIVE_STREAMS = 6, 12
 
 
 class Scores(NamedTuple):
@@ -175,55 +164,9 @@ class LabelScorer:
         )
 
 
-def without_parametrizations(model: Flow) -> Flow:
-    """A copy that shares the model's tensors and has the weights of normed convolutions computed once."""
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    for module in copied.modules():
-        if parametrize.is_parametrized(module):
-            names = list(cast(nn.ModuleDict, module.parametrizations))
-            weights = [getattr(module, name).detach() for name in names]
-            # `remove_parametrizations` takes the weight from the class, which the model's own modules share.
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            for name, weight in zip(names, weights, strict=True):
-                module.register_parameter(name, nn.Parameter(weight))
-    return copied
-
-
 def _check_rows(max_rows: int | None) -> None:
     if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
         raise ValueError(f"max_rows must be an integer of at least 1, got {max_rows!r}")
-
-
-def default_rows(model: Flow) -> int:
-    """Rows of one pass: as many as are worth it, and as fit into half of the free memory."""
-    config = model.config
-    strided = config.task == "classification"
-    # Activations of the widest stage: the first of a strided conditioner, any of the other kind.
-    stages = (
-        (f1 if strided else max(f1, f2, f3)) * (-(-h // 2) * -(-w // 2) if strided else h * w)
-        for (f1, f2, f3), (_, h, w) in zip(config.widths, config.step_shapes, strict=True)
-    )
-    widest, element = max(stages), torch.finfo(model.dtype).bits // 8
-    live = LIVE_ACTIVATIONS if strided else 3 * LIVE_ACTIVATIONS
-    fit = int(MEMORY_SHARE * free_memory(model.device)) // (
-        element * (live * widest + LIVE_STREAMS * config.num_dims)
-    )
-    worth = MAX_CUDA_ROWS if model.device.type == "cuda" else min(MAX_CUDA_ROWS, MAX_CPU_ELEMENTS // widest)
-    return max(1, min(fit, worth))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device, about."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        # Other systems than Linux do not tell; any machine that runs this has as much.
-        return 4 << 30
 
 
 # Words of errors that tell of memory: an allocation that fails on a CPU is a plain RuntimeError.
