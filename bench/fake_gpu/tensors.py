@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import sys
 import types
 from collections.abc import Iterator
@@ -19,8 +20,17 @@ from fastflow import FlowConfig, MagicFlow
 from fastflow.models.layers import ActNorm
 
 ROOT = Path(__file__).parents[2]
+# Code that watches ops; what it watches lies further out.
+MACHINERY = tuple(str(ROOT / "bench" / name) for name in ("capture_lint", "fake_gpu", "launches", "roofline"))
+# Files of torch between code that asks for a value and the mode that sees it.
+DISPATCH = ("torch/_compile.py", "torch/_dynamo", "torch/_ops.py", "torch/_tensor.py", "torch/utils/_")
 CLASSES = 7
 DEVICE = "cuda"
+
+
+class _FakeMode(FakeTensorMode):
+    # As where there is no device, `torch.tensor(..., device="cuda")` is a tensor of the host and a copy.
+    avoid_device_init = True  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -39,7 +49,7 @@ def fake_gpu(capturing: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_FakeMode(allow_non_fake_inputs=True))
         yield
 
 
@@ -71,6 +81,11 @@ def to_fake_gpu(module: nn.Module) -> None:
                 )
 
 
+def has_no_fake_form(name: str) -> bool:
+    """Whether an op has no form for fake tensors; it changes its arguments only, and may be passed over."""
+    return name.startswith("aten::_fused_adam")
+
+
 def frames() -> Iterator[types.FrameType]:
     """The frames of the caller's thread, the innermost first."""
     frame: types.FrameType | None = sys._getframe(1)
@@ -79,18 +94,12 @@ def frames() -> Iterator[types.FrameType]:
         frame = frame.f_back
 
 
-def host_answer(value: torch.Tensor) -> bool | int | float:
-    """An answer for code that asks a fake tensor for its value.
-
-    Questions whether a value is finite are answered with yes, all others with no, zero or one.
-    """
-    if value.dtype == torch.bool:
-        return any("isfinite" in source_line(frame) for frame in _package_frames())
-    return 1.0 if value.is_floating_point() else 0
-
-
-def _package_frames() -> list[types.FrameType]:
-    return [frame for frame in frames() if is_ours(frame) and not _is_machinery(frame)][:1]
+def own_frames() -> Iterator[types.FrameType]:
+    """The frames of the caller's thread that run this repository's code, apart from modes that look on."""
+    for frame in frames():
+        path = frame.f_code.co_filename
+        if is_ours(frame) and not path.startswith(MACHINERY):
+            yield frame
 
 
 def is_ours(frame: types.FrameType) -> bool:
@@ -99,12 +108,21 @@ def is_ours(frame: types.FrameType) -> bool:
     return path.startswith(str(ROOT)) and "site-packages" not in path
 
 
-def _is_machinery(frame: types.FrameType) -> bool:
-    return Path(frame.f_code.co_filename).parent == Path(__file__).parent
-
-
 def source_line(frame: types.FrameType) -> str:
     """The line of source that a frame runs."""
-    import linecache
-
     return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+
+
+def host_answer(value: torch.Tensor) -> bool | int | float:
+    """An answer for code that asks a fake tensor for its value: that all is well, or a zero or a one.
+
+    A line with ``if not`` wants to hear yes, any other line no.
+    """
+    if value.dtype == torch.bool:
+        return "if not " in next(source_line(frame) for frame in frames() if _asks(frame))
+    return 1.0 if value.is_floating_point() else 0
+
+
+def _asks(frame: types.FrameType) -> bool:
+    path = frame.f_code.co_filename
+    return not path.startswith(MACHINERY) and not any(part in path for part in DISPATCH)

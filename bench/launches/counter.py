@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench.fake_gpu.tensors import frames, host_answer
+from bench.fake_gpu.tensors import frames, has_no_fake_form, host_answer
 from bench.launches.classes import ADDS, REST, kernel_class, model_class
 from bench.roofline.counting import Counter, Launch
 
@@ -67,7 +67,7 @@ class LaunchCounter(Counter):
         name = func._schema.name
         if name == "aten::_local_scalar_dense":
             return host_answer(args[0])
-        if name.startswith("aten::_fused_adam"):
+        if has_no_fake_form(name):
             # It has no form for fake tensors. One launch takes as many tensors as fit into its arguments.
             self._note("other", name, 1)
             return None

@@ -82,6 +82,16 @@ def bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
     return touched_bytes(read) + touched_bytes(written) + touched_bytes(fresh)
 
 
+def run_launcher(
+    mode: TorchDispatchMode, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[Launch]]:
+    """The result of an op of the package, and its launches; `mode` sees ATen ops that the launcher adds."""
+    launcher = OPS[op].triton
+    assert launcher is not None
+    with recording() as launches, mode:
+        return launcher(*args, **kwargs), launches
+
+
 # -- counters ------------------------------------------------------------------------------------------------
 
 
@@ -117,10 +127,7 @@ class Counter(TorchDispatchMode):
         return result
 
     def _launch(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        launcher = OPS[op].triton
-        assert launcher is not None
-        with recording() as launches, self:
-            result = launcher(*args, **kwargs)
+        result, launches = run_launcher(self, op, args, kwargs)
         for launch in launches:
             self.add_launch(op, args, launch)
         return result
