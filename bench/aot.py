@@ -78,6 +78,8 @@ def compile_one(build: Build, target: str) -> Result:
     constants = dict(build.constants)
     if "ACC" in constants:
         constants["ACC"] = {"fp32": tl.float32, "fp64": tl.float64}[constants["ACC"]]
+    if target.startswith("gfx") and "PRECISION" in constants:
+        constants["PRECISION"] = "ieee"
     attributes = {(i,): [["tt.divisibility", 16]] for i in build.aligned}
     signature = dict(build.signature)
     signature = {name: signature[name] for name in kernel.arg_names}

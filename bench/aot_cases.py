@@ -20,6 +20,7 @@ from bench.aot_mixing import lu_mixing_cases
 from bench.aot_parts import BF16, DTYPES, F16, F32, F64, FLOAT32_STREAM, Case
 from bench.aot_parts import image as _image
 from bench.aot_parts import launcher as _launcher
+from bench.aot_pyramids import CASES as PYRAMID_CASES
 from bench.aot_tables import table_cases
 from fastflow.kernels.triton import launch as launching
 from fastflow.numerics import acc_dtype
@@ -182,7 +183,7 @@ def _other_cases() -> Iterator[Case]:
 
 CASES = (
     _coupling_cases, _mix_cases, _head_cases, norm_cases, sampled_norm_cases, pool_cases, _other_cases,
-    table_cases, cbam_cases, lu_mixing_cases,
+    table_cases, cbam_cases, lu_mixing_cases, *PYRAMID_CASES,
 )  # fmt: skip
 
 

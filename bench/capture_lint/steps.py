@@ -65,9 +65,8 @@ class StubGraph:
 
 def captured_function(case: Case) -> Iterator[Callable[[], None]]:
     """The function that `TrainingStep` captures for a case, within `fake_gpu`; the next item ends that."""
-    from fastflow.training.staging import Batch, empty_report
-
     from fastflow.training import step as steps
+    from fastflow.training.staging import Batch, empty_report
 
     config = FlowConfig.preset(PRESET, CLASSES, task=case.task, reversible=case.reversible)
     model = build_model(config)

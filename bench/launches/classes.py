@@ -26,7 +26,7 @@ class Rule(NamedTuple):
     name: str
 
 
-# Rules of models, of torch and of ops that models compose: the innermost frame that one of them names decides.
+# Rules of models, of torch and of composed ops: the innermost frame that one of them names decides.
 RULES = (
     Rule(r"nn/utils/parametrizations\.py", r"_WeightNorm\..*", WEIGHT_NORM),
     Rule(r"models/conditioners/grouped\.py", r"grouped_weight_norm", WEIGHT_NORM),

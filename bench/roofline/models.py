@@ -24,7 +24,7 @@ from bench.roofline.machine import (
 )
 from bench.roofline.works import Tensors, dtype_name
 from fastflow import FlowConfig, kernels
-from fastflow.kernels import pyramid
+from fastflow.kernels import global_mlp, pyramid
 from fastflow.kernels.cpu import execution, linear
 from fastflow.kernels.cpu import pyramid as cpu_pyramid
 from fastflow.kernels.norm_film_act import norm_film_act_reference
@@ -68,7 +68,7 @@ def _plain_aspp(block: generation.ASPP, x: Tensor) -> Tensor:
 
 # The fake tensors are on a CPU, for which the models choose other forms than for a GPU.
 ON_GPU: tuple[tuple[Any, str, Callable[..., Any]], ...] = tuple(
-    (module, "on_cpu", lambda x: False) for module in (execution, linear, cpu_pyramid, pyramid, generation)
+    (module, "on_cpu", lambda x: False) for module in (execution, linear, cpu_pyramid, pyramid, global_mlp)
 )
 PLAIN: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     *ON_GPU,

@@ -14,6 +14,7 @@ from fastflow.kernels.cbam import cbam
 from fastflow.kernels.channel_mix import channel_mix, channel_mix_masked, channel_unmix
 from fastflow.kernels.coupling_head import PixelOrder, coupling_head, coupling_head_step, pixel_order
 from fastflow.kernels.dropout import dropout_seeds
+from fastflow.kernels.global_mlp import global_context, global_fusion
 from fastflow.kernels.head_features import head_features
 from fastflow.kernels.head_tables import head_tables
 from fastflow.kernels.latent_prior import latent_prior
@@ -45,6 +46,8 @@ __all__ = [
     "dropout_seeds",
     "film_act",
     "get_backend",
+    "global_context",
+    "global_fusion",
     "head_features",
     "head_tables",
     "latent_prior",

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from fastflow.kernels.cpu.pyramid import PyramidWeights, atrous_pyramid_cpu, takes_folded_kernels
 from fastflow.kernels.pyramid import atrous_pyramid, atrous_pyramid_reference
-from fastflow.kernels.registry import OPS
 
 DILATIONS = (1, 2, 5)
 
@@ -74,7 +73,3 @@ def test_large_images_take_the_folded_kernels_and_give_a_sample_the_same_bits_in
         together = atrous_pyramid(x, weights)
         assert torch.equal(together, torch.cat([atrous_pyramid(image, weights) for image in x.split(1)]))
         torch.testing.assert_close(together, atrous_pyramid_reference(x, weights), rtol=1e-4, atol=1e-4)
-
-
-def test_it_is_registered_without_a_kernel():
-    assert OPS["atrous_pyramid"].triton is None and OPS["atrous_pyramid"].functions == ("atrous_pyramid",)

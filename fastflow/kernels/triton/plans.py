@@ -197,11 +197,9 @@ def must_be_seen() -> bool:
     if launching._records:
         return True
     runtime = _triton_settings()
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        # Triton keeps a chain of hooks here, which is empty as a rule.
-        if getattr(hook, "calls", hook):
-            return True
-    return False
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Triton keeps chains of hooks here, which are empty as a rule.
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 @functools.cache

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from fastflow import kernels
 from fastflow.kernels.cpu.convolution import convolve_to_few
-from fastflow.kernels.cpu.execution import on_cpu
-from fastflow.kernels.cpu.linear import linear_each, whole_groups
+from fastflow.kernels.cpu.linear import whole_groups
 from fastflow.kernels.cpu.pyramid import PyramidWeights
 from fastflow.kernels.pyramid import atrous_pyramid
 from fastflow.models.conditioners.label_params import (
@@ -51,9 +50,7 @@ class GlobalFusion(nn.Module):
         self.up = nn.Linear(128, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, x = kernels.average_pixels(x)
-        hidden = F.gelu(linear_each(mean, self.down.weight, self.down.bias))
-        return x + linear_each(hidden, self.up.weight, self.up.bias)[:, :, None, None]
+        return kernels.global_fusion(x, _weight_and_bias(self.down), _weight_and_bias(self.up))
 
 
 class GlobalContext(nn.Module):
@@ -66,11 +63,7 @@ class GlobalContext(nn.Module):
         self.up = nn.Linear(hidden, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, x = kernels.average_pixels(x)
-        logits = linear_each(F.relu(linear_each(mean, self.down.weight)), self.up.weight)
-        # Whole groups of samples are whole vectors, whose elements the sigmoid rounds alike.
-        gate = torch.sigmoid(whole_groups(logits))[: x.shape[0]] if on_cpu(x) else torch.sigmoid(logits)
-        return x * (1.0 + gate)[:, :, None, None]
+        return kernels.global_context(x, self.down.weight, self.up.weight)
 
 
 class ASPP(nn.Module):
