@@ -213,10 +213,9 @@ def _mixing_cpu(
 def _mixing_fake(
     params: Sequence[Tensor], pixels: Sequence[int], affine: Sequence[bool], inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    channels = channels_of(params)
     # Symbolic sizes are no keys of a cache.
-    size = map_places.__wrapped__(channels, tuple(affine), inverse)[1]
-    return params[0].new_empty(size), params[0].new_empty(len(channels), dtype=torch.float64)
+    size = map_places.__wrapped__(channels_of(params), tuple(affine), inverse)[1]
+    return params[0].new_empty(size), params[0].new_empty(len(pixels), dtype=torch.float64)
 
 
 def _mixing_unsupported(
@@ -317,9 +316,11 @@ class LuMixing(torch.autograd.Function):
 def _joined(
     grads: Sequence[Tensor | None], channels: Sequence[int], affine: Sequence[bool], like: Tensor
 ) -> Tensor:
-    """The gradients of all maps in one flat buffer, zero where nothing asked for one."""
+    """The gradients of all maps in one flat buffer, zero where there is none."""
     sizes = [n for c, pair in zip(channels, affine, strict=True) for n in ((2,) if pair else (c * c, c))]
     missing = [n for n, grad in zip(sizes, grads, strict=True) if grad is None]
+    if len(missing) == len(sizes):
+        return like.new_zeros(sum(sizes))
     zeros = like.new_zeros(max(missing)) if missing else like
     parts = [zeros[:n] if grad is None else grad.reshape(-1) for n, grad in zip(sizes, grads, strict=True)]
     return torch.cat(parts)

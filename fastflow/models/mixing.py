@@ -92,6 +92,13 @@ def step_maps(
     ]
 
 
+def step_logdet(layer: kernels.MixingLayer) -> Tensor:
+    """The log-determinant of one step's mix, a scalar in float64, by a launch of its own on a GPU."""
+    if _runs_kernel(layer, layer.bias.dtype):
+        return kernels.lu_mixing([layer])[1].view(())
+    return mixing_logdet_reference(layer)
+
+
 def _runs_kernel(layer: kernels.MixingLayer, dtype: torch.dtype) -> bool:
     return dtype == layer.bias.dtype and kernels.runs_lu_mixing([layer])
 

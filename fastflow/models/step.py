@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fastflow import kernels
 from fastflow.errors import UninitializedModelError
-from fastflow.kernels.lu_mixing import inverse_mixing_reference, mixing_logdet_reference
+from fastflow.kernels.lu_mixing import inverse_mixing_reference
 from fastflow.models.conditioners.label_params import LabelParams, NextInput, conditioner_dtype
 from fastflow.models.config import FlowConfig, Shape
 from fastflow.models.coupling import AffineCoupling, ConvWeights, Seeds
 from fastflow.models.layers import ActNorm, InvertibleConv1x1
-from fastflow.models.mixing import Mixing, StepMap, step_map, step_maps
+from fastflow.models.mixing import Mixing, StepMap, step_logdet, step_map, step_maps
 
 
 class FlowStep(nn.Module):
@@ -73,7 +73,7 @@ class FlowStep(nn.Module):
 
     def mixing_logdet(self) -> Tensor:
         """Log-determinant of ActNorm and convolution, a scalar in float64 that no sample or label changes."""
-        return mixing_logdet_reference(self.mixing_layer())
+        return step_logdet(self.mixing_layer())
 
     @property
     def may_be_applied_before(self) -> bool:

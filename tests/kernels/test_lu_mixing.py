@@ -225,3 +225,22 @@ def test_a_flow_makes_one_launch_for_all_steps(device):
         model.condition(every, inverse=True)
     # Where autograd records, the inverse takes the definition.
     assert "_lu_fwd_kernel" not in [launch.kernel for launch in launches]
+
+
+def test_one_step_by_itself_is_that_step_among_all(device):
+    torch.manual_seed(0)
+    model = MagicFlow(FlowConfig.tiny(2, squeeze_before=(2, 4))).double().to(device)
+    for step in model.steps:
+        step.actnorm.mark_initialized()
+    with torch.no_grad():
+        flow = model.condition(torch.arange(2, device=device))
+    for one, step in zip(flow.steps, model.steps, strict=True):
+        logdet = step.mixing_logdet()
+        assert torch.equal(logdet, one.mixing_logdet()) and logdet.shape == ()
+        grads = torch.autograd.grad(logdet, [step.actnorm.log_scale, step.conv.log_s])
+        assert all((grad == step.pixels).all() for grad in grads)
+        if one.mixing is not None:
+            assert same_bits(step.mixing(torch.float64), one.mixing)
+    # Another dtype than that of the parameters takes the definition.
+    narrow = model.steps[2].mixing(torch.float32)
+    assert torch.allclose(narrow.weight.double(), flow.steps[2].mixing.weight, atol=1e-6)
