@@ -193,7 +193,7 @@ class TrainingStep:
         finite = self._update(loss.detach())
         bits = objectives.bits_per_dim(log_probs.detach(), model.config.num_dims).double().sum()
         zero = torch.zeros_like(bits)
-        # The first of two numbers is added where the step was taken, so NaN stays out of the sums.
+        # A choice, unlike a product with 0, keeps the NaN of a skipped step out of the totals.
         taken = torch.stack((bits, torch.full_like(bits, len(x)), zero))
         skipped = torch.stack((zero, zero, torch.ones_like(bits)))
         self._totals.add_(torch.where(finite, taken, skipped))

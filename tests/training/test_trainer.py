@@ -9,6 +9,7 @@ import torch
 
 from fastflow import FlowConfig, MagicFlow
 from fastflow.data.slices import SliceSet
+from fastflow.numerics import float32_products
 from fastflow.training import objective as objectives
 from fastflow.training.trainer import TrainConfig, evaluate_bits_per_dim, middle_slices, train
 
@@ -148,24 +149,39 @@ def test_conditioners_in_bfloat16_learn_too(tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("32-true", False), ("tf32", True)])
-@pytest.mark.parametrize("before", [(True, False), (False, True)])
-def test_tf32_is_allowed_where_it_was_asked_for_and_nowhere_else(
-    tmp_path, monkeypatch, precision, allowed, before
-):
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    monkeypatch.setattr(cudnn, "allow_tf32", before[0])
-    monkeypatch.setattr(matmul, "allow_tf32", before[1])
-    seen = []
+def test_tf32_is_allowed_where_it_was_asked_for_and_nowhere_else(tmp_path, precision, allowed):
+    cudnn, matmul, seen = torch.backends.cudnn, torch.backends.cuda.matmul, []
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    settings = config(epochs=1, precision=precision)
     train(
         new_model(),
         make_set(4),
         None,
-        config(epochs=1, precision=precision),
+        settings,
         tmp_path,
         progress=lambda _: seen.append((cudnn.allow_tf32, matmul.allow_tf32)),
     )
     assert seen == [(allowed, allowed)]
     assert (cudnn.allow_tf32, matmul.allow_tf32) == before
+
+
+@pytest.mark.parametrize("before", [(True, False), (False, True), (True, True)])
+def test_products_of_float32_are_put_back_even_after_an_error(before):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+
+    @float32_products(tf32=not before[0])
+    def fail():
+        assert cudnn.allow_tf32 == matmul.allow_tf32 == (not before[0])
+        raise KeyError
+
+    found = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+        with pytest.raises(KeyError):
+            fail()
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == before
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = found
 
 
 def test_skipped_steps_are_counted_and_the_mean_is_of_the_others(tmp_path, monkeypatch):
