@@ -26,7 +26,7 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -140,16 +140,17 @@ class _Layout:
     """Which of a function's arguments are tensors and which numbers, for given types of them.
 
     Attributes:
-        tuples: places of tuples, whose items are then laid out flat under another key.
+        tuples: places of tuples, whose items then stand among the other arguments.
+        flat: the layouts of these, by lengths of the tuples and all types.
         unusual: whether calls with such types have no plans, or have `tuples`.
         tensors: takes the tensors from the arguments, as a tuple.
         scalars: takes the rest from the arguments, as a tuple.
         entries: the candidates for a shape of the first tensor, the scalars, and whether gradients are on.
     """
 
-    __slots__ = ("entries", "scalars", "tensors", "tuples", "unusual")
+    __slots__ = ("entries", "flat", "scalars", "tensors", "tuples", "unusual")
 
-    def __init__(self, values: tuple[Any, ...], known: bool) -> None:
+    def __init__(self, values: Sequence[Any], known: bool) -> None:
         places = [i for i, value in enumerate(values) if type(value) in (Tensor, torch.nn.Parameter)]
         rest = [i for i in range(len(values)) if i not in places]
         self.tensors, self.scalars = getter(places), getter(rest)
@@ -157,6 +158,16 @@ class _Layout:
         plain = (int, float, bool, type(None), torch.dtype, str)
         self.unusual = not (known and places and all(type(values[i]) in plain for i in rest))
         self.entries: dict[Any, tuple[_Candidate, ...]] = {}
+        self.flat: dict[Any, _Layout] = {}
+
+
+def _add_layout(
+    table: dict[Any, _Layout], kind: tuple[Any, ...], values: Sequence[Any], known: bool
+) -> _Layout:
+    with _lock:
+        _count()
+        table[kind] = layout = _Layout(values, known)
+    return layout
 
 
 def _guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
@@ -205,7 +216,7 @@ def planned(function: Callable[P, R], direct: Callable[..., Any] | None = None) 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if _is_tracing() or not launching.has_launched or not _enabled:
             return function(*args, **kwargs)
-        values: tuple[Any, ...] = (*args, *kwargs.values()) if kwargs else args
+        values: Sequence[Any] = (*args, *kwargs.values()) if kwargs else args
         kind: tuple[Any, ...] = (*kwargs, *map(type, values))
         layout = table.get(kind)
         if layout is None or layout.unusual:
@@ -225,28 +236,22 @@ def planned(function: Callable[P, R], direct: Callable[..., Any] | None = None) 
                 return out
         return miss(args, kwargs, layout, key, tensors, repeat)
 
-    def prepare(
-        values: tuple[Any, ...], kind: tuple[Any, ...], known: bool
-    ) -> tuple[tuple[Any, ...], _Layout]:
+    def prepare(values: tuple[Any, ...], kind: tuple[Any, ...], known: bool) -> tuple[Any, _Layout]:
         """The arguments, flat where tuples are among them, and their layout."""
-        layout = table.get(kind) or add(kind, values, known)
+        layout = table.get(kind) or _add_layout(table, kind, values, known)
         if not layout.tuples:
             return values, layout
         flat: list[Any] = []
         lengths, start = [], 0
         for place in layout.tuples:
-            lengths.append(len(values[place]))
-            flat += (*values[start:place], *values[place])
+            items = values[place]
+            lengths.append(len(items))
+            flat += values[start:place]
+            flat += items
             start = place + 1
-        values = (*flat, *values[start:])
-        kind = (*kind, *lengths, *map(type, values))
-        return values, table.get(kind) or add(kind, values, known)
-
-    def add(kind: tuple[Any, ...], values: tuple[Any, ...], known: bool) -> _Layout:
-        with _lock:
-            _count()
-            table[kind] = layout = _Layout(values, known)
-        return layout
+        flat += values[start:]
+        kind = (*lengths, *map(type, flat))
+        return flat, layout.flat.get(kind) or _add_layout(layout.flat, kind, flat, known)
 
     def miss(
         args: Any, kwargs: Any, layout: _Layout, key: Any, tensors: tuple[Tensor, ...], repeat: Any

@@ -182,8 +182,10 @@ def register(
 
     schema = torch.library.infer_schema(fake, mutates_args=())
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CPU")
-    _library.impl(name, run, "CUDA")
+    # Compiled graphs call the entry, and repeat launches behind it.
+    repeated = planning.planned(run)
+    _library.impl(name, repeated, "CPU")
+    _library.impl(name, repeated, "CUDA")
     torch.library.register_fake(f"fastflow::{name}", fake, lib=_library)
     return planning.planned(getattr(torch.ops.fastflow, name).default, direct=run)
 

@@ -396,6 +396,12 @@ def check_modes_and_graphs_see_the_op():
     assert "fastflow.channel_mix.default" in targets, targets
 
 
+def check_entries_of_torch_library_have_plans():
+    x, weight, bias = torch.randn(2, 4, 4, 4), torch.randn(4, 4), torch.randn(4)
+    entry = torch.ops.fastflow.channel_mix.default
+    same_with_plans(lambda *v: entry(*v, None, False, False, None)[0], [x, weight, bias])
+
+
 def check_inference_mode():
     function, inputs = norm_case()
     planning.set_launch_plans(True)

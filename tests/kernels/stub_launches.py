@@ -46,22 +46,13 @@ def install():
 
 def keep_values():
     """Let plans keep what they make until `CALLS` and `KEPT` are cleared."""
-    getter, view_of = plans.getter, plans.View.of
+    address_of = plans.data_ptr
 
-    def keeping_getter(indices):
-        taken = getter(indices)
+    def keep(value):
+        KEPT.append(value)
+        return address_of(value)
 
-        def take(values):
-            KEPT.append(values)
-            return taken(values)
-
-        return take
-
-    def of(self, values):
-        KEPT.append(tuple(values))
-        return view_of(self, values)
-
-    plans.getter, plans.View.of = keeping_getter, of
+    plans.data_ptr = keep
 
 
 def forget():

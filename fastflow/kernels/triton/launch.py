@@ -181,7 +181,8 @@ def launch(
         options["maxnreg"] = register_limit(
             (value.dtype for value in values if isinstance(value, Tensor)), num_warps
         )
-    with torch.cuda.device_of(device_of) if device_of.is_cuda else contextlib.nullcontext():
+    elsewhere = device_of.is_cuda and device_of.get_device() != torch.cuda.current_device()
+    with torch.cuda.device_of(device_of) if elsewhere else contextlib.nullcontext():
         built = compiled[(programs,)](*values, **constants, **options)
     has_launched = has_launched or (torch.version.hip is None and not interpreted())
     if observed.watcher is not None:

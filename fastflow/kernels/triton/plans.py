@@ -84,6 +84,7 @@ class Plan:
         "_launches",
         "_made",
         "_offsets",
+        "_only",
         "_outputs",
         "_steps",
         "_stream_index",
@@ -140,7 +141,8 @@ class Plan:
         self._launches = () if self._steps else tuple(prepared)
         self._views, self._is_tuple = tuple(map(moved, outputs)), is_tuple
         plain = all(view.size is None for view in self._views)
-        self._outputs = getter([view.slot for view in self._views]) if plain else None
+        self._only = self._views[0].slot if plain and not is_tuple else None
+        self._outputs = getter([view.slot for view in self._views]) if plain and is_tuple else None
 
     def __call__(self, tensors: tuple[Tensor, ...], addresses: list[int]) -> Any:
         index = self._device_index
@@ -157,10 +159,11 @@ class Plan:
             numbers += [numbers[place] + offset for place, offset in self._offsets]
         for launch, programs, function, tail, arguments in self._launches:
             launch(programs, 1, 1, stream, function, *tail, arguments(numbers))
+        if self._only is not None:
+            return values[self._only]
         if self._outputs is not None:
-            results = self._outputs(values)
-        else:
-            results = tuple([view.of(values) for view in self._views])
+            return self._outputs(values)
+        results = tuple([view.of(values) for view in self._views])
         return results if self._is_tuple else results[0]
 
     def _run_steps(self, early: tuple[Tensor, ...], numbers: list[int], stream: int) -> tuple[Any, ...]:
@@ -173,7 +176,7 @@ class Plan:
                     **{name: value.of(values) if type(value) is View else value for name, value in keywords},
                 )
                 for place, result in zip(places, out if len(places) > 1 else (out,), strict=False):
-                    values[place], numbers[place] = result, result.data_ptr()
+                    values[place], numbers[place] = result, data_ptr(result)
                 continue
             launch, programs, function, tail, take = step
             shifted = [numbers[place] + offset for place, offset in self._offsets]
@@ -194,12 +197,12 @@ def getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
 
 def must_be_seen() -> bool:
     """Whether somebody watches launches: `recording`, or hooks that Triton calls, as for its profiler."""
-    if launching._records:
-        return True
     runtime = _triton_settings()
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    # Triton keeps chains of hooks here, which are empty as a rule.
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    try:
+        return bool(launching._records or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    except AttributeError:
+        # Somebody put a function in the place of Triton's chain of hooks.
+        return True
 
 
 @functools.cache
