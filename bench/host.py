@@ -7,7 +7,8 @@ the same process, with launch plans and without: medians over rounds in which al
 is in none of these figures, and an allocation costs otherwise there.
 
 The last row of a table is a forward and backward pass of a small model under training, with the reference
-backend beside: convolutions and everything else that is ATen runs on the CPU here and is in all three.
+backend beside. Convolutions and everything else that is ATen runs on the CPU here and is in all three; the
+reference also has the arithmetic of the ops, which the kernels here do not do.
 """
 
 from __future__ import annotations

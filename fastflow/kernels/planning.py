@@ -236,7 +236,7 @@ def planned(function: Callable[P, R], direct: Callable[..., Any] | None = None) 
                 return out
         return miss(args, kwargs, layout, key, tensors, repeat)
 
-    def prepare(values: tuple[Any, ...], kind: tuple[Any, ...], known: bool) -> tuple[Any, _Layout]:
+    def prepare(values: Sequence[Any], kind: tuple[Any, ...], known: bool) -> tuple[Any, _Layout]:
         """The arguments, flat where tuples are among them, and their layout."""
         layout = table.get(kind) or _add_layout(table, kind, values, known)
         if not layout.tuples:
