@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # Samples are summed in groups, which makes a sample's gradient independent of its batch.
 SAMPLES = 16
-# Channels whose gradients a program computes; a product has no fewer.
-BLOCK_C = 16
+# Channels and hidden values whose gradients a program computes; a product has no fewer.
+BLOCK_C = BLOCK_H = 16
 
 # -- kernels ------------------------------------------------------------------------------------------------
 
@@ -93,9 +93,9 @@ def _context_kernel(
 def _context_apply_kernel(
     x_ptr, context_ptr, d_mean_ptr, out_ptr, pixels_v, n_chunks,
     V: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, INT64_OFFSETS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """x with its context; BACKWARD: the gradient of x from that of the result, with the mean's."""
+    """x with its context; with PARTS of the mean's gradient: the gradient of x from that of the result."""
     b, _, pixels, c, _, real, inside, place = image_tile(
         n_chunks, pixels_v, V, CHANNELS, BLOCK_C, BLOCK, CHANNELS_LAST, INT64_OFFSETS
     )
@@ -104,9 +104,9 @@ def _context_apply_kernel(
     if GATED:
         context = tl.load(context_ptr + b * CHANNELS + c, mask=real, other=0.0)
         x *= (1.0 + sigmoid(context))[:, None]
-    if BACKWARD:
-        x += tl.load(d_mean_ptr + b * CHANNELS + c, mask=real, other=0.0)[:, None]
-    if not GATED and not BACKWARD:
+    for part in tl.static_range(PARTS):
+        x += tl.load(d_mean_ptr + (b * PARTS + part) * CHANNELS + c, mask=real, other=0.0)[:, None]
+    if not GATED and PARTS == 0:
         x += tl.load(context_ptr + b * CHANNELS + c, mask=real, other=0.0)[:, None]
     tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -131,13 +131,16 @@ def _context_bwd_kernel(
     sums_ptr, mean_ptr, hidden_ptr, context_ptr, down_ptr, up_ptr, d_mean_ptr, d_down_ptr, d_down_bias_ptr,
     d_up_ptr, d_up_bias_ptr, batch, pixels, channels, n_chunks,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
-    SAMPLES: tl.constexpr, ACC: tl.constexpr, GATED: tl.constexpr,
+    PARTS: tl.constexpr, SAMPLES: tl.constexpr, ACC: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """What BLOCK_C channels have of the MLP's gradients, and the gradients of their means over pixels."""
-    block = tl.program_id(0)
+    """What BLOCK_C channels and BLOCK_H hidden values have of the MLP's gradients.
+
+    The gradients of the means over pixels come in PARTS, one of each block of hidden values.
+    """
+    block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     real = c < CHANNELS
-    h = tl.arange(0, BLOCK_H)
+    h = part * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < HIDDEN
     d_up = tl.zeros((BLOCK_C, BLOCK_H), ACC)
     d_down = tl.zeros((BLOCK_C, BLOCK_H), ACC)
@@ -172,7 +175,7 @@ def _context_bwd_kernel(
         d_down_bias += tl.sum(d_hidden, axis=0)
         down = matrix_tile(down_ptr, h, c, inside, real, CHANNELS, ACC)
         d_mean = multiply(d_hidden, down, "ieee") / pixels
-        ptrs = d_mean_ptr + b[:, None] * CHANNELS + c[None, :]
+        ptrs = d_mean_ptr + (b * PARTS + part)[:, None] * CHANNELS + c[None, :]
         tl.store(ptrs, d_mean, mask=exists[:, None] & real[None, :])
     layer = real[:, None] & inside[None, :]
     of_up = c[:, None] * HIDDEN + h[None, :]
@@ -180,7 +183,7 @@ def _context_bwd_kernel(
     of_down = h[None, :] * CHANNELS + c[:, None]
     tl.store(d_down_ptr + of_down, d_down.to(d_down_ptr.dtype.element_ty), mask=layer)
     if not GATED:
-        tl.store(d_up_bias_ptr + c, d_up_bias.to(d_up_bias_ptr.dtype.element_ty), mask=real)
+        tl.store(d_up_bias_ptr + c, d_up_bias.to(d_up_bias_ptr.dtype.element_ty), mask=real & (part == 0))
         if block == 0:
             tl.store(d_down_bias_ptr + h, d_down_bias.to(d_down_bias_ptr.dtype.element_ty), mask=inside)
 
@@ -242,7 +245,7 @@ def launch_global_mlp(x: Tensor, weights: Sequence[Tensor], gated: bool) -> list
     )  # fmt: skip
     launch(
         _context_apply_kernel, images.programs, x, images.tile.warps, x, context, None, y, *images.sizes,
-        GATED=gated, BACKWARD=False, **images.shared,
+        GATED=gated, PARTS=0, **images.shared,
     )  # fmt: skip
     return [y, mean, hidden, context]
 
@@ -259,17 +262,18 @@ def launch_global_mlp_backward(
         return [d_x, *(d_weight.zero_() for d_weight in d_weights)]
     images = _Images(x)
     grad, x = dense(grad, images.channels_last), dense(x, images.channels_last)
-    sums, d_mean = images.sums(grad, x if gated else None), x.new_empty(batch, channels, dtype=acc)
+    parts = cdiv(hidden_size, BLOCK_H)
+    sums, d_mean = images.sums(grad, x if gated else None), x.new_empty(batch, parts, channels, dtype=acc)
     down, _, up, _ = _layers([weight.contiguous() for weight in weights], gated)
     launch(
-        _context_bwd_kernel, cdiv(channels, BLOCK_C), x, 8,
+        _context_bwd_kernel, cdiv(channels, BLOCK_C) * parts, x, 4,
         sums, *kept, down, up, d_mean, *_layers(d_weights, gated), batch, images.pixels, channels,
         images.chunks,
-        CHANNELS=channels, HIDDEN=hidden_size, BLOCK_H=max(16, power_of_two(hidden_size)), BLOCK_C=BLOCK_C,
-        SAMPLES=SAMPLES, ACC=triton_dtype(acc), GATED=gated,
+        CHANNELS=channels, HIDDEN=hidden_size, BLOCK_H=BLOCK_H, BLOCK_C=BLOCK_C, PARTS=parts, SAMPLES=SAMPLES,
+        ACC=triton_dtype(acc), GATED=gated,
     )  # fmt: skip
     launch(
         _context_apply_kernel, images.programs, x, images.tile.warps, grad, kept[2], d_mean, d_x,
-        *images.sizes, GATED=gated, BACKWARD=True, **images.shared,
+        *images.sizes, GATED=gated, PARTS=parts, **images.shared,
     )  # fmt: skip
     return [d_x, *d_weights]

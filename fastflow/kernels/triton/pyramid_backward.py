@@ -151,9 +151,18 @@ def launch_atrous_pyramid_backward(
         grad, maps, d_means, *(dense(part, channels_last) for part in parts), d_x, pixels // v, chunks,
         INPUT=True, **shared,
     )  # fmt: skip
-    # The dilated weights come after the undilated one, each before its bias.
-    d_weights[2 : 2 + 2 * len(d_kernels) : 2] = cast_each(d_kernels, weights[2].dtype)
+    for position, d_kernel in enumerate(_contiguous_each(d_kernels, [weight for weight, _ in into.dilated])):
+        # A dilated weight stands after the undilated one and its bias, before its own bias.
+        d_weights[2 + 2 * position] = d_kernel
     return [d_x, *d_weights]
+
+
+def _contiguous_each(values: list[Tensor], into: list[Tensor]) -> list[Tensor]:
+    """`values` with the dtype and layout of `into`, copied to it by one launch where they have others."""
+    if all(v.dtype == i.dtype and v.is_contiguous() for v, i in zip(values, into, strict=True)):
+        return values
+    torch._foreach_copy_(into, values)
+    return into
 
 
 def convolve_back(
