@@ -21,14 +21,14 @@ a backward pass that saves x), moved is above what a GPU reads. `bench/test_ops.
 Whole half-steps, conditioner and coupling, are counted outside of convolutions and matrix products, whose
 bytes stand in columns of their own. *Fused* is the form that the models run on a GPU in a training step:
 `encode` and `couple`, each of the package's ops as the launches of its launcher, every other ATen op as in a
-composite. Operands of the products within the head kernels count with the products, as does the copy that
-CUDA makes of the addend of `baddbmm`. *Plain* is the same half-step in ATen ops, in the least costly form at
-hand: the package's references with their tables per label, dropout as the one launch that CUDA has for it,
-single launches for means and maxima, and the atrous pyramid as it is published: concatenated, averaged,
-gated, mapped by one convolution. Both get the masked input, the tables and label indices whose values are
-known to be in them, and both give the next masked input. The layout is contiguous; bfloat16 is autocast (that
-of the CPU, whose list has the same products), with its casts of weights on both sides; the sums that autograd
-makes where a tensor is used twice count on both sides.
+composite. Operands of the products within the head kernels, and all that the products of a pyramid's maps
+move, count with the products. *Plain* is the same half-step in ATen ops, in the least costly form at hand:
+the package's references with their tables per label, dropout as the one launch that CUDA has for it, single
+launches for means and maxima, and the atrous pyramid as it is published: concatenated, averaged, gated,
+mapped by one convolution. Both get the masked input, the tables and label indices whose values are known to
+be in them, and both give the next masked input. The layout is contiguous; bfloat16 is autocast (that of the
+CPU, whose list has the same products), with its casts of weights on both sides; the sums that autograd makes
+where a tensor is used twice count on both sides.
 
 `machine` holds bandwidths, shapes and targets, `counting` the counters, `works` and `features` the ops that
 are counted, `counts` their rows, `models` the models' half-steps, `report` the command.

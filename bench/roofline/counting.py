@@ -21,6 +21,8 @@ OVERWRITES = {"copy_", "fill_", "zero_"}
 PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
 # The ops whose kernels hold matrix products.
 HEAD_OPS = ("coupling_head", "coupling_head_backward")
+# Kernels that are a product from end to end, as `baddbmm` is.
+PRODUCT_KERNELS = ("_map_branches_kernel", "_map_sums_kernel", "_branches_bwd_kernel")
 
 
 class Cost(NamedTuple):
@@ -146,7 +148,8 @@ class Counter(TorchDispatchMode):
 class HalfStepCounter(Counter):
     """Counts apart from convolutions and matrix products, whose bytes it adds up in `products`.
 
-    Operands of the products within the kernels of the heads count with the products.
+    Operands of the products within the kernels of the heads, and all that the pyramids' products move, count
+    with the products. These kernels count as launches.
     """
 
     def __init__(self) -> None:
@@ -163,7 +166,8 @@ class HalfStepCounter(Counter):
     def add_launch(self, op: str, args: tuple[Any, ...], launch: Launch) -> None:
         """Count one launch, the operands of its products apart."""
         tensors = _tensors(list(launch.arguments.values()))
-        moved, products = touched_bytes(tensors), touched_bytes(_product_operands(op, args, tensors))
+        operands = tensors if launch.kernel in PRODUCT_KERNELS else _product_operands(op, args, tensors)
+        moved, products = touched_bytes(tensors), touched_bytes(operands)
         self.products += products
         self.bytes += moved - products
         self.launches += 1

@@ -266,7 +266,7 @@ def launch_global_mlp_backward(
     sums, d_mean = images.sums(grad, x if gated else None), x.new_empty(batch, parts, channels, dtype=acc)
     down, _, up, _ = _layers([weight.contiguous() for weight in weights], gated)
     launch(
-        _context_bwd_kernel, cdiv(channels, BLOCK_C) * parts, x, 4,
+        _context_bwd_kernel, cdiv(channels, BLOCK_C) * parts, x, 8,
         sums, *kept, down, up, d_mean, *_layers(d_weights, gated), batch, images.pixels, channels,
         images.chunks,
         CHANNELS=channels, HIDDEN=hidden_size, BLOCK_H=BLOCK_H, BLOCK_C=BLOCK_C, PARTS=parts, SAMPLES=SAMPLES,
