@@ -82,7 +82,7 @@ if __name__ == "__main__":
 SMALL_TENSORS = (
     "_context_bwd_kernel",
     "_context_kernel",
-    "_gates_bwd_kernel",
+    "_maps_bwd_kernel",
     "_maps_kernel",
     "_sum_chunks_kernel",
     "_weights_bwd_kernel",

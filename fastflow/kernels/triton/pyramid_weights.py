@@ -109,7 +109,7 @@ def _joined_tile(
 
 
 @kernel
-def _gates_bwd_kernel(
+def _maps_bwd_kernel(
     sums_ptr, constant_sums_ptr, point_ptr, point_bias_ptr, first_bias_ptr, second_bias_ptr, third_bias_ptr,
     output_ptr, gates_ptr, d_maps_ptr, d_gated_ptr, d_constant_ptr, d_logits_ptr, d_bias_ptr, n_chunks,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
@@ -346,7 +346,7 @@ def launch_weights_backward(
         layer[0].contiguous() for layer in (weights.point, weights.down, weights.up, weights.output)
     )
     launch(
-        _gates_bwd_kernel, batch * 4 * blocks, means, 4,
+        _maps_bwd_kernel, batch * 4 * blocks, means, 4,
         *sums, point, *biases, output, gates, d_maps, d_gated, d_constant, d_logits, d_bias, chunks,
         BLOCK_C=block, BLOCK_N=min(BLOCK_N, power_of_two(chunks)), **shared,
     )  # fmt: skip
