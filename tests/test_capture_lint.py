@@ -1,6 +1,5 @@
 """The lint of captured functions: it finds every kind of fault, and none in what training captures."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,9 +11,6 @@ from bench import fake_gpu
 
 ROOT = Path(__file__).parents[1]
 needs_fake_gpu = pytest.mark.skipif(bool(fake_gpu.unavailable()), reason=fake_gpu.unavailable())
-needs_step = pytest.mark.skipif(
-    importlib.util.find_spec("fastflow.training.step") is None, reason="there is no captured step"
-)
 
 # Each line is a step, and runs on x (4, 5) float32, n (4,) int64, both on the GPU, and `page`, page-locked.
 FAULTS = {
@@ -125,7 +121,6 @@ def check(*cases):
 
 
 @needs_fake_gpu
-@needs_step
 def test_the_captured_step_holds_nothing_that_a_graph_cannot():
     check(
         "classification likelihood float32 ordinary",
@@ -136,7 +131,6 @@ def test_the_captured_step_holds_nothing_that_a_graph_cannot():
 
 
 @needs_fake_gpu
-@needs_step
 @pytest.mark.slow
 def test_all_captured_steps_hold_nothing_that_a_graph_cannot():
     check()

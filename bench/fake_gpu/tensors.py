@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch
 import torch.cuda.amp.common
+import torch.nn.utils.clip_grad
+import torch.utils._foreach_utils
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -44,6 +46,9 @@ def fake_gpu(capturing: bool = False) -> Iterator[None]:
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "is_current_stream_capturing", lambda: capturing),
+        # Real tensors take the form of an op for lists.
+        (torch.utils._foreach_utils, "_has_foreach_support", lambda tensors, device: True),
+        (torch.nn.utils.clip_grad, "_has_foreach_support", lambda tensors, device: True),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
     )
     with contextlib.ExitStack() as stack:

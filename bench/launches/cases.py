@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 
 from bench.fake_gpu.tensors import CLASSES, DEVICE, build_model, fake_gpu, to_fake_gpu
+from bench.fake_gpu.training import captured_step
 from bench.launches.counter import LaunchCounter
 from fastflow import FlowConfig, MagicFlow
 from fastflow.models.scoring import LabelScorer
+from fastflow.training.config import TrainConfig
 from fastflow.training.objective import likelihood_loss
 
 BATCH = 16
@@ -35,6 +37,7 @@ CASES = {
     case.name: case
     for task in TASKS
     for case in (
+        Case(task, "training step"),
         Case(task, "training"),
         Case(task, "training", "bfloat16"),
         Case(task, "training", "reversible"),
@@ -66,6 +69,18 @@ def _training(case: Case) -> LaunchCounter:
     return counter
 
 
+def _training_step(case: Case) -> LaunchCounter:
+    counter = LaunchCounter()
+    training = TrainConfig(batch_size=BATCH, ema=0.97)
+    with captured_step(FlowConfig.paper(CLASSES, case.task), training, counter) as function, counter:
+        # The first call makes the state of the optimizer and the average.
+        function()
+        counter.clear()
+        counter.direction = "forward"
+        function()
+    return counter
+
+
 def _sample(case: Case) -> LaunchCounter:
     with _prepared(case) as (model, counter):
         _, y = _batch(model)
@@ -90,6 +105,7 @@ def _batch(model: MagicFlow) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 WORKS: dict[str, Callable[[Case], LaunchCounter]] = {
+    "training step": _training_step,
     "training": _training,
     "sample": _sample,
     "scoring": _scoring,

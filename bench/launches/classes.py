@@ -11,10 +11,11 @@ LABEL_TABLES, MATRICES, CHANNEL_MIX = "label tables", "mixing matrices", "channe
 NORMS, CBAM, PYRAMID, CONTEXT = "norms", "CBAM", "pyramid", "global fusion and context"
 RESIDUAL, STAGES, WEIGHT_NORM = "residual convolutions", "stage convolutions", "weight norm"
 FEATURES, HEAD, PRIOR, SEEDS = "head features", "coupling head", "prior", "dropout seeds"
-ADDS, OPTIMIZER, REST = "gradient adds", "clip, optimizer, average", "rest"
+ADDS, OPTIMIZER = "gradient adds", "clip, optimizer, average"
+BATCHES, REST = "augmentation", "rest"
 CLASSES = (
     LABEL_TABLES, MATRICES, CHANNEL_MIX, NORMS, CBAM, PYRAMID, CONTEXT, RESIDUAL, STAGES, WEIGHT_NORM,
-    FEATURES, HEAD, PRIOR, SEEDS, ADDS, OPTIMIZER, REST,
+    FEATURES, HEAD, PRIOR, SEEDS, ADDS, BATCHES, OPTIMIZER, REST,
 )  # fmt: skip
 
 
@@ -26,14 +27,14 @@ class Rule(NamedTuple):
     name: str
 
 
-# Rules of models, of torch and of composed ops: the innermost frame that one of them names decides.
+# Rules of models, of torch and of ops that models compose: the innermost frame that one names decides.
 RULES = (
     Rule(r"nn/utils/parametrizations\.py", r"_WeightNorm\..*", WEIGHT_NORM),
     Rule(r"models/conditioners/grouped\.py", r"grouped_weight_norm", WEIGHT_NORM),
     Rule(r"models/conditioners/grouped\.py", r".*", LABEL_TABLES),
     Rule(r"models/conditioners/uses\.py", r".*[Tt]wo_?[Uu]ses.*", ADDS),
     Rule(r"kernels/head_features\.py", r".*", FEATURES),
-    Rule(r"models/.*", r".*\.draw_seeds|.*dropout_seeds", SEEDS),
+    Rule(r"models/.*", r".*draw_seeds|.*dropout_seeds", SEEDS),
     Rule(r"models/.*", r".*label_(params|tables|embedding).*|.*\.(fold|table)|one_hot_linear", LABEL_TABLES),
     Rule(r"models/conditioners/label_.*", r".*(fold|table|embed|grouped).*", LABEL_TABLES),
     Rule(
@@ -50,7 +51,10 @@ RULES = (
     Rule(r"models/.*", r".*(DenseHead|head).*features.*", FEATURES),
     Rule(r"models/.*", r".*Conditioner\.(encode|transform|forward)", HEAD),
     Rule(r"torch/(optim|nn/utils/clip_grad).*", r".*", OPTIMIZER),
-    Rule(r"training/.*", r".*(clip|optimi[sz]|average|ema|total_norm).*", OPTIMIZER),
+    Rule(r"training/(average|optimi[sz]er)\.py", r".*", OPTIMIZER),
+    Rule(r"training/.*", r".*(augment|dequantize).*", BATCHES),
+    Rule(r"training/augment\.py", r".*", BATCHES),
+    Rule(r"training/.*", r".*(_update|clip|optimi[sz]|average|ema|total_norm).*", OPTIMIZER),
     Rule(r"models/reversible\.py", r"_add", ADDS),
     Rule(r"models/reversible\.py", r"ReversibleStep\.backward", REST),
 )

@@ -16,7 +16,8 @@ from bench.launches.classes import ADDS, REST, kernel_class, model_class
 from bench.roofline.counting import Counter, Launch
 
 GEMMS = ("mm", "addmm", "bmm", "baddbmm")
-KINDS = ("triton", "conv", "gemm", "other")
+# Tensors that a kernel over one, two, ... lists takes (ATen/native/cuda/MultiTensorApply.cuh).
+TENSORS_OF_A_KERNEL = (110, 64, 48, 36, 30)
 
 
 class Key(NamedTuple):
@@ -68,9 +69,11 @@ class LaunchCounter(Counter):
         if name == "aten::_local_scalar_dense":
             return host_answer(args[0])
         if has_no_fake_form(name):
-            # It has no form for fake tensors. One launch takes as many tensors as fit into its arguments.
-            self._note("other", name, 1)
+            self._class = self._class_of_op()
+            self._note("other", name.removeprefix("aten::"), device_kernels(name, args))
             return None
+        if torch._C._current_autograd_node() is not None:
+            self.direction = "backward"
         self._class, self._kernels = self._class_of_op(), device_kernels(name, args)
         if name in ("aten::add", "aten::add_") and self._by_engine():
             self._class = ADDS
@@ -165,7 +168,14 @@ def _in_function() -> bool:
 
 
 def device_kernels(name: str, args: tuple[Any, ...]) -> int:
-    """Kernels of one op on a device: a bias and each gradient of a convolution take one."""
+    """Kernels of one op on a device: a bias and each gradient of a convolution take one.
+
+    An op on lists takes as many tensors at a time as fit into the arguments of a kernel; large tensors take
+    more kernels than are counted.
+    """
+    if name.startswith(("aten::_foreach_", "aten::_fused_")):
+        lists = [argument for argument in args if isinstance(argument, (list, tuple)) and argument]
+        return -(-len(lists[0]) // TENSORS_OF_A_KERNEL[min(len(lists), len(TENSORS_OF_A_KERNEL)) - 1])
     if name == "aten::convolution":
         return 1 + (args[2] is not None)
     if name == "aten::convolution_backward":
