@@ -1,9 +1,10 @@
 """Triton kernels of the coupling head's backward pass.
 
 One launch computes the gradients of both heads: the programs of its first half those of the scale head, of x
-and of the multiply-add, the others those of the shift head. A program takes one block of active pixels with
-all samples, and adds up what belongs to its share of the features and of the table's rows. It also takes one
-block of passive pixels, whose weights and table entries get zeros.
+and of the multiply-add, the others those of the shift head. Where both heads would need more registers than
+there are, each has a launch. A program takes one block of active pixels with all samples, and adds up what
+belongs to its share of the features and of the table's rows. It also takes one block of passive pixels, whose
+weights and table entries get zeros.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ BLOCK_CLASSES = 16
 # A product of float32 operands without matrix units holds all of them in the registers of its threads: these
 # are the largest blocks that fit.
 _BACKWARD = {
-    "narrow": Blocks(32, 32, 64, 8),
+    "narrow": Blocks(32, 16, 64, 8),
     "float32": Blocks(32, 32, 64, 8),
     "float64": Blocks(16, 16, 16, 8),
 }
-_BACKWARD_OF_AFFINE = {**_BACKWARD, "float32": Blocks(32, 32, 16, 8)}
+_BACKWARD_OF_AFFINE = {**_BACKWARD, "narrow": Blocks(32, 32, 64, 8), "float32": Blocks(32, 32, 16, 8)}
 _BACKWARD_OF_INVERSE = {**_BACKWARD_OF_AFFINE, "narrow": Blocks(32, 16, 64, 8)}
 
 # -- kernels -------------------------------------------------------------------------------------------------
@@ -73,18 +74,28 @@ def _head_bwd_kernel(
     FEATURES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_CLASSES: tl.constexpr, ACC: tl.constexpr, NARROW: tl.constexpr,
     BOUND: tl.constexpr, INVERSE: tl.constexpr, NEXT: tl.constexpr, AFFINE: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, FIRST: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of both heads, of x and of affine; a head takes PARTS programs for each chunk."""
+    """The gradients of HEADS heads from FIRST on (0: scale, 1: shift), PARTS programs for a chunk of each."""
     program = tl.program_id(0)
-    if program < PARTS * n_chunks:
+    if HEADS == 1:
+        _one_head(
+            program, grad_y_ptr, grad_logdet_ptr, grad_masked_ptr, x_ptr, scale_features_ptr,
+            shift_features_ptr, scale_weight_ptr, shift_weight_ptr, scale_table_ptr, shift_table_ptr,
+            label_index_ptr, order_ptr, next_mask_ptr, affine_ptr, dx_ptr, shares_ptr,
+            d_shift_weight_ptr if FIRST else d_scale_weight_ptr,
+            d_shift_table_ptr if FIRST else d_scale_table_ptr, daffine_ptr, grad_y_stride,
+            grad_masked_stride, x_stride, batch, active, pixels, classes, n_chunks, FEATURES, BLOCK_K,
+            BLOCK_F, SAMPLES, BLOCK, BLOCK_CLASSES, ACC, NARROW, BOUND, INVERSE, NEXT, AFFINE, FIRST == 1,
+        )  # fmt: skip
+    elif program < PARTS * n_chunks:
         _one_head(
             program, grad_y_ptr, grad_logdet_ptr, grad_masked_ptr, x_ptr, scale_features_ptr,
             shift_features_ptr, scale_weight_ptr, shift_weight_ptr, scale_table_ptr, shift_table_ptr,
             label_index_ptr, order_ptr, next_mask_ptr, affine_ptr, dx_ptr, shares_ptr, d_scale_weight_ptr,
             d_scale_table_ptr, daffine_ptr, grad_y_stride, grad_masked_stride, x_stride, batch, active,
-            pixels, classes, n_chunks, FEATURES, BLOCK_K, BLOCK_F, SAMPLES, BLOCK, BLOCK_CLASSES, ACC, NARROW,
-            BOUND, INVERSE, NEXT, AFFINE, False,
+            pixels, classes, n_chunks, FEATURES, BLOCK_K, BLOCK_F, SAMPLES, BLOCK, BLOCK_CLASSES, ACC,
+            NARROW, BOUND, INVERSE, NEXT, AFFINE, False,
         )  # fmt: skip
     else:
         shares_ptr += tl.cast(batch, tl.int64) * n_chunks * FEATURES
@@ -318,19 +329,23 @@ def launch_coupling_head_backward(
     next_bytes = mask_bytes(next_mask, x.shape)
     d_affine = torch.empty(0 if affine is None else 2, chunks, dtype=acc, device=x.device)
     shares = torch.empty(2, batch, chunks, features, dtype=acc, device=x.device)
-    launch(
-        _head_bwd_kernel, 2 * parts * chunks, x, blocks.warps,
-        grad_y, grad_logdet, None if next_mask is None else grad_masked, x,
-        scale_features, shift_features, scale_weight, shift_weight, scale_table, shift_table, label_index,
-        order, next_bytes, affine,
-        dx, shares, d_scale_weight, d_shift_weight, d_scale_table, d_shift_table,
-        None if affine is None else d_affine,
-        grad_y.stride(0), 0 if next_mask is None else grad_masked.stride(0), x.stride(0),
-        batch, active, pixels, classes, chunks,
-        FEATURES=features, BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f, SAMPLES=SAMPLES,
-        BLOCK=blocks.pixels, BLOCK_CLASSES=BLOCK_CLASSES, ACC=triton_dtype(acc), NARROW=narrow,
-        BOUND=bound, INVERSE=inverse, NEXT=next_mask is not None, AFFINE=affine is not None, PARTS=parts,
-    )  # fmt: skip
+    # With narrow features, both heads of these programs would need more registers than there are.
+    heads = 1 if narrow and (inverse or affine is not None) else 2
+    for first in range(0, 2, heads):
+        launch(
+            _head_bwd_kernel, heads * parts * chunks, x, blocks.warps,
+            grad_y, grad_logdet, None if next_mask is None else grad_masked, x,
+            scale_features, shift_features, scale_weight, shift_weight, scale_table, shift_table, label_index,
+            order, next_bytes, affine,
+            dx, shares[first:], d_scale_weight, d_shift_weight, d_scale_table, d_shift_table,
+            None if affine is None else d_affine,
+            grad_y.stride(0), 0 if next_mask is None else grad_masked.stride(0), x.stride(0),
+            batch, active, pixels, classes, chunks,
+            FEATURES=features, BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f, SAMPLES=SAMPLES,
+            BLOCK=blocks.pixels, BLOCK_CLASSES=BLOCK_CLASSES, ACC=triton_dtype(acc), NARROW=narrow,
+            BOUND=bound, INVERSE=inverse, NEXT=next_mask is not None, AFFINE=affine is not None, PARTS=parts,
+            FIRST=first, HEADS=heads,
+        )  # fmt: skip
     _sum_shares(shares, d_scale_features, d_shift_features)
     return (
         dx, d_scale_features, d_shift_features, d_scale_weight, d_shift_weight, d_scale_table, d_shift_table,
