@@ -84,6 +84,8 @@ SMALL_TENSORS = (
     "_context_kernel",
     "_maps_bwd_kernel",
     "_maps_kernel",
+    "_convolution_bwd_kernel",
+    "_layers_bwd_kernel",
     "_sum_chunks_kernel",
     "_weights_bwd_kernel",
 )
