@@ -27,7 +27,7 @@ from fastflow.export.verify import SLICES, anatomy_slices, compare, load_images
 from PIL import Image
 from scipy import ndimage
 
-from bench.gpu import CLASSES, randomize
+from bench.gpu.setting import CLASSES, randomize
 from fastflow import FlowConfig, MagicFlow
 from fastflow.archive.inputs import Inputs
 from fastflow.cli.export import describe

@@ -44,6 +44,7 @@ def fake_gpu(capturing: bool = False) -> Iterator[None]:
     """
     replaced: tuple[tuple[Any, str, Any], ...] = (
         (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "mem_get_info", lambda *_: (80 << 30, 80 << 30)),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "is_current_stream_capturing", lambda: capturing),
         # Real tensors take the form of an op for lists.

@@ -12,6 +12,7 @@ from bench.fake_gpu.tensors import CLASSES, DEVICE, build_model, fake_gpu, to_fa
 from bench.fake_gpu.training import captured_step
 from bench.launches.counter import LaunchCounter
 from fastflow import FlowConfig, MagicFlow
+from fastflow.models.sampling import Sampler
 from fastflow.models.scoring import LabelScorer
 from fastflow.training.config import TrainConfig
 from fastflow.training.objective import likelihood_loss
@@ -42,6 +43,7 @@ CASES = {
         Case(task, "training", "bfloat16"),
         Case(task, "training", "reversible"),
         Case(task, "sample"),
+        Case(task, "sampler"),
         Case(task, "scoring"),
     )
 }
@@ -90,6 +92,15 @@ def _sample(case: Case) -> LaunchCounter:
     return counter
 
 
+def _sampler(case: Case) -> LaunchCounter:
+    with _prepared(case) as (model, counter):
+        _, y = _batch(model)
+        sampler = Sampler(model.eval(), engine="eager")
+        counter.clear()
+        sampler(y)
+    return counter
+
+
 def _scoring(case: Case) -> LaunchCounter:
     with _prepared(case) as (model, counter):
         x, _ = _batch(model)
@@ -108,6 +119,7 @@ WORKS: dict[str, Callable[[Case], LaunchCounter]] = {
     "training step": _training_step,
     "training": _training,
     "sample": _sample,
+    "sampler": _sampler,
     "scoring": _scoring,
 }
 
