@@ -117,7 +117,9 @@ def updated(counted: Table, budgets: Table, reason: str = "") -> Table:
 
 
 def _with_reason(row: Row, budgets: Table, reason: str) -> Row:
+    if all(case != row.case for case, _ in budgets):
+        return row
     before = budgets.get((row.case, row.name))
-    if before is None:
+    if before is None or row.launches > before.launches:
         return row._replace(reason=reason)
-    return row._replace(reason=reason if row.launches > before.launches else before.reason)
+    return row._replace(reason=before.reason)
