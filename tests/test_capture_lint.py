@@ -58,6 +58,7 @@ CLEAN = (
 LINT = """
 import sys, json
 from bench import fake_gpu
+from bench.fake_gpu import leave
 fake_gpu.load()
 import torch
 from bench.capture_lint.lint import lint, CaptureLint
@@ -86,6 +87,7 @@ for line in json.loads(sys.argv[1]):
         code = compile(line, "a_step.py", "eval")
         found[line] = [[f.kind, f.place] for f in lint(run, watch=watch)]
 print(json.dumps(found))
+leave()
 """
 
 

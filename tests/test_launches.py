@@ -65,6 +65,7 @@ def test_the_table_has_every_class_and_adds_up():
 
 COUNTED_BY_HAND = """
 from bench import fake_gpu
+from bench.fake_gpu import leave
 fake_gpu.load()
 import torch
 from torch.nn import functional as F
@@ -84,6 +85,7 @@ with fake_gpu(), LaunchCounter() as counter:
 for (group, direction, name), count in counter.names.items():
     print(direction, name, count, group)
 print(counter.found.total(), counter.kernels.total())
+leave()
 """
 
 

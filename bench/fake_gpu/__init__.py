@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 SOURCE = Path(__file__).with_name("shim.cpp")
 BUILDS = Path(__file__).parents[2] / "build" / "fake_gpu"
@@ -57,6 +58,13 @@ def load() -> None:
     if reason := unavailable():
         raise RuntimeError(reason)
     ctypes.CDLL(str(_library()), ctypes.RTLD_GLOBAL)
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End the process at once: autograd's thread of the device, while it ends, now and then ends it badly."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _library() -> Path:
