@@ -49,6 +49,7 @@ def op_cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
     )
     weight, bias = torch.randn(CHANNELS, CHANNELS), torch.randn(CHANNELS)
     gates = torch.randn(1, CHANNELS), torch.randn(CHANNELS, 1), torch.randn(1, 2, 7, 7)
+    layers = torch.randn(8, CHANNELS), torch.randn(8), torch.randn(CHANNELS, 8), torch.randn(CHANNELS)
     channel_logits, spatial_logits = torch.randn(BATCH, CHANNELS), torch.randn(BATCH, 1, SIDE, SIDE)
 
     def norm(x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> object:
@@ -56,6 +57,9 @@ def op_cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
 
     def sampled_norm(x: Tensor, modulation: Tensor, residual: Tensor) -> object:
         return kernels.norm_modulate_act(x, 8, modulation, residual)
+
+    def fusion(x: Tensor, *rest: Tensor) -> object:
+        return kernels.global_fusion(x, (rest[0], rest[1]), (rest[2], rest[3]))
 
     def head(x: Tensor, *rest: Tensor) -> object:
         pairs = rest[:2], rest[2:4], rest[4:]
@@ -70,6 +74,8 @@ def op_cases() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
         "coupling_head_step": (head, (one, *features, *weights, *tables)),
         "squeeze2x2": (kernels.squeeze2x2, (image,)),
         "latent_prior": (kernels.latent_prior, (one.flatten(1),)),
+        "global_fusion": (fusion, (image, *layers)),
+        "global_context": (kernels.global_context, (image, layers[0], layers[2])),
         "pool_pixels": (kernels.pool_pixels, (image,)),
         "average_pixels": (kernels.average_pixels, (image,)),
         "pool_channels": (kernels.pool_channels, (image, channel_logits)),

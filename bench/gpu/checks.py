@@ -13,7 +13,7 @@ from bench.gpu.setting import Setting, backend, images, labels
 from bench.gpu.speed import Step
 from bench.measuring import DEVICE
 from fastflow import MagicFlow
-from fastflow.models.inference.precision import allow_tf32
+from fastflow.numerics import float32_products
 from fastflow.training.capture import WARM_UP_STEPS
 
 REPLAYS = 3
@@ -35,7 +35,7 @@ def errors(setting: Setting, task: str, count: int) -> Iterator[tuple[Key, Figur
             want = wide.log_prob_all(x.double())
         exact = _gradients(wide, x.double(), y)
     for name, engine in (("reference", "reference"), ("auto", "eager")):
-        with backend(name), allow_tf32(False):
+        with backend(name), float32_products(tf32=False):
             with torch.no_grad():
                 z, _ = model(x, y)
                 back = float((model.inverse(z, y) - x).abs().max())

@@ -15,9 +15,9 @@ from bench.gpu.report import Figure, Key
 from bench.gpu.setting import Setting, backend, images, labels, median
 from bench.measuring import DEVICE
 from fastflow import MagicFlow
-from fastflow.models.inference.precision import allow_tf32
 from fastflow.models.sampling import Sampler
 from fastflow.models.scoring import LabelScorer
+from fastflow.numerics import float32_products
 from fastflow.training.capture import WARM_UP_STEPS
 from fastflow.training.config import TrainConfig
 from fastflow.training.step import TrainingStep
@@ -52,7 +52,7 @@ class Step:
         self._labels = labels(model, batch).cpu()
 
     def __call__(self) -> None:
-        with allow_tf32(self._precision == "tf32"):
+        with float32_products(tf32=self._precision == "tf32"):
             self._step(self._images, self._labels)
 
     def bits_per_dim(self) -> torch.Tensor:
@@ -130,7 +130,7 @@ def compile_reference(setting: Setting, task: str, batch: int) -> None:
     """Print images/s of the compiled reference and the seconds of its first step, as JSON."""
     model = setting.model(task).train()
     x, y = images(model, batch), labels(model, batch)
-    with backend("reference"), allow_tf32(False):
+    with backend("reference"), float32_products(tf32=False):
         run = torch.compile(lambda x, y: -model.log_prob(x, y).mean() / model.config.num_dims)
 
         def step() -> None:

@@ -24,7 +24,12 @@ IMAGES_PER_PASS = 16
 
 
 def draw(
-    model: MagicFlow, labels: Sequence[int], count: int, temperature: float = 1.0, seed: int = 0
+    model: MagicFlow,
+    labels: Sequence[int],
+    count: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    precision: str = "float32",
 ) -> NDArray[np.uint8]:
     """Samples as 8-bit images.
 
@@ -34,12 +39,13 @@ def draw(
         count: images per label.
         temperature: standard deviation of the latent.
         seed: of the draws; equal seeds give equal images on equal hardware.
+        precision: see `fastflow.models.sampling.Sampler`.
 
     Returns:
         (L, count, C, H, W) uint8; values outside [-1, 1] are clipped.
 
     Raises:
-        ValueError: the count is not positive, a label or the temperature does not fit.
+        ValueError: the count is not positive, a label, the temperature or the precision does not fit.
     """
     if count < 1 or not labels:
         raise ValueError(
@@ -48,7 +54,7 @@ def draw(
         )
     generator = torch.Generator().manual_seed(seed)
     wanted = torch.tensor(labels).repeat_interleave(count)
-    sampler = Sampler(model)
+    sampler = Sampler(model, precision)
     parts = [
         to_uint8(sampler(y, temperature, generator).cpu().numpy()) for y in wanted.split(IMAGES_PER_PASS)
     ]
@@ -63,6 +69,7 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "float32",
 ) -> list[Path]:
     """Draw images and write them.
 
@@ -77,6 +84,7 @@ def sample(
         temperature: standard deviation of the latent; below 1 gives smoother, more typical images.
         seed: of the draws.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        precision: ``"float32"``, ``"tf32"`` or ``"mixed"``, see `fastflow.models.sampling.Sampler`.
 
     Returns:
         The files that were written.
@@ -90,7 +98,7 @@ def sample(
     unknown = [name for name in wanted if name not in names]
     if unknown:
         raise ValueError(f"label must be one of {', '.join(names)}, got {unknown[0]!r}")
-    images = draw(model, [names.index(name) for name in wanted], count, temperature, seed)
+    images = draw(model, [names.index(name) for name in wanted], count, temperature, seed, precision)
     shown = images.max(axis=2)
     files = {
         Path(out) / "grid.png": png(grid_figure(shown, wanted)),

@@ -24,11 +24,27 @@ class Device(StrEnum):
 
 
 class Precision(StrEnum):
-    """The precisions of conditioners."""
+    """The precisions of exports."""
 
     float32 = "float32"
     mixed = "mixed"
 
+
+class EvaluationPrecision(StrEnum):
+    """The precisions of scoring and sampling."""
+
+    float32 = "float32"
+    tf32 = "tf32"
+    mixed = "mixed"
+
+
+EvaluationPrecisionOption = Annotated[
+    EvaluationPrecision,
+    typer.Option(
+        help="tf32: a GPU may round factors of products to 10 bits. mixed: conditioners in bfloat16 where "
+        "the device computes in it."
+    ),
+]
 
 ModelFolder = Annotated[Path, typer.Option("--model", "-m", help="Model folder, as `train` writes it.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs; auto takes a GPU if there is one.")]

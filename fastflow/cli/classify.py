@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fastflow.cli._console import FINISHED_WITH_ERRORS, USAGE, fail, run_progress, warn
-from fastflow.cli._options import Device, DeviceOption, Precision, takes
+from fastflow.cli._options import Device, DeviceOption, EvaluationPrecision, EvaluationPrecisionOption, takes
 
 
 class Engine(StrEnum):
@@ -106,9 +106,7 @@ class ClassifyCommand:
         typer.Option(min=1, help="Processes that read files; half of the cores, up to 8, by default."),
     ] = None
     device: DeviceOption = Device.auto
-    precision: Annotated[
-        Precision, typer.Option(help="mixed: conditioners in bfloat16 where the device computes in it.")
-    ] = Precision.float32
+    precision: EvaluationPrecisionOption = EvaluationPrecision.float32
     engine: Annotated[
         Engine,
         typer.Option(

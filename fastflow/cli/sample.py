@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from fastflow.cli._options import Device, DeviceOption, ModelFolder, Seed
+from fastflow.cli._options import (
+    Device,
+    DeviceOption,
+    EvaluationPrecision,
+    EvaluationPrecisionOption,
+    ModelFolder,
+    Seed,
+)
 
 
 def sample(
@@ -22,6 +29,7 @@ def sample(
     ] = 1.0,
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
+    precision: EvaluationPrecisionOption = EvaluationPrecision.float32,
 ) -> None:
     """Draw images from a model: one PNG each, grid.png of all, and samples.npz.
 
@@ -29,5 +37,5 @@ def sample(
     """
     from fastflow.archive.sample import sample as run
 
-    files = run(model, out, label, count, temperature, seed, device.value)
+    files = run(model, out, label, count, temperature, seed, device.value, precision.value)
     typer.echo(f"{out}: {len(files)} files, see {files[0]}")

@@ -24,9 +24,11 @@ from fastflow.kernels.checks import check_device, check_dtype, check_pooled_imag
 from fastflow.kernels.cpu.execution import on_cpu
 from fastflow.kernels.cpu.linear import linear_each, whole_groups
 from fastflow.kernels.layouts import empty_image, is_channels_last, memory_format
+from fastflow.kernels.planning import planned
 from fastflow.kernels.pool_pixels import average_pixels
 from fastflow.kernels.registry import is_recorded, refuse_second_derivative, register, runs_triton
 from fastflow.kernels.triton.global_mlp import launch_global_mlp, launch_global_mlp_backward
+from fastflow.kernels.watching import differentiate
 from fastflow.numerics import acc_dtype, full_precision
 
 Layer = tuple[Tensor, Tensor]
@@ -138,7 +140,7 @@ class GlobalMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("global_mlp")
         x, mean, hidden, context, *weights = ctx.saved_tensors
-        d_x, *d_weights = _mlp_backward(grad, x, (mean, hidden, context), weights, ctx.gated)
+        d_x, *d_weights = _mlp_backward(grad, x, (mean, hidden, context), tuple(weights), ctx.gated)
         return d_x, None, *d_weights
 
 
@@ -146,7 +148,7 @@ def _run(x: Tensor, weights: tuple[Tensor, ...], gated: bool) -> Tensor:
     if not is_recorded(x, *weights):
         out: Tensor = _mlp(x, weights, gated)[0]
         return out
-    result: Tensor = GlobalMlp.apply(x, gated, *weights)
+    result: Tensor = differentiate(GlobalMlp, x, gated, *weights)
     return result
 
 
@@ -158,6 +160,7 @@ def _check(x: Tensor, named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
         check_device(name, value, x)
 
 
+@planned
 def global_fusion(x: Tensor, down: Layer, up: Layer) -> Tensor:
     """``x + mlp(mean over pixels)``, with a GELU in the MLP.
 
@@ -189,6 +192,7 @@ def global_fusion(x: Tensor, down: Layer, up: Layer) -> Tensor:
     return global_fusion_reference(x, down, up)
 
 
+@planned
 def global_context(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """``x * (1 + sigmoid(mlp(mean over pixels)))``, with a ReLU in the MLP.
 

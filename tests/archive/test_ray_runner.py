@@ -210,7 +210,7 @@ def test_blocks_grow_and_are_taken_one_at_a_time(monkeypatch: pytest.MonkeyPatch
 def test_without_ray_nothing_is_begun(
     scans: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="precision must be one of float32, mixed, got 'half'"):
+    with pytest.raises(ValueError, match="precision must be one of float32, tf32, mixed, got 'half'"):
         classify([scans], model_folder, tmp_path / "r", engine="ray", precision="half")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"engine 'ray' needs Ray: pip install 'fastflow\[ray\]'"):

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastflow import FlowConfig, MagicFlow
 from fastflow.errors import UninitializedModelError
 from fastflow.models.inference.graphs import Captured, GraphPerSize
-from fastflow.models.inference.precision import PRECISIONS, allow_tf32, pick_conditioner_dtype
+from fastflow.models.inference.precision import PRECISIONS, pick_conditioner_dtype
 from fastflow.models.sampling import Sampler
+from fastflow.numerics import float32_products
 
 LAYOUTS = {
     "classification": {},
@@ -85,7 +86,7 @@ def test_mixed_rounds_conditioners_and_tf32_changes_nothing_on_a_cpu(monkeypatch
 def test_tf32_switches_come_back():
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     for allowed in (True, False):
-        with allow_tf32(allowed):
+        with float32_products(tf32=allowed):
             assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
         assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
     assert [pick_conditioner_dtype(p, torch.float32, torch.device("meta")) for p in PRECISIONS[:2]] == [

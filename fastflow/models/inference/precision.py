@@ -11,14 +11,15 @@ mixed      conditioners in bfloat16; the stream, log-scales, shifts and all sums
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
 
 from fastflow.errors import PrecisionWarning
+from fastflow.numerics import float32_products
 
 PRECISIONS = ("float32", "tf32", "mixed")
 
@@ -67,18 +68,6 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(bool(known.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-@contextmanager
-def allow_tf32(allowed: bool) -> Iterator[None]:
-    """Say whether float32 convolutions and matrix products may take TF32; the settings come back after it."""
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
-    convolutions.allow_tf32 = products.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
-
-
 def no_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast switched off on a type of device, such as ``"cuda"``."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
@@ -100,7 +89,7 @@ def evaluating(
     stack.enter_context(torch.no_grad())
     stack.enter_context(parametrize.cached())
     if device.type == "cuda":
-        stack.enter_context(allow_tf32(precision == "tf32"))
+        stack.enter_context(float32_products(tf32=precision == "tf32"))
     stack.enter_context(
         no_autocast(device.type)
         if narrow is None
