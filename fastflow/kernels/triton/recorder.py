@@ -177,7 +177,9 @@ class Recorder(TorchDispatchMode):
 
     def plan(self, result: Any) -> Plan | None:
         """The plan of the call that returned `result`; None, with `refusal` set, where there is none."""
-        results = result if type(result) is tuple else (result,)
+        # A list of tensors, as `torch.library` has it, comes back as a tuple.
+        several = isinstance(result, (tuple, list))
+        results = tuple(result) if several else (result,)
         outputs = [self._view(value) if type(value) is Tensor else None for value in results]
         if None in outputs:
             self._refuse("the result holds something that is no tensor of the call")
@@ -194,7 +196,7 @@ class Recorder(TorchDispatchMode):
         views = [view for view in outputs if view is not None]
         for i, made in enumerate(allocations):
             allocations[i], views = self._returned_as_made(made, views)
-        return Plan(device, len(self._inputs), allocations, self._steps, views, type(result) is tuple)
+        return Plan(device, len(self._inputs), allocations, self._steps, views, several)
 
     def _returned_as_made(self, made: Allocation, views: list[View]) -> tuple[Allocation, list[View]]:
         """An allocation in the shape of its one view that is returned, which then costs nothing."""
