@@ -16,6 +16,8 @@ ON_GPU = DEVICE == "cuda"
 PRECISIONS = {"training": ("float32", "tf32", "bfloat16"), "other": ("float32", "tf32", "mixed")}
 # A compilation takes minutes and may take no more than this.
 COMPILE_SECONDS = 150
+# Inductor compiles as many single ops as it can in this time.
+OP_COMPILE_SECONDS = 60.0
 
 
 def main() -> None:
@@ -67,7 +69,8 @@ def run(report: Report, setting: Setting, folders: list[str]) -> None:
                 if count != small:
                     item = partial(work, setting, task, count, "float32")
                     report.attempt(f"{name}, {task}, {count}", item, 15)
-    report.attempt("ops", partial(ops.forward_ops, None if ON_GPU else 1), 40 if ON_GPU else 0)
+    limits = (None, OP_COMPILE_SECONDS) if ON_GPU else (1, 0.0)
+    report.attempt("ops", partial(ops.forward_ops, *limits), 40 if ON_GPU else 0)
     if ON_GPU:
         for task in TASKS:
             limit = max(1.0, min(COMPILE_SECONDS, report.seconds_left))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,12 +25,14 @@ def seconds_of(work: Callable[[], object]) -> float:
     return do_bench(work, warmup=5, rep=25, return_mode="median") / 1e3
 
 
-def forward_ops(shapes: int | None = None) -> Iterator[tuple[Key, Figure]]:
+def forward_ops(shapes: int | None = None, compile_seconds: float = 0.0) -> Iterator[tuple[Key, Figure]]:
     """Forward passes of the ops of the flow and of its conditioners.
 
     Args:
         shapes: how many shapes of each; all of them when None.
+        compile_seconds: for Inductor's compilations of plain ATen; what they leave out has no such figure.
     """
+    end = time.monotonic() + compile_seconds
     lists = (
         (roofline.op_works, roofline.OP_SHAPES),
         (roofline.feature_works, roofline.FEATURE_SHAPES),
@@ -43,10 +46,12 @@ def forward_ops(shapes: int | None = None) -> Iterator[tuple[Key, Figure]]:
                 with torch.no_grad():
                     ours = seconds_of(lambda work=work: work.public(*work.inputs))
                     plain = seconds_of(lambda work=work: work.composite(*work.inputs))
-                yield (
-                    Key(f"op {row.name}", row.shape, "eager", batch=BATCH),
-                    Figure(ours * 1e6, "us", _words(row, ours, plain)),
-                )
+                    words = _words(row, ours, plain)
+                    if time.monotonic() < end:
+                        compiled = torch.compile(work.composite, dynamic=False)
+                        inductor = seconds_of(lambda work=work, run=compiled: run(*work.inputs))
+                        words += f"; Inductor {inductor * 1e6:.1f} us"
+                yield Key(f"op {row.name}", row.shape, "eager", batch=BATCH), Figure(ours * 1e6, "us", words)
 
 
 def _words(row: roofline.Row, ours: float, plain: float) -> str:

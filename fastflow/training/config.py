@@ -35,7 +35,7 @@ class TrainConfig:
             and the rest as ``"32-true"``; ``"64-true"`` computes in float64.
         engine: ``"auto"`` replays the training step as a CUDA graph on a CUDA device, and runs it eagerly
             elsewhere and where it cannot be captured; ``"eager"`` and ``"cuda_graph"`` ask for one of them.
-        max_skipped: a step whose loss or gradients are not finite changes nothing; training stops after so
+        max_skipped: a step whose loss or gradients are not finite changes no weight; training stops after so
             many in a row.
         seed: of shuffling, augmentation, dequantisation and dropout.
         threads: of a CPU that training computes with, None for as many as torch has. Gradients are sums that
