@@ -12,10 +12,11 @@ from fastflow.kernels.triton.launch import (
     kernel,
     launch,
     needs_int64_offsets,
+    power_of_two,
     triton_dtype,
     vector_width,
 )
-from fastflow.kernels.triton.parts import elements, locate, sum_chunks
+from fastflow.kernels.triton.parts import MAX_SUM_BLOCK, elements, locate
 from fastflow.numerics import LOG_2PI, acc_dtype
 
 if TYPE_CHECKING:
@@ -64,6 +65,19 @@ def _prior_bwd_kernel(
     tl.store(dz_ptr + b * n + offs, (-z * grad).to(dz_ptr.dtype.element_ty), mask=inside)
 
 
+@kernel
+def _prior_sum_kernel(partial_ptr, out_ptr, n_chunks, width, BLOCK: tl.constexpr, LOG_2PI: tl.constexpr):
+    """The log-density of a sample of `width` elements from the sums of squares of its chunks."""
+    sample = tl.cast(tl.program_id(0), tl.int64)
+    chunk = tl.arange(0, BLOCK)
+    squares = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
+    for start in range(0, n_chunks, BLOCK):
+        there = start + chunk < n_chunks
+        squares += tl.load(partial_ptr + sample * n_chunks + start + chunk, mask=there, other=0.0)
+    constant = tl.cast(width, tl.float64) * LOG_2PI
+    tl.store(out_ptr + sample, -0.5 * (tl.sum(squares, axis=0) + constant.to(squares.dtype)))
+
+
 def _dense_samples(z: Tensor) -> Tensor:
     """`z` with each sample dense in memory, copied only when it is not."""
     return z if z.shape[1] <= 1 or z.stride(1) == 1 else z.contiguous()
@@ -82,7 +96,12 @@ def launch_latent_prior(z: Tensor) -> Tensor:
         _prior_fwd_kernel, batch * chunks, z, 4, z, partial, z.stride(0) // v, n // v, chunks,
         V=v, BLOCK=BLOCK, ACC=triton_dtype(acc), INT64_OFFSETS=needs_int64_offsets(n, BLOCK),
     )  # fmt: skip
-    return -0.5 * (sum_chunks(partial) + n * LOG_2PI)
+    out = torch.empty(batch, dtype=acc, device=z.device)
+    launch(
+        _prior_sum_kernel, batch, z, 1, partial, out, chunks, n,
+        BLOCK=min(MAX_SUM_BLOCK, power_of_two(chunks)), LOG_2PI=LOG_2PI,
+    )  # fmt: skip
+    return out
 
 
 def launch_latent_prior_backward(grad: Tensor, z: Tensor) -> Tensor:
