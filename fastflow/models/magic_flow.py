@@ -16,6 +16,7 @@ from fastflow.models import checkpoint, published
 from fastflow.models.checkpoint import Checkpoint
 from fastflow.models.config import FlowConfig
 from fastflow.models.flow import Flow
+from fastflow.models.inference.sampler import SamplerOfWeights
 from fastflow.models.scoring import log_prob_all, posterior_from_log_probs
 
 
@@ -54,6 +55,17 @@ class MagicFlow(Flow):
         super().__init__(config, application_mask)
         self.temperature = 1.0
         self.metadata: dict[str, Any] = {}
+        self._samplers = SamplerOfWeights()
+
+    def train(self, mode: bool = True) -> MagicFlow:
+        """As `torch.nn.Module.train`; training mode drops what sampling has captured."""
+        if mode:
+            self._samplers = SamplerOfWeights()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a model take no captured passes along.
+        return {**self.__dict__, "_samplers": SamplerOfWeights()}
 
     # -- densities -------------------------------------------------------------------------------------------
 
@@ -110,9 +122,9 @@ class MagicFlow(Flow):
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw images given labels.
 
-        Each call computes label parameters and inverse matrices anew. For more than a call or two,
-        `fastflow.models.sampling.Sampler` computes them once, gives the same images, and is far faster on a
-        GPU.
+        On a GPU, in evaluation mode and without autocast, a `fastflow.models.sampling.Sampler` of the weights
+        draws them, in float32 without TF32: the second call captures CUDA graphs, which `train()` drops.
+        Elsewhere each call computes label parameters and inverse matrices anew.
 
         Args:
             y: (B,) int64 labels in [0, K).
@@ -128,6 +140,8 @@ class MagicFlow(Flow):
         """
         if not temperature >= 0:
             raise ValueError(f"temperature must not be negative, got {temperature}")
+        if self.device.type == "cuda" and not self.training and not torch.is_autocast_enabled("cuda"):
+            return self._samplers.get(self)(y, temperature, generator)
         where = self.device if generator is None else generator.device
         z = torch.randn(y.shape[0], self.config.num_dims, dtype=self.dtype, device=where, generator=generator)
         return self.inverse(temperature * z.to(self.device), y)

@@ -11,6 +11,7 @@ from fastflow import FlowConfig, MagicFlow
 from fastflow.errors import UninitializedModelError
 from fastflow.models.inference.graphs import Captured, GraphPerSize
 from fastflow.models.inference.precision import PRECISIONS, pick_conditioner_dtype
+from fastflow.models.inference.sampler import SamplerOfWeights
 from fastflow.models.sampling import Sampler
 from fastflow.numerics import float32_products
 
@@ -232,3 +233,42 @@ def test_a_sampler_outlives_no_change_of_parameters():
         change(model)
         with pytest.raises(RuntimeError, match=r"moved or replaced .* make a new Sampler"):
             sampler(y)
+
+
+def test_a_sampler_of_weights_follows_their_changes(monkeypatch):
+    model, y = small(), torch.tensor([0, 1, 2])
+    samplers, engines = SamplerOfWeights(), []
+    made = Sampler.__init__
+
+    def note(self, model, precision="float32", engine="auto"):
+        engines.append(engine)
+        made(self, model, precision, engine)
+
+    monkeypatch.setattr(Sampler, "__init__", note)
+    first = samplers.get(model)
+    second = samplers.get(model)
+    assert samplers.get(model) is second is not first and engines == ["eager", "auto"]
+    with torch.no_grad():
+        model.steps[0].actnorm.bias.add_(1.0)
+    changed = samplers.get(model)
+    assert changed is not second and engines == ["eager", "auto", "eager"]
+    assert torch.equal(changed(y, 0.8, seeded()), model.sample(y, 0.8, seeded()))
+    assert not torch.equal(changed(y, 0.8, seeded()), second(y, 0.8, seeded()))
+
+
+def test_copies_of_a_model_take_no_captured_passes_along():
+    model = small()
+    model._samplers.get(model)
+    copied = copy.deepcopy(model)
+    assert copied._samplers._sampler is None and model._samplers._sampler is not None
+    model.train()
+    assert model._samplers._sampler is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_a_gpu_samples_by_its_sampler():
+    model = small().cuda()
+    y = labels(model.config, 5).cuda()
+    images = [model.sample(y, 0.8, seeded()) for _ in range(3)]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert model._samplers.get(model).engine == "cuda_graph"

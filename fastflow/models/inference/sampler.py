@@ -194,6 +194,35 @@ class Sampler:
         return evaluating(self.precision, self._device, self.conditioner_dtype if narrow else None, cache)
 
 
+class SamplerOfWeights:
+    """The sampler of a model whose weights may change: made anew when they did, captured when they did not.
+
+    The first call after a change gets an eager sampler, since a capture takes as long as several passes;
+    later ones get the engine `auto`. Images are the same.
+    """
+
+    def __init__(self) -> None:
+        self._state: list[tuple[int, int]] = []
+        self._sampler: Sampler | None = None
+        self._settled = False
+
+    def get(self, model: Flow) -> Sampler:
+        """A sampler of the weights as they are now, in float32 without TF32.
+
+        Raises:
+            ValueError: the model is in training mode.
+            UninitializedModelError: the model has seen no data.
+        """
+        tensors = (*model.parameters(), *model.buffers())
+        state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        if self._sampler is None or state != self._state:
+            self._sampler = Sampler(model, engine="eager")
+            self._state, self._settled = state, False
+        elif not self._settled:
+            self._sampler, self._settled = Sampler(model), True
+        return self._sampler
+
+
 class _Address(NamedTuple):
     """A parameter or a buffer, where a module keeps it and where it lay."""
 
