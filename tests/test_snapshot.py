@@ -34,6 +34,8 @@ PROJECTIONS = 3
 MAX_STORED = 16
 DIGEST_BYTES = 8
 # Largest difference relative to the largest value of a result, by what computed it.
+# A gradient is held against this share at least of the largest gradient of its model.
+SMALL_GRADIENT = 1e-4
 TOLERANCES = {"float64": 1e-9, "default": 2e-4, "gradient": 5e-3}
 
 
@@ -278,12 +280,20 @@ def collect_apart(part: str) -> dict[str, Result]:
 def compare(found: dict[str, Result], stored: dict[str, Result]) -> list[tuple[str, bool, float]]:
     """(name, whether all bits are the same, largest relative difference) of every result in either."""
     rows = []
+    largest: dict[str, float] = {}
+    for name, result in stored.items():
+        model = name.partition("gradient_")[0]
+        largest[model] = max(largest.get(model, 0.0), float(np.abs(result.values).max(initial=0.0)))
     for name in sorted(set(found) | set(stored)):
         got, want = found.get(name), stored.get(name)
         if got is None or want is None or got.values.shape != want.values.shape:
             rows.append((name, False, float("inf")))
             continue
         size = max(float(np.abs(want.values).max(initial=0.0)), 1e-30)
+        model, is_gradient, _ = name.partition("gradient_")
+        if is_gradient:
+            # A bias before a norm and the length of a normed weight have no gradient but rounding.
+            size = max(size, SMALL_GRADIENT * largest[model])
         difference = float(np.abs(got.values - want.values).max(initial=0.0))
         rows.append((name, got.digest == want.digest, difference / size))
     return rows
