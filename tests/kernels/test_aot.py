@@ -86,6 +86,7 @@ SMALL_TENSORS = (
     "_maps_kernel",
     "_convolution_bwd_kernel",
     "_layers_bwd_kernel",
+    "_prior_sum_kernel",
     "_sum_chunks_kernel",
     "_weights_bwd_kernel",
 )
