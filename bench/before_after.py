@@ -10,9 +10,9 @@ new checkout is faster. With one thread each, times are CPU time of the process,
 machine touches less than wall time.
 
 The model is the demo preset with random weights, 7 labels. ``eager`` and ``compile`` score 8 images under all
-labels by a `LabelScorer`, ``train`` is a forward and a backward pass of 16 images, ``onnx`` scores 8 images
-by the exported score graph in ONNX Runtime on the CPU. The script uses nothing but public calls that both
-checkouts have.
+labels by a `LabelScorer`, ``train`` is a forward and a backward pass of 16 images, ``sample`` draws 16 images
+by `MagicFlow.sample`, ``onnx`` scores 8 images by the exported score graph in ONNX Runtime on the CPU. The
+script uses nothing but public calls that both checkouts have.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CASES = ("eager", "compile", "train", "onnx")
+CASES = ("eager", "compile", "train", "sample", "onnx")
 CLASSES = 7
 SCORED, TRAINED = 8, 16
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -76,6 +76,8 @@ class Worker:
         """The work of a case."""
         if case == "train":
             return self.prepare_training()
+        if case == "sample":
+            return self.prepare_sampling()
         if case == "onnx":
             return self.prepare_export()
         from fastflow.models.scoring import LabelScorer
@@ -97,6 +99,13 @@ class Worker:
             loss.backward()
 
         return step
+
+    def prepare_sampling(self) -> Callable[[], object]:
+        """A call of `MagicFlow.sample`."""
+        import torch
+
+        y = torch.arange(TRAINED) % CLASSES
+        return lambda: self.model.sample(y)
 
     def prepare_export(self) -> Callable[[], object]:
         """The export that this checkout writes, scored by its runtime."""
