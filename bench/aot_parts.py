@@ -1,4 +1,4 @@
-"""What the lists of launches for `bench.aot` share: dtypes, launchers, images."""
+"""The lists of launches for `bench.aot` share dtypes, launchers and images."""
 
 from __future__ import annotations
 

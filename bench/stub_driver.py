@@ -38,7 +38,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class _Metadata(NamedTuple):
-    """Of Triton's metadata of a build, what its launcher and `launch` read."""
+    """The part of Triton's metadata of a build that its launcher and `launch` read."""
 
     num_ctas: int = 1
     global_scratch_size: int = 0

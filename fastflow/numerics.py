@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
@@ -63,3 +64,13 @@ def float32_products(tf32: bool) -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def unrounded_products(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which products on the device of `x` are rounded neither by autocast nor to TF32."""
+    if torch.compiler.is_compiling():
+        return full_precision(x)
+    stack = ExitStack()
+    stack.enter_context(full_precision(x))
+    stack.enter_context(float32_products(tf32=False))
+    return stack

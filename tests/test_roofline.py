@@ -285,7 +285,8 @@ def test_ops_of_conditioners_move_at_most_half_of_the_composite(rows):
         if row.name.startswith(("norm", "pool_channels", "apply", "cbam")):
             assert row.over_composite <= 0.51, row
             # A split norm has three launches forward, which is as many as ATen takes for gathered scales.
-            assert row.launches <= row.composite_launches, row
+            equal = row.name == "norm_modulate_act"
+            assert row.launches < row.composite_launches + equal, row
 
 
 # -- whole half-steps ----------------------------------------------------------------------------------------

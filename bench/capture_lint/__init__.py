@@ -1,4 +1,4 @@
-"""What a CUDA graph cannot hold of a training step, found without a GPU: ``python -m bench.capture_lint``.
+"""The lint finds what a CUDA graph cannot hold of a training step: ``python -m bench.capture_lint``, no GPU.
 
 A function that would be captured runs on fake tensors (`bench.fake_gpu`) under `lint.CaptureLint`, which
 names file and line of

@@ -40,7 +40,7 @@ CASES = {
 
 
 def findings(case: Case) -> dict[Finding, int]:
-    """What a graph cannot hold of a case."""
+    """The findings of a case: whatever a graph cannot hold of it."""
     config = FlowConfig.preset(PRESET, CLASSES, task=case.task, reversible=case.reversible)
     training = TrainConfig(
         batch_size=BATCH, objective=case.objective, ema=0.9, precision=PRECISIONS[case.precision]

@@ -19,7 +19,7 @@ TABLE = Path(__file__).parents[1] / "gpu.csv"
 
 
 class Key(NamedTuple):
-    """What a figure is about, apart from the machine.
+    """The subject of a figure, apart from the machine.
 
     Attributes:
         item: such as ``training``.

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastflow.kernels.checks import check_device, check_dtype, check_image, check_same_shape
 from fastflow.kernels.cpu.norm_film_act import norm_modulate_act_backward_cpu, norm_modulate_act_cpu
-from fastflow.kernels.dropout import checked_seeds, drop_threshold, dropout_mask, keep_scale
+from fastflow.kernels.dropout import checked_seeds
 from fastflow.kernels.layouts import empty_image, is_channels_last
-from fastflow.kernels.norm_film_act import norm_film_act_backward_reference
+from fastflow.kernels.norm_film_act import norm_film_act_backward_reference, norm_film_act_reference
 from fastflow.kernels.planning import planned
 from fastflow.kernels.registry import is_recorded, refuse_second_derivative, register, takes_reference
 from fastflow.kernels.triton.norm_modulate_act import (
@@ -47,18 +46,10 @@ def norm_modulate_act_reference(
     seeds: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The definition, in plain ATen."""
-    acc = acc_dtype(x.dtype)
-    # torch.group_norm is used since the functional form refuses a group of one element, which normalises to
-    # zero.
-    normed = torch.group_norm(x.to(acc), groups, eps=eps)
-    gammas, betas = modulation.to(acc)[:, :, None, None].unbind(4)
-    z = torch.addcmul(betas, normed, gammas)
-    y = F.gelu(z if residual is None else z + residual.to(acc))
-    if seeds is not None:
-        threshold = drop_threshold(dropout)
-        y = y * dropout_mask(seeds, x.shape[1:], threshold) * keep_scale(threshold)
-    return y.to(dtype or x.dtype)
+    """The definition, in plain ATen: `norm_film_act` with a row of its tables for each sample."""
+    gamma, beta = modulation.unbind(2)
+    samples = torch.arange(x.shape[0], device=x.device)
+    return norm_film_act_reference(x, groups, gamma, beta, samples, residual, eps, dropout, seeds, dtype)
 
 
 def norm_modulate_act_backward_reference(

@@ -14,7 +14,7 @@ from fastflow.models.conditioners import ClassificationConditioner, GenerationCo
 from fastflow.models.conditioners.label_params import CouplingMask, LabelParams, NextInput
 from fastflow.models.conditioners.uses import narrowed, replaced_parameters, two_uses
 from fastflow.models.config import FlowConfig, Shape
-from fastflow.numerics import acc_dtype
+from fastflow.numerics import acc_dtype, unrounded_products
 
 Conditioner = ClassificationConditioner | GenerationConditioner
 Seeds = tuple[Tensor | None, Tensor | None]
@@ -86,8 +86,12 @@ class AffineCoupling(nn.Module):
         return CouplingMask(passive, kernels.PixelOrder(pixels, active) if self.ordered else None)
 
     def label_params(self, labels: Tensor) -> list[LabelParams]:
-        """The parameters that `labels` (R,) give each conditioner."""
-        return [net.label_params(labels) for net in self.conditioners]
+        """The parameters that `labels` (R,) give each conditioner, in the parameters' dtype.
+
+        Rounded by autocast or to TF32, they would shift whole labels.
+        """
+        with unrounded_products(labels):
+            return [net.label_params(labels) for net in self.conditioners]
 
     def draw_seeds(self, batch: int, device: torch.device) -> Seeds:
         """Seeds of the dropouts of the two halves, in forward order."""

@@ -38,7 +38,7 @@ class ConditionedFlow:
         self, steps: Sequence[FlowStep], labels: Tensor, dtype: torch.dtype, inverse: bool = False
     ) -> None:
         self._params = FlowLabelParams(steps, labels)
-        self.steps: list[ConditionedStep] = condition_steps(steps, self._params.by_label, dtype, inverse)
+        self.steps: list[ConditionedStep] = condition_steps(steps, self._params.of_step, dtype, inverse)
 
     def label_index_of(self, label_index: Tensor) -> Callable[[int], Tensor]:
         """The entry of each sample at step i: of the only one where the step ignores the label."""

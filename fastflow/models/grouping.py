@@ -6,6 +6,7 @@ by itself, which is the definition.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -29,21 +30,15 @@ class FlowLabelParams:
     Args:
         steps: of the flow.
         labels: (R,) int64.
-
-    Attributes:
-        by_label: of each step, those of its conditioners.
     """
-
-    by_label: list[list[LabelParams]]
 
     def __init__(self, steps: Sequence[FlowStep], labels: Tensor) -> None:
         self._steps = steps
         self._groups: list[tuple[list[tuple[int, int]], GroupedLabelParams]] = []
         nets = [net for step in steps for net in step.coupling.conditioners]
         if not runs_triton(labels) or torch.compiler.is_compiling() or not can_group(nets):
-            self.by_label = [step.label_params(labels) for step in steps]
+            self._by_step = [step.label_params(labels) for step in steps]
             return
-        self.by_label = [[] for _ in steps]
         for uses_label in (True, False):
             places = [
                 (i, j)
@@ -58,11 +53,22 @@ class FlowLabelParams:
                 labels if uses_label else labels.new_zeros(1),
             )
             self._groups.append((places, group))
+
+    def of_step(self, i: int) -> list[LabelParams]:
+        """The parameters of each conditioner of step i, as tables with an entry for each label."""
+        return self._by_step[i]
+
+    @functools.cached_property
+    def _by_step(self) -> list[list[LabelParams]]:
+        # Passes over samples take no tables, so that these views are made for those who ask.
+        found: list[list[LabelParams]] = [[] for _ in self._steps]
+        for places, group in self._groups:
             for (i, _), params in zip(places, group.by_label(), strict=True):
-                self.by_label[i].append(params)
+                found[i].append(params)
+        return found
 
     def by_sample(self, label_index: Tensor, steps: range) -> dict[int, HalfParams] | None:
-        """The parameters of some steps for a pass over samples; None where it takes `by_label`.
+        """The parameters of some steps for a pass over samples; None where it takes those of `of_step`.
 
         Args:
             label_index: (B,) the label of each sample.

@@ -125,7 +125,8 @@ class ConditionedStep:
 
     Attributes:
         step: the step.
-        label_params: of each conditioner, for R labels, or for one where the step ignores the label.
+        label_params_of: finds `label_params` for the index of a step.
+        index: of the step.
         mixing: the affine map of the channels; None as long as ActNorm waits for its first batch, and where
             the coupling before the step applies it.
         logdet: of that map, a scalar in float64; None as long as ActNorm waits for its first batch.
@@ -135,12 +136,18 @@ class ConditionedStep:
     """
 
     step: FlowStep
-    label_params: list[LabelParams]
+    label_params_of: Callable[[int], list[LabelParams]]
+    index: int
     mixing: Mixing | None = None
     logdet: Tensor | None = None
     inverse_matrix: Tensor | None = None
     next_input: NextInput | None = None
     previous_input: NextInput | None = None
+
+    @property
+    def label_params(self) -> list[LabelParams]:
+        """The parameters of each conditioner for R labels, or for one where the step ignores the label."""
+        return self.label_params_of(self.index)
 
     def mixing_logdet(self) -> Tensor:
         """Log-determinant of ActNorm and convolution, a scalar in float64; after the first batch."""
@@ -177,7 +184,7 @@ class ConditionedStep:
         """
         if masked is None:
             h, masked = self.mix(h)
-        label_params, conv_weights = params or (self.label_params, None)
+        label_params, conv_weights = params if params is not None else (self.label_params, None)
         return self.step.coupling(
             h,
             masked,
@@ -199,7 +206,7 @@ class ConditionedStep:
         self, h: Tensor, masked: Tensor | None, label_index: Tensor, params: HalfParams | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The inverse step: (h, the input of the previous step's second conditioner if it is written)."""
-        label_params, conv_weights = params or (self.label_params, None)
+        label_params, conv_weights = params if params is not None else (self.label_params, None)
         if masked is None:
             # The second half's conditioner goes first; it sees what the first half moves.
             masked = h.masked_fill(self.step.coupling.mask, 0.0).to(conditioner_dtype(h))
@@ -222,12 +229,13 @@ def condition_step(steps: Sequence[FlowStep], i: int, labels: Tensor) -> Conditi
     """Step i given `labels` (R,), for the forward direction; its mix is left to the first image."""
     affine = steps[i + 1].affine() if i + 1 < len(steps) and not steps[i].split else None
     following = _next_input(steps, i + 1, affine, inverse=False)
-    return ConditionedStep(steps[i], steps[i].label_params(labels), next_input=following)
+    params = steps[i].label_params(labels)
+    return ConditionedStep(steps[i], lambda _: params, i, next_input=following)
 
 
 def condition_steps(
     steps: Sequence[FlowStep],
-    label_params: Sequence[list[LabelParams]],
+    label_params_of: Callable[[int], list[LabelParams]],
     dtype: torch.dtype,
     inverse: bool = False,
 ) -> list[ConditionedStep]:
@@ -237,7 +245,7 @@ def condition_steps(
 
     Args:
         steps: of the flow.
-        label_params: of each step's conditioners.
+        label_params_of: finds the label parameters of a step's conditioners by its index.
         dtype: of the stream.
         inverse: prepare the inverse direction instead of the forward one.
     """
@@ -250,8 +258,8 @@ def condition_steps(
     none: list[NextInput | None] = [None] * len(steps)
     following, previous = (none, inputs) if inverse else ([*inputs[1:], None], none)
     return [
-        ConditionedStep(step, params, one.mixing, one.logdet, one.inverse_matrix, *written)
-        for step, params, one, *written in zip(steps, label_params, maps, following, previous, strict=True)
+        ConditionedStep(step, label_params_of, i, one.mixing, one.logdet, one.inverse_matrix, *written)
+        for i, (step, one, *written) in enumerate(zip(steps, maps, following, previous, strict=True))
     ]
 
 
@@ -267,7 +275,7 @@ def _is_applied_before(steps: Sequence[FlowStep], i: int) -> bool:
 
 
 def _next_input(steps: Sequence[FlowStep], i: int, affine: Tensor | None, inverse: bool) -> NextInput | None:
-    """What a coupling writes that applies the mix of step i, or its inverse."""
+    """The input that a coupling writes where it applies the mix of step i, or its inverse."""
     if affine is None:
         return None
     return NextInput(steps[i - 1].coupling.opposite if inverse else steps[i].coupling.mask, affine)

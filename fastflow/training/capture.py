@@ -18,7 +18,7 @@ Function = Callable[[], None]
 
 
 class StepGraph(Protocol):
-    """What runs a function of no arguments again and again on tensors that stay where they are."""
+    """A graph runs a function of no arguments again and again on tensors that stay where they are."""
 
     def warm_up(self, function: Function) -> None:
         """Run the function eagerly, on the stream that will capture it."""

@@ -90,7 +90,7 @@ def _empty(shape: torch.Size, device: torch.device, pinned: bool = False) -> tup
 
 
 class HostReport(NamedTuple):
-    """What a step reported, on the host.
+    """The report of a step, on the host.
 
     Attributes:
         values: of `Batch.report`.

@@ -223,7 +223,7 @@ def test_a_flow_makes_one_launch_for_all_steps(device):
     assert back.steps[1].mixing is None and back.steps[1].previous_input is not None
     with recording() as launches:
         model.condition(every, inverse=True)
-    # Where autograd records, the inverse takes the definition.
+    # The inverse takes the definition where autograd records.
     assert "_lu_fwd_kernel" not in [launch.kernel for launch in launches]
 
 

@@ -37,7 +37,7 @@ def check_names():
 
 @pytest.fixture(scope="session")
 def found(tmp_path_factory):
-    """What each check found, from one process that runs all of them."""
+    """The findings of each check, from one process that runs all of them."""
     if why := stub_driver.missing():
         pytest.skip(why)
     if torch.cuda.is_available():

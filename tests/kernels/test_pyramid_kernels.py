@@ -42,7 +42,7 @@ def check(device, shape, dtype=F64, last=False, view=False):
     close(got[0], want[0], dtype, 9 * channels)
     close(grads[0], want_grads[0], dtype, 36 * channels)
     for grad, wanted, value in zip(grads[1:], want_grads[1:], values, strict=True):
-        # What convolutions gave was rounded to the dtype of x.
+        # The results of convolutions were rounded to the dtype of x.
         close(grad.to(dtype), wanted, dtype, 9 * channels * samples)
         assert grad.dtype == value.dtype
 

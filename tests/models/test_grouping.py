@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastflow import FlowConfig, MagicFlow
 from fastflow.models import grouping
+from fastflow.numerics import float32_products
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "classification": {},
@@ -63,6 +64,28 @@ def test_values_and_gradients_are_those_of_each_step(
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["step by step", "together"])
+def test_label_parameters_are_rounded_neither_by_autocast_nor_to_tf32(
+    grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, labels = build().float(), torch.arange(3)
+    exact = model.steps[0].label_params(labels)[0].tensors()
+    seen, activate = [], torch.nn.functional.gelu
+
+    def gelu(x: Tensor) -> Tensor:
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.is_autocast_enabled("cpu")))
+        return activate(x)
+
+    monkeypatch.setattr(torch.nn.functional, "gelu", gelu)
+    monkeypatch.setattr(grouping, "runs_triton", lambda x: grouped)
+    with float32_products(tf32=True), torch.autocast("cpu", torch.bfloat16):
+        params = grouping.FlowLabelParams(model.steps, labels).of_step(0)[0]
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert set(seen) == {(False, False)}
+    for got, want in zip(params.tensors(), exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("together")

@@ -133,7 +133,7 @@ def _context_bwd_kernel(
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
     PARTS: tl.constexpr, SAMPLES: tl.constexpr, ACC: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """What BLOCK_C channels and BLOCK_H hidden values have of the MLP's gradients.
+    """The part of the MLP's gradients that BLOCK_C channels and BLOCK_H hidden values have.
 
     The gradients of the means over pixels come in PARTS, one of each block of hidden values.
     """

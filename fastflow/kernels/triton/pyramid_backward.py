@@ -50,7 +50,7 @@ def _unmapped(
     CHANNELS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What channels i of branch k get through the last map and through their means."""
+    """The gradient that channels i of branch k get through the last map and through their means."""
     total = tl.zeros((BLOCK_C, BLOCK), ACC)
     total += tl.load(d_means_ptr + b * (4 * CHANNELS) + k * CHANNELS + i, mask=real, other=0.0)[:, None]
     for offset in tl.range(0, CHANNELS, BLOCK_O, num_stages=1):

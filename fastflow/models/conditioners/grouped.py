@@ -22,7 +22,7 @@ from fastflow.models.conditioners.label_params import LabelParams, Modulation
 from fastflow.models.conditioners.leaves import EMBEDDING, Conv, NormFiLM
 from fastflow.models.conditioners.network import norms
 from fastflow.models.conditioners.uses import split_twice, take_entries
-from fastflow.numerics import full_precision
+from fastflow.numerics import unrounded_products
 
 Conditioner = ClassificationConditioner | GenerationConditioner
 
@@ -94,14 +94,13 @@ def can_group(nets: Sequence[Conditioner]) -> bool:
 def grouped_label_params(nets: Sequence[Conditioner], labels: Tensor) -> GroupedLabelParams:
     """The parameters that labels give to conditioners of one kind.
 
-    Sums are those of `label_params` in another order of additions, in the parameters' dtype whatever autocast
-    says: rounded tables would shift whole labels.
+    They are those of `AffineCoupling.label_params`, with another order of additions.
 
     Args:
         nets: S conditioners of one task with one number of classes.
         labels: (R,) int64.
     """
-    with full_precision(labels):
+    with unrounded_products(labels):
         embeddings = _embed(nets, labels)
         modulations, channels = _modulations(nets, embeddings)
         heads = [head for net in nets if isinstance(net, ClassificationConditioner) for head in net.heads()]
@@ -180,7 +179,7 @@ def grouped_weight_norm(convs: Sequence[Conv]) -> list[tuple[Tensor, Tensor]]:
     Args:
         convs: of `normed_conv`; under autocast their weights come in its dtype.
     """
-    device = convs[0].bias.device.type if convs[0].bias is not None else "cpu"
+    device = _norm_and_direction(convs[0])[1].device.type
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     by_shape: dict[torch.Size, list[int]] = {}
     for i, conv in enumerate(convs):

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Where a parameter lies: a module and the parameter's name in it.
+from fastflow.numerics import unrounded_products
+
+# A slot is the place of a parameter: a module and the parameter's name in it.
 Slot = tuple[nn.Module, str]
 
 
@@ -108,7 +110,8 @@ class _TakeEntries(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         # A product with zeros and ones adds samples in a fixed order; an indexed addition would take atomics.
         chosen = index == torch.arange(ctx.shape[0], device=index.device)[:, None]
-        return (chosen.to(grad.dtype) @ grad.flatten(1)).view(ctx.shape), None
+        with unrounded_products(grad):
+            return (chosen.to(grad.dtype) @ grad.flatten(1)).view(ctx.shape), None
 
 
 def take_entries(tables: Tensor, index: Tensor) -> Tensor:

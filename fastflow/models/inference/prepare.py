@@ -1,15 +1,18 @@
-"""What engines do once before the first image: constants in place of parametrizations, rows of a pass."""
+"""Scorers and samplers prepare a model once: an engine, constants for parametrizations, rows of a pass."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastflow.errors import UninitializedModelError
 from fastflow.models.flow import Flow
+from fastflow.models.inference.precision import check_choice
 
 # Samples are micro-batched so that one activation of the widest stage stays near this many elements: on CPUs,
 # more only stream more memory (measured: no gain from 28 samples of 184x184 on).
@@ -20,6 +23,35 @@ MAX_CUDA_ROWS = 4096
 MEMORY_SHARE = 0.5
 # A sample holds about this many activations of its widest stage at a time, and of its stream.
 LIVE_ACTIVATIONS, LIVE_STREAMS = 6, 12
+
+
+def pick_engine(model: Flow, engine: str, engines: Sequence[str], purpose: str) -> str:
+    """The engine for a model, "auto" resolved by its device.
+
+    Args:
+        model: the flow.
+        engine: one of `engines`.
+        engines: that there are for the purpose.
+        purpose: such as "scored with", for the error of a model in training mode.
+
+    Raises:
+        ValueError: another engine, one that the device does not have, or a model in training mode.
+        UninitializedModelError: the model has seen no data.
+    """
+    check_choice("engine", engine, engines)
+    if model.training:
+        raise ValueError(
+            f"model must be in evaluation mode to be {purpose} (its dropout is active); call model.eval()"
+        )
+    if not model.initialized:
+        raise UninitializedModelError
+    on_cuda = model.device.type == "cuda"
+    if engine == "cuda_graph" and not on_cuda:
+        others = " or ".join(repr(name) for name in engines if name not in ("auto", "cuda_graph"))
+        raise ValueError(
+            f"engine='cuda_graph' needs a model on a CUDA device, it is on {model.device}; use {others}"
+        )
+    return ("cuda_graph" if on_cuda else "eager") if engine == "auto" else engine
 
 
 def without_parametrizations(model: Flow) -> Flow:

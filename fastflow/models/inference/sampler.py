@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastflow.errors import UninitializedModelError
 from fastflow.kernels.checks import mark_label_index
 from fastflow.models.flow import Flow
 from fastflow.models.inference.graphs import GraphPerSize
-from fastflow.models.inference.precision import check_choice, evaluating, pick_conditioner_dtype
-from fastflow.models.inference.prepare import default_rows, without_parametrizations
+from fastflow.models.inference.precision import evaluating, pick_conditioner_dtype
+from fastflow.models.inference.prepare import default_rows, pick_engine, without_parametrizations
 
 SAMPLER_ENGINES = ("auto", "eager", "cuda_graph")
 
@@ -59,22 +58,9 @@ class Sampler:
     """
 
     def __init__(self, model: Flow, precision: str = "float32", engine: str = "auto") -> None:
-        check_choice("engine", engine, SAMPLER_ENGINES)
-        if model.training:
-            raise ValueError(
-                "model must be in evaluation mode to be sampled from (its dropout is active); call "
-                "model.eval()"
-            )
-        if not model.initialized:
-            raise UninitializedModelError
-        on_cuda = model.device.type == "cuda"
-        if engine == "cuda_graph" and not on_cuda:
-            raise ValueError(
-                f"engine='cuda_graph' needs a model on a CUDA device, it is on {model.device}; use 'eager'"
-            )
+        self.engine = pick_engine(model, engine, SAMPLER_ENGINES, "sampled from")
         self.conditioner_dtype = pick_conditioner_dtype(precision, model.dtype, model.device)
         self.model, self.precision = model, precision
-        self.engine = ("cuda_graph" if on_cuda else "eager") if engine == "auto" else engine
         self._graphs = GraphPerSize() if self.engine == "cuda_graph" else None
         rows = default_rows(model)
         self.max_images = 1 << (rows.bit_length() - 1) if self._graphs else rows
@@ -151,7 +137,7 @@ class Sampler:
 
     def _passes(self, z: Tensor, labels: Tensor, temperatures: tuple[float, ...]) -> Tensor:
         """Images of checked latents and labels."""
-        if any(found.tensor() is not found.original or found.moved() for found in self._read):
+        if not self.reads_its_model():
             raise RuntimeError(
                 "the model's parameters were moved or replaced since this sampler was made, which still "
                 "reads the old ones; make a new Sampler"
@@ -166,6 +152,19 @@ class Sampler:
             if not parts:
                 return z.new_zeros(0, *self.model.config.input_shape)
             return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def reads_its_model(self, unchanged: bool = False) -> bool:
+        """Whether the model still has the parameters that this sampler was made of, where they lay.
+
+        Args:
+            unchanged: ask whether nothing was written to them either.
+        """
+        return all(
+            found.place.get(found.name) is found.original
+            and found.original.data_ptr() == found.address
+            and not (unchanged and _version(found.original) != found.version)
+            for found in self._read
+        )
 
     def _run(self, z: Tensor, labels: Tensor) -> Tensor:
         if self._graphs is None:
@@ -202,7 +201,6 @@ class SamplerOfWeights:
     """
 
     def __init__(self) -> None:
-        self._state: list[tuple[int, int]] = []
         self._sampler: Sampler | None = None
         self._settled = False
 
@@ -213,34 +211,30 @@ class SamplerOfWeights:
             ValueError: the model is in training mode.
             UninitializedModelError: the model has seen no data.
         """
-        tensors = (*model.parameters(), *model.buffers())
-        state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        if self._sampler is None or state != self._state:
-            self._sampler = Sampler(model, engine="eager")
-            self._state, self._settled = state, False
+        if self._sampler is None or not self._sampler.reads_its_model(unchanged=True):
+            self._sampler, self._settled = Sampler(model, engine="eager"), False
         elif not self._settled:
             self._sampler, self._settled = Sampler(model), True
         return self._sampler
 
 
 class _Address(NamedTuple):
-    """A parameter or a buffer, where a module keeps it and where it lay."""
+    """A parameter or a buffer, where a module keeps it, where it lay, and how often it was written to."""
 
     place: Mapping[str, Tensor | None]
     name: str
     original: Tensor
     address: int
+    version: int
 
-    def tensor(self) -> Tensor | None:
-        return self.place[self.name]
 
-    def moved(self) -> bool:
-        return self.original.data_ptr() != self.address
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _addresses(model: Flow) -> list[_Address]:
     return [
-        _Address(place, name, value, value.data_ptr())
+        _Address(place, name, value, value.data_ptr(), _version(value))
         for module in model.modules()
         for place in (module._parameters, module._buffers)
         for name, value in place.items()

@@ -19,7 +19,7 @@ from fastflow.models.inference.precision import (
     evaluating,
     pick_conditioner_dtype,
 )
-from fastflow.models.inference.prepare import default_rows, without_parametrizations
+from fastflow.models.inference.prepare import default_rows, pick_engine, without_parametrizations
 
 ENGINES = ("auto", "eager", "compile", "cuda_graph")
 
@@ -85,23 +85,9 @@ class LabelScorer:
         self, model: Flow, precision: str = "float32", engine: str = "auto", max_rows: int | None = None
     ) -> None:
         check_choice("precision", precision, PRECISIONS)
-        check_choice("engine", engine, ENGINES)
         _check_rows(max_rows)
-        if model.training:
-            raise ValueError(
-                "model must be in evaluation mode to be scored with (its dropout is active); call "
-                "model.eval()"
-            )
-        if not model.initialized:
-            raise UninitializedModelError
-        on_cuda = model.device.type == "cuda"
-        if engine == "cuda_graph" and not on_cuda:
-            raise ValueError(
-                f"engine='cuda_graph' needs a model on a CUDA device, it is on {model.device}; use 'eager' "
-                "or 'compile'"
-            )
+        self.engine = pick_engine(model, engine, ENGINES, "scored with")
         self.model, self.precision = model, precision
-        self.engine = ("cuda_graph" if on_cuda else "eager") if engine == "auto" else engine
         self.conditioner_dtype = pick_conditioner_dtype(precision, model.dtype, model.device)
         self.max_rows = default_rows(model) if max_rows is None else max_rows
         # Tables and matrices are computed wide whatever the precision: rounded, they would shift whole
