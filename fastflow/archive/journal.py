@@ -30,6 +30,8 @@ from fastflow.errors import JournalError, OutputFolderError
 KEY_BYTES = 16
 # Files that a run was writing when it was killed stay under these names.
 _TEMPORARY = re.compile(r"\.(run\.json|summary\.json|journal\.jsonl|results-\d+\.\w+)\.[a-z0-9_]{8}")
+# Starts may overlap, so they are looked for ahead of each position.
+_LINE_START = re.compile(rb"(?=[0-9a-f]{8} [0-9a-f]{%d} )" % (2 * KEY_BYTES))
 Row = dict[str, Any]
 
 
@@ -171,7 +173,7 @@ class Journal:
                     return
                 parsed = _parse(line)
                 if parsed is None:
-                    if any(map(_parse, stream)):
+                    if _holds_whole_line(line) or any(map(_holds_whole_line, stream)):
                         raise JournalError(
                             f"{self.path}: the line at byte {end} is damaged; run anew into another folder"
                         )
@@ -213,6 +215,14 @@ def _parse(line: bytes) -> tuple[bytes, bytes] | None:
         return None
     # The checksum of nothing is zero, so a line of zeros and a space has a right one.
     return (key, text[2 * KEY_BYTES + 1 :]) if len(key) == KEY_BYTES else None
+
+
+def _holds_whole_line(line: bytes) -> bool:
+    """Whether bytes up to a line break end with a line as it was written.
+
+    A line whose own break was changed is read together with the next one.
+    """
+    return any(_parse(line[found.start() :]) is not None for found in _LINE_START.finditer(line))
 
 
 def _write_all(handle: int, block: bytes, at: int) -> None:

@@ -117,6 +117,8 @@ def test_no_line_of_garbage_is_taken_for_a_row(rows: list[Any], garbage: bytes) 
 @example([(bytes(16), {"": None}), (bytes(16), {})], 0, 57)
 # Another character in the place of the space.
 @example([(bytes(16), {"": None}), (bytes(16), {})], 8, 1)
+# Another character in the place of the line break before the last row.
+@example([(bytes(16), {"": None}), (bytes(16), {})], 51, 1)
 def test_a_changed_byte_costs_the_last_row_or_is_told(rows: list[Any], position: int, change: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal.open(Path(folder) / "j")
