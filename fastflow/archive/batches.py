@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fastflow.archive.decode import Decoded, decode
 from fastflow.archive.inputs import Item
 from fastflow.archive.scorers import ImageScorer
+from fastflow.data.endings import is_image
 from fastflow.data.preprocess import Preprocess, slice_indices
 from fastflow.errors import VolumeError
 
@@ -69,7 +70,7 @@ def slices_per_volume(preprocess: Preprocess) -> int:
 
 def slots_of(item: Item, per_volume: int) -> int:
     """How many places of a batch an input takes, as is known before it is read: a PNG file is one slice."""
-    return 1 if item.path.lower().endswith(".png") else per_volume
+    return 1 if is_image(item.path) else per_volume
 
 
 def local_runner(scorer: ImageScorer, preprocess: Preprocess, batch_size: int, workers: int) -> Runner:

@@ -19,7 +19,8 @@ from fastflow.archive import batches as _batches
 from fastflow.archive.batches import Runner, ScoredInput, Timings, score_batches
 from fastflow.archive.decode import count_elsewhere, file_state
 from fastflow.archive.inputs import Inputs, Item, inputs_of
-from fastflow.archive.journal import FinishedInputs, Journal, Row, key_of, locked
+from fastflow.archive.journal import FinishedInputs, Journal, Row, key_of
+from fastflow.archive.locks import locked
 from fastflow.archive.options import (
     ClassifyOptions,
     Progress,

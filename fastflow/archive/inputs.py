@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 
 from fastflow.data.bids import is_bids, iterate_bids
-from fastflow.data.manifest import MANIFESTS, SUFFIXES, Record, iterate_manifest, subject_of, walk_files
+from fastflow.data.endings import ENDINGS
+from fastflow.data.manifest import MANIFESTS, Record, iterate_manifest, subject_of, walk_files
 from fastflow.errors import ManifestError
 
 IDS = ("relpath", "hash")
@@ -170,7 +171,7 @@ def _nothing_in(source: str, split: str | None) -> str:
         what = (
             "anatomical or PET image of this BIDS dataset"
             if is_bids(source)
-            else f"{', '.join(SUFFIXES)} file"
+            else f"{', '.join(ENDINGS)} file"
         )
         return f"{source}: no {what} below this folder"
     return (

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import re
-import socket
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +23,9 @@ import numpy as np
 
 from fastflow._files import replacing, sync_folder
 from fastflow.archive.inputs import name_bytes
-from fastflow.errors import JournalError, OutputFolderError
+from fastflow.errors import JournalError
 
 KEY_BYTES = 16
-# Files that a run was writing when it was killed stay under these names.
-_TEMPORARY = re.compile(r"\.(run\.json|summary\.json|journal\.jsonl|results-\d+\.\w+)\.[a-z0-9_]{8}")
 # Starts may overlap, so they are looked for ahead of each position.
 _LINE_START = re.compile(rb"(?=[0-9a-f]{8} [0-9a-f]{%d} )" % (2 * KEY_BYTES))
 Row = dict[str, Any]
@@ -51,40 +47,6 @@ def key_of(path: str, size: int, mtime_ns: int, model_hash: str) -> bytes:
         model_hash.encode(),
     )
     return hashlib.blake2b(b"\0".join(fields), digest_size=KEY_BYTES).digest()
-
-
-@contextlib.contextmanager
-def locked(folder: str | PathLike[str]) -> Iterator[None]:
-    """Hold an output folder for this process. The lock ends with the process, however it ends.
-
-    Files that a killed run had begun to write are removed.
-
-    Raises:
-        OutputFolderError: another process holds it.
-    """
-    path = Path(folder) / ".lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            # A record lock would not keep out a second run of this very process.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
-            raise OutputFolderError(
-                f"{folder}: another run is writing here ({holder or 'unknown process'})"
-            ) from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        for name in filter(is_temporary, os.listdir(folder)):
-            os.unlink(Path(folder) / name)
-        yield
-    finally:
-        os.close(handle)
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file of an output folder is one that a run was writing when it was killed."""
-    return _TEMPORARY.fullmatch(name) is not None
 
 
 @dataclasses.dataclass

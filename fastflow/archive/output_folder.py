@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fastflow.archive.inputs import Inputs
-from fastflow.archive.journal import Journal, Row, is_temporary
+from fastflow.archive.journal import Journal, Row
+from fastflow.archive.locks import LOCK, is_temporary
 from fastflow.archive.results import found
 from fastflow.archive.rows import Settings
 from fastflow.errors import OutputFolderError
 
-RUN, JOURNAL, SUMMARY, LOCK = "run.json", "journal.jsonl", "summary.json", ".lock"
+RUN, JOURNAL, SUMMARY = "run.json", "journal.jsonl", "summary.json"
 
 
 def identity_of(

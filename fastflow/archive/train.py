@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastflow.archive.options import pick_device
+from fastflow.data.endings import is_image
 from fastflow.data.manifest import Record, class_names, index_folder, read_manifest
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import SliceSet, load_slices
@@ -117,7 +118,7 @@ def train_on_archive(
 def preprocess_like(records: Sequence[Record], size: tuple[int, int], slices: str) -> Preprocess:
     """Preprocessing with the first readable volume's voxel size and grid as a condition; PNGs set none."""
     for record in records:
-        if record.path.lower().endswith(".png"):
+        if is_image(record.path):
             continue
         with contextlib.suppress(VolumeError):
             volume = read_volume(record.path)

@@ -17,6 +17,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from fastflow.data._intensity import Scaling
+from fastflow.data.endings import ending_of
 from fastflow.errors import VolumeError
 
 MAX_VOXELS = 512**3
@@ -132,7 +133,7 @@ def read_header(name: str, stream: Readable, max_voxels: int) -> Header:
     """
     return (
         _read_mgh(name, stream, max_voxels)
-        if name.endswith((".mgh", ".mgz"))
+        if ending_of(name) in (".mgh", ".mgz")
         else _read_nifti(name, stream, max_voxels)
     )
 

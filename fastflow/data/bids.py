@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
-from fastflow.data.manifest import SUFFIXES, walk_files
+from fastflow.data.endings import ending_of
+from fastflow.data.manifest import walk_files
 
 # These folders hold single images; the volumes of series (func, dwi, perf, fmap) suit no model here.
 DATATYPES = ("anat", "pet")
@@ -41,7 +42,7 @@ def iterate_bids(root: str | PathLike[str]) -> Iterator[str]:
     """
     for path in walk_files(root, _enters):
         parts = Path(path).relative_to(root).parts
-        if not path.endswith(SUFFIXES) or (
+        if not ending_of(path) or (
             len(parts) > 2 and parts[-2] in DATATYPES and _suffix(parts[-1]) not in NOT_IMAGES
         ):
             yield path

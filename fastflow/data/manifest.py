@@ -22,16 +22,15 @@ from typing import Any, TextIO
 import numpy as np
 
 from fastflow._files import write_bytes
+from fastflow.data.endings import ENDINGS, ending_of, without_ending
 from fastflow.errors import ManifestError
 
 COLUMNS = ("path", "label", "subject", "split")
 MANIFESTS = (".csv", ".jsonl")
-SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".png")
 # A folder with more entries than this is not held in memory to be sorted.
 MAX_SORTED_ENTRIES = 1 << 17
 SPLITS = ("train", "val", "validation", "test")
 _SUBJECT = re.compile(r"(?:^|_)(sub-[A-Za-z0-9]+)")
-_ENDING = re.compile(r"\.(nii|nii\.gz|mgz|mgh|png)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,14 +243,14 @@ def _list(folder: _Folder, enters: Callable[[tuple[str, ...]], bool] | None) -> 
         for entry in _entries(folder.path):
             if entry.name.startswith("."):
                 continue
-            if entry.name.endswith(SUFFIXES):
+            if ending_of(entry.name):
                 yield entry.path
             inner = (*folder.parts, entry.name)
             if _is_folder(entry) and (enters is None or enters(inner)):
                 yield _Folder(entry.path, inner, above)
     except OSError:
         # A folder with a volume's name was given already.
-        if not (folder.parts and folder.parts[-1].endswith(SUFFIXES)):
+        if not (folder.parts and ending_of(folder.parts[-1])):
             yield folder.path
 
 
@@ -279,7 +278,7 @@ def subject_of(path: str | PathLike[str]) -> str:
         if match:
             return match[1]
     # Only known endings are cut off, as names that are DICOM identifiers are full of dots.
-    return _ENDING.sub("", parts[-1])
+    return without_ending(parts[-1])
 
 
 def index_folder(root: str | PathLike[str]) -> list[Record]:
@@ -295,7 +294,7 @@ def index_folder(root: str | PathLike[str]) -> list[Record]:
         raise ManifestError(f"{root}: there is no such folder")
     files = find_files(root)
     if not files:
-        raise ManifestError(f"{root}: no {', '.join(SUFFIXES)} file below it")
+        raise ManifestError(f"{root}: no {', '.join(ENDINGS)} file below it")
     records = []
     for file in files:
         parts = file.relative_to(root).parts[:-1]

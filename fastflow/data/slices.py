@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflow.data._header import Flag, Header
+from fastflow.data.endings import is_image
 from fastflow.data.preprocess import Preprocess, pad_evenly
 from fastflow.data.preprocess import coronal_slices as coronal_slices
 from fastflow.data.volume import check_file, open_scan
@@ -132,7 +133,7 @@ def read_image(path: str, preprocess: Preprocess) -> LoadedImage:
     Raises:
         VolumeError: the file cannot be used. Where the header alone says so, the voxels are not read.
     """
-    if path.lower().endswith(".png"):
+    if is_image(path):
         return LoadedImage(_load_png(path, preprocess.size), ())
     with open_scan(path) as scan:
         header = scan.header

@@ -24,9 +24,9 @@ from fastflow.data._header import FLAG_CODES as FLAG_CODES
 from fastflow.data._header import MAX_VOXELS as MAX_VOXELS
 from fastflow.data._header import Flag as Flag
 from fastflow.data._header import Header, Readable, read_header
+from fastflow.data.endings import VOLUME_ENDINGS, ending_of
 from fastflow.errors import VolumeError
 
-ENDINGS = (".nii", ".nii.gz", ".mgh", ".mgz")
 # Chunks fit into half a processor's cache, so that inflated bytes are looked at while they are in it.
 _CHUNK_BYTES = 1 << 19
 
@@ -159,14 +159,14 @@ def open_scan(name: str, max_voxels: int = MAX_VOXELS) -> Iterator[Scan]:
     Raises:
         VolumeError: the file cannot be used; its code is one of `ERROR_CODES`.
     """
-    if not name.endswith(ENDINGS):
-        raise VolumeError(name, "unsupported_format", f"is none of {', '.join(ENDINGS)}")
+    if ending_of(name) not in VOLUME_ENDINGS:
+        raise VolumeError(name, "unsupported_format", f"is none of {', '.join(VOLUME_ENDINGS)}")
     check_file(name)
     with contextlib.ExitStack() as stack:
         try:
             raw = stack.enter_context(open(name, "rb", buffering=0))
             size = os.fstat(raw.fileno()).st_size
-            if name.endswith("z"):
+            if name.lower().endswith("z"):
                 stream = stack.enter_context(_gzip.GzipFile(fileobj=raw, mode="rb"))
                 header = read_header(name, stream, max_voxels)
                 _check_size(name, header, size * _gzip.MAX_RATIO)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fastflow.archive import journal as journal_module
 from fastflow.archive.classify import classify
+from fastflow.archive.locks import locked
 from fastflow.cli.main import app
 from fastflow.errors import JournalError, OutputFolderError
 from tests.archive.interrupted import BATCH, FEW, few, rows_of, run
@@ -242,7 +243,7 @@ def test_a_run_that_ended_before_the_lock_was_taken_is_not_cleared(
     def late(folder: Path) -> Any:
         monkeypatch.undo()
         run(source, model_folder, out)
-        return journal_module.locked(folder)
+        return locked(folder)
 
     monkeypatch.setattr("fastflow.archive.classify.locked", late)
     with pytest.raises(OutputFolderError, match="holds an earlier run"):

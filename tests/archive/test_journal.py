@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastflow.archive.journal import KEY_BYTES, FinishedInputs, Journal, key_of, locked
-from fastflow.errors import JournalError, OutputFolderError
+from fastflow.archive.journal import KEY_BYTES, FinishedInputs, Journal, key_of
+from fastflow.errors import JournalError
 
 KEYS = st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES) | st.integers(0, 255).map(
     lambda n: bytes([n]) + bytes(KEY_BYTES - 1)
@@ -83,17 +83,6 @@ def test_keys_tell_files_their_states_and_models_apart(
     assert key_of("a.nii", 1, 2, "m") == key_of(str(tmp_path / "a.nii"), 1, 2, "m")
 
 
-def test_a_folder_is_held_once(tmp_path: Path) -> None:
-    with (
-        locked(tmp_path),
-        pytest.raises(OutputFolderError, match="another run is writing here"),
-        locked(tmp_path),
-    ):
-        pass
-    with locked(tmp_path):
-        pass
-
-
 @settings(max_examples=50)
 @given(ROWS.filter(bool), st.binary(max_size=40))
 # Lines whose checksums are right: of nothing, and of text that begins with no key.
@@ -163,23 +152,3 @@ def _zero(journal: Journal, key: bytes) -> bool:
 
 def test_names_that_no_file_system_has_have_keys() -> None:
     assert key_of("a\ud800", -1, -1, "m") != key_of("a\ud801", -1, -1, "m")
-
-
-def test_what_a_killed_run_was_writing_goes_with_the_next(tmp_path: Path) -> None:
-    own = [
-        ".run.json.ab_cd012",
-        ".results-00012.parquet.abcdefgh",
-        ".journal.jsonl.abcdefgh",
-        ".summary.json.abcdefgh",
-    ]
-    others = [
-        ".run.json",
-        ".results-mine.csv.abcdefgh",
-        "run.json.abcdefgh",
-        ".notes.txt.abcdefgh",
-        ".run.json.abcdefgh~",
-    ]
-    for name in own + others:
-        (tmp_path / name).touch()
-    with locked(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".lock", *others])

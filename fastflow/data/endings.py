@@ -1,0 +1,66 @@
+"""Endings of file names: which are read, and what to do with those that are not. Case does not matter."""
+
+from __future__ import annotations
+
+import os
+from os import PathLike
+
+VOLUME_ENDINGS = (".nii", ".nii.gz", ".mgz", ".mgh")
+IMAGE_ENDINGS = (".png",)
+ENDINGS = (*VOLUME_ENDINGS, *IMAGE_ENDINGS)
+
+_CONVERT = "convert it to .nii.gz"
+_GREY_PNG = "save it as an 8-bit grey .png"
+# Files with these endings may hold images, and are counted where they are passed over.
+HINTS = {
+    ".hdr": f"half of a .hdr/.img pair: {_CONVERT}",
+    ".img": f"half of a .hdr/.img pair: {_CONVERT}",
+    ".hdr.gz": f"half of a .hdr/.img pair: {_CONVERT}",
+    ".img.gz": f"half of a .hdr/.img pair: {_CONVERT}",
+    ".nii.bz2": "compressed by bzip2: decompress it, or compress it with gzip",
+    ".nii.zst": "compressed by Zstandard: decompress it, or compress it with gzip",
+    ".nii.xz": "compressed by xz: decompress it, or compress it with gzip",
+    ".nii.zip": "a ZIP archive: unpack it",
+    ".dcm": f"DICOM: {_CONVERT}, for example with dcm2niix",
+    ".ima": f"DICOM: {_CONVERT}, for example with dcm2niix",
+    ".mnc": f"MINC: {_CONVERT}",
+    ".nrrd": f"NRRD: {_CONVERT}",
+    ".mha": f"MetaImage: {_CONVERT}",
+    ".mhd": f"MetaImage: {_CONVERT}",
+    ".jpg": f"JPEG loses detail: {_GREY_PNG}",
+    ".jpeg": f"JPEG loses detail: {_GREY_PNG}",
+    ".tif": f"TIFF: {_GREY_PNG}",
+    ".tiff": f"TIFF: {_GREY_PNG}",
+    ".bmp": f"BMP: {_GREY_PNG}",
+    ".npy": f"a NumPy array: {_CONVERT}",
+    ".npz": f"NumPy arrays: {_CONVERT}",
+}
+
+
+def ending_of(path: str | PathLike[str]) -> str | None:
+    """The one of `ENDINGS` that a file's name has, in lower case; None where it has another or none."""
+    return _longest(path, ENDINGS)
+
+
+def unread_ending_of(path: str | PathLike[str]) -> str | None:
+    """The key of `HINTS` that a file's name ends with; None for other endings, and for those that are read."""
+    return None if ending_of(path) else _longest(path, tuple(HINTS))
+
+
+def is_image(path: str | PathLike[str]) -> bool:
+    """Whether a file's name is that of a single slice, not of a volume."""
+    return ending_of(path) in IMAGE_ENDINGS
+
+
+def without_ending(path: str | PathLike[str]) -> str:
+    """A path without the ending that is read; other endings stay, as DICOM identifiers are full of dots."""
+    name = os.fspath(path)
+    return name[: len(name) - len(ending_of(name) or "")]
+
+
+def _longest(path: str | PathLike[str], endings: tuple[str, ...]) -> str | None:
+    # The longest ending of the two tables has nine characters.
+    tail = os.fspath(path)[-16:].lower()
+    if not tail.endswith(endings):
+        return None
+    return max((ending for ending in endings if tail.endswith(ending)), key=len)
