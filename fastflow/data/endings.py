@@ -43,7 +43,7 @@ def ending_of(path: str | PathLike[str]) -> str | None:
 
 
 def unread_ending_of(path: str | PathLike[str]) -> str | None:
-    """The key of `HINTS` that a file's name ends with; None for other endings, and for those that are read."""
+    """The key of `HINTS` that a file's name ends with; None for others and those that are read."""
     return None if ending_of(path) else _longest(path, tuple(HINTS))
 
 
