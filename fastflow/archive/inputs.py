@@ -12,6 +12,8 @@ from pathlib import Path
 
 from fastflow.data.bids import is_bids, iterate_bids
 from fastflow.data.endings import ENDINGS
+from fastflow.data.inventory import Inventory
+from fastflow.data.listing import Listing
 from fastflow.data.manifest import MANIFESTS, Record, iterate_manifest, subject_of, walk_files
 from fastflow.errors import ManifestError
 
@@ -211,5 +213,15 @@ def gather(inputs: Iterable[str | PathLike[str]], split: str | None = None) -> l
         ManifestError: no input, a folder without files, a manifest that cannot be read or has nothing in the
             split.
     """
+    return gather_listing(inputs, split).records
+
+
+def gather_listing(inputs: Iterable[str | PathLike[str]], split: str | None = None) -> Listing:
+    """What `gather` gives, and the count of what was found beside it.
+
+    Raises:
+        ManifestError: as `gather` does.
+    """
     items = Inputs(tuple(os.fspath(path) for path in inputs), split)
-    return [Record(item.path, item.label, subject_of(Path(item.path))) for item in items]
+    records = [Record(item.path, item.label, subject_of(Path(item.path))) for item in items]
+    return Listing(records, Inventory(used=len(records)))
