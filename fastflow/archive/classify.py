@@ -44,6 +44,7 @@ from fastflow.archive.prepare import PreparedRun, prepare
 from fastflow.archive.results import ResultFiles
 from fastflow.archive.rows import CODES, STATUSES, Settings, class_names, make_row, preprocess_of
 from fastflow.archive.summary import Summary, describe, document_of, rates_of, tally
+from fastflow.data.inventory import Inventory
 from fastflow.decision import margin
 from fastflow.errors import RunStoppedError
 
@@ -221,6 +222,7 @@ class _Run:
         self.finished = FinishedInputs(journal.keys())
         self.total: int | None = None
         self.timings = Timings()
+        self.inventory = Inventory()
         self.new = self.old = self.failed = 0
         self.errors: list[str] = []
         self.start = time.perf_counter()
@@ -250,7 +252,7 @@ class _Run:
     def _left(self) -> Iterator[Item]:
         """The inputs that have no row yet."""
         resumed = self.journal.size > 0
-        for item in self.sources:
+        for item in self.sources.counted(self.inventory):
             if resumed and self.finished.take(self._key(item.path, *file_state(item.path))):
                 self.old += 1
                 self._tell()
@@ -317,6 +319,7 @@ class _Run:
             seconds=seconds,
             rates=rates_of(self.timings, self.new, seconds, self.workers),
             errors=tuple(self.errors),
+            inventory=self.inventory,
         )
         document = document_of(summary, state, self.prepared.versions, self.configuration)
         write_text(self.folder / SUMMARY, json.dumps(document, indent=1) + "\n")

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 
-from fastflow.data.manifest import Record, index_folder, read_manifest, split_by_subject, write_manifest
-from fastflow.errors import ManifestError
+from fastflow._files import write_text
+from fastflow.data.listing import Listing, list_records
+from fastflow.data.manifest import (
+    ENDINGS_OF_A_MANIFEST,
+    Record,
+    is_manifest,
+    split_by_subject,
+    write_manifest,
+)
+from fastflow.data.words import SPLIT_NAMES
+from fastflow.errors import ManifestError, OutputFolderError
+
+# The counts of a manifest stand beside it in a file of its name with this ending.
+INVENTORY_ENDING = ".inventory.json"
 
 
 def index_archive(
@@ -16,15 +30,20 @@ def index_archive(
     fractions: Mapping[str, float],
     seed: int = 0,
     resplit: bool = False,
+    label: str | None = None,
+    overwrite: bool = True,
 ) -> list[Record]:
-    """Write a manifest of `source`.
+    """Write a manifest of `source`, and beside it the count of what was found.
 
     Args:
-        source: a folder of ``class/file`` or ``split/class/file``, or a manifest.
+        source: a folder of ``class/file`` or ``split/class/file``, a BIDS dataset, or a manifest.
         out: the manifest to write.
         fractions: share of the subjects in each split; used where no file has a split, or with `resplit`.
         seed: of the shuffling.
         resplit: replace splits that are there.
+        label: the field of a BIDS dataset, or the column of a manifest, that holds the class; ``"none"`` for
+            a manifest without labels.
+        overwrite: replace a manifest that is there; the command `fastflow index` does so only when asked.
 
     Returns:
         The records that were written.
@@ -32,9 +51,36 @@ def index_archive(
     Raises:
         ManifestError: the source cannot be read, some files have a split and others none, or a subject is in
             two splits.
+        OutputFolderError: `out` exists and is not to be replaced.
         ValueError: the fractions do not sum to 1.
     """
-    records = index_folder(source) if Path(source).is_dir() else read_manifest(source)
+    return write_index(source, out, fractions, seed, resplit, label, overwrite).records
+
+
+def write_index(
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    fractions: Mapping[str, float],
+    seed: int = 0,
+    resplit: bool = False,
+    label: str | None = None,
+    overwrite: bool = False,
+) -> Listing:
+    """What `index_archive` does; gives the count of what was found and the warnings beside the records.
+
+    Raises:
+        ManifestError: see `index_archive`, which tells the arguments too.
+        OutputFolderError: `out` exists and is not to be replaced.
+        ValueError: the fractions do not sum to 1.
+    """
+    if not is_manifest(out):
+        raise ManifestError(f"{out}: {ENDINGS_OF_A_MANIFEST}")
+    if os.path.lexists(out) and not overwrite:
+        raise OutputFolderError(
+            f"{out}: there is such a file; replace it (--overwrite) or name another (--out)"
+        )
+    found = list_records(source, label)
+    records = found.records
     have = [record.split is not None for record in records]
     if resplit or not any(have):
         records = split_by_subject(records, fractions, seed)
@@ -46,7 +92,9 @@ def index_archive(
         )
     check_subjects(records)
     write_manifest(records, out)
-    return records
+    counts = json.dumps({"source": os.path.abspath(source), **found.inventory.to_dict()}, indent=1)
+    write_text(f"{out}{INVENTORY_ENDING}", counts + "\n")
+    return Listing(records, found.inventory, (*found.warnings, *missing_classes(records)))
 
 
 def check_subjects(records: list[Record]) -> None:
@@ -57,5 +105,44 @@ def check_subjects(records: list[Record]) -> None:
         if other.split != record.split:
             raise ManifestError(
                 f"subject {record.subject!r} is in the splits {other.split!r} ({other.path}) "
-                f"and {record.split!r} ({record.path})"
+                f"and {record.split!r} ({record.path}); split anew (--resplit), or list the files in a "
+                "manifest whose column subject tells different people apart"
             )
+
+
+ClassCounts = dict[str | None, Counter[str | None]]
+
+
+def count_classes(records: Sequence[Record]) -> tuple[list[str | None], ClassCounts]:
+    """(splits in their usual order, files by class and split)."""
+    counts: ClassCounts = {}
+    for record in records:
+        counts.setdefault(record.label, Counter())[record.split] += 1
+    usual = {name: i for i, name in enumerate(SPLIT_NAMES)}
+    splits = {split for row in counts.values() for split in row}
+    ordered = sorted(splits, key=lambda name: (name is None, usual.get(name or "", len(usual)), name or ""))
+    return ordered, {label: counts[label] for label in sorted(counts, key=lambda name: (name is None, name))}
+
+
+def missing_classes(records: Sequence[Record]) -> list[str]:
+    """A sentence for each class that a split lacks."""
+    splits, counts = count_classes(records)
+    sentences = []
+    for label, row in counts.items():
+        absent = [split for split in splits if split is not None and not row[split]]
+        if absent and label is not None:
+            there = ", ".join(split for split in splits if split is not None and row[split])
+            sentences.append(f"the class {label!r} has files in {there} only, none in {', '.join(absent)}")
+    return sentences
+
+
+def describe_classes(records: Sequence[Record]) -> list[str]:
+    """The lines of a table of the files by class and split."""
+    splits, counts = count_classes(records)
+    heads = ["class", *(name or "(no split)" for name in splits)]
+    rows = [[name or "(no label)", *(str(row[split]) for split in splits)] for name, row in counts.items()]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    return [
+        "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in [heads, *rows]
+    ]

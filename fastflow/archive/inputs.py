@@ -6,18 +6,25 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 
 from fastflow.data.bids import is_bids, iterate_bids
 from fastflow.data.endings import ENDINGS
+from fastflow.data.folders import nothing_below
 from fastflow.data.inventory import Inventory
 from fastflow.data.listing import Listing
-from fastflow.data.manifest import MANIFESTS, Record, iterate_manifest, subject_of, walk_files
+from fastflow.data.manifest import ENDINGS_OF_A_MANIFEST, is_manifest, iterate_manifest
+from fastflow.data.records import Record, subject_of
+from fastflow.data.walk import Passed, walk_files
+from fastflow.data.words import split_name
 from fastflow.errors import ManifestError
 
 IDS = ("relpath", "hash")
+MAX_NAMED_SPLITS = 10
+_FILE = f"{', '.join(ENDINGS)} file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +112,9 @@ class Inputs:
 
     Attributes:
         sources: files, folders (searched for volumes and PNG files; of a BIDS dataset its anatomical and PET
-            images) and manifests (.csv, .jsonl). A file that does not exist is an input all the same: its row
-            says so.
-        split: take only this split of manifests.
+            images) and manifests (.csv, .tsv, .jsonl). A file that does not exist is an input all the same:
+            its row says so.
+        split: take only this split of manifests, by any of its names in `fastflow.data.words`.
         shard: take only this part.
 
     Raises:
@@ -128,14 +135,32 @@ class Inputs:
         Raises:
             ManifestError: a folder holds no volume, a manifest cannot be read or has nothing in the split.
         """
+        return self.counted(Inventory())
+
+    def counted(self, inventory: Inventory) -> Iterator[Item]:
+        """The inputs, and in `inventory` the count of them and of what is left out, as far as they are taken.
+
+        Left out are files that the walk over a folder passes over, by reason, and ``"other_split"``: entries
+        of manifests that are not in the split. Of what belongs to another part nothing is counted.
+
+        Raises:
+            ManifestError: see `__iter__`.
+        """
+
+        def leave_out(reason: str, path: str, hint: str | None = None) -> None:
+            if self._holds(self._name(path, base)):
+                inventory.leave_out(reason, path, hint)
+
         for source in self.sources:
             found = False
-            for item in self._items(source):
+            base = os.path.dirname(source) if is_manifest(source) else source
+            for item in self._items(source, leave_out):
                 found = True
-                if self.shard is None or self.shard.holds(item.name):
+                if self._holds(item.name):
+                    inventory.used += 1
                     yield item
             if not found:
-                raise ManifestError(_nothing_in(source, self.split))
+                raise ManifestError(self._nothing_in(source))
 
     def check(self) -> None:
         """Look for the first input of each source, so that an empty source is told before any work is done.
@@ -144,20 +169,40 @@ class Inputs:
             ManifestError: as iterating does.
         """
         for source in self.sources:
-            if next(self._items(source), None) is None:
-                raise ManifestError(_nothing_in(source, self.split))
+            if next(self._items(source, None), None) is None:
+                raise ManifestError(self._nothing_in(source))
 
-    def _items(self, source: str) -> Iterator[Item]:
-        if source.endswith(MANIFESTS):
-            base = os.path.dirname(source)
+    def _holds(self, name: str) -> bool:
+        return self.shard is None or self.shard.holds(name)
+
+    def _items(self, source: str, passed: Passed | None) -> Iterator[Item]:
+        if is_manifest(source):
+            base, split = os.path.dirname(source), split_name(self.split)
             for record in iterate_manifest(source):
-                if self.split is None or record.split == self.split:
+                if self.split is None or record.split == split:
                     yield Item(record.path, self._name(record.path, base), record.label)
+                elif passed is not None:
+                    passed("other_split", record.path, None)
         elif os.path.isdir(source):
-            for path in iterate_bids(source) if is_bids(source) else walk_files(source):
+            walk = iterate_bids(source, passed) if is_bids(source) else walk_files(source, passed=passed)
+            for path in walk:
                 yield Item(path, self._name(path, source))
         else:
             yield Item(source, source)
+
+    def _nothing_in(self, source: str) -> str:
+        """The message for a source without inputs, which says what was found instead."""
+        left_out, splits = Inventory(), Counter[str]()
+        if not is_manifest(source):
+            for _ in self._items(source, left_out.leave_out):
+                pass
+            what = "anatomical or PET image of this BIDS dataset" if is_bids(source) else _FILE
+            return nothing_below(source, what, left_out)
+        if self.split is None:
+            return f"{source}: the manifest has no entries"
+        splits.update(record.split or "(none)" for record in iterate_manifest(source))
+        there = ", ".join(f"{name} {count}" for name, count in splits.most_common(MAX_NAMED_SPLITS))
+        return f"{source}: no entry is in the split {self.split!r}; its splits are {there or 'none'}"
 
     def _name(self, path: str, base: str) -> str:
         if len(self.sources) > 1 or os.path.isabs(path) != os.path.isabs(base or "."):
@@ -166,21 +211,6 @@ class Inputs:
         # `relpath` gives the same name, and takes far longer than cutting off a prefix.
         plain = path.startswith(start) and ".." not in path
         return path[len(start) :] if plain else os.path.relpath(path, base or ".")
-
-
-def _nothing_in(source: str, split: str | None) -> str:
-    if not source.endswith(MANIFESTS):
-        what = (
-            "anatomical or PET image of this BIDS dataset"
-            if is_bids(source)
-            else f"{', '.join(ENDINGS)} file"
-        )
-        return f"{source}: no {what} below this folder"
-    return (
-        f"{source}: the manifest has no entries"
-        if split is None
-        else f"{source}: no entry is in the split {split!r}"
-    )
 
 
 def inputs_of(
@@ -196,8 +226,8 @@ def inputs_of(
     """
     sources = [os.fspath(path) for path in inputs]
     if manifest is not None:
-        if not os.fspath(manifest).endswith(MANIFESTS):
-            raise ManifestError(f"{manifest}: a manifest ends in .csv or .jsonl")
+        if not is_manifest(manifest):
+            raise ManifestError(f"{manifest}: {ENDINGS_OF_A_MANIFEST}")
         sources.append(os.fspath(manifest))
     return Inputs(tuple(sources), split, part)
 
@@ -222,6 +252,6 @@ def gather_listing(inputs: Iterable[str | PathLike[str]], split: str | None = No
     Raises:
         ManifestError: as `gather` does.
     """
-    items = Inputs(tuple(os.fspath(path) for path in inputs), split)
-    records = [Record(item.path, item.label, subject_of(Path(item.path))) for item in items]
-    return Listing(records, Inventory(used=len(records)))
+    sources, inventory = Inputs(tuple(os.fspath(path) for path in inputs), split), Inventory()
+    items = sources.counted(inventory)
+    return Listing([Record(item.path, item.label, subject_of(Path(item.path))) for item in items], inventory)

@@ -12,6 +12,8 @@ from fastflow.archive.decode import file_state
 from fastflow.archive.inputs import Shard, inputs_of
 from fastflow.archive.options import RunOptions
 from fastflow.archive.prepare import load_settings
+from fastflow.data.endings import ending_of
+from fastflow.data.inventory import Inventory
 
 MAX_SHOWN_PATHS = 5
 
@@ -28,6 +30,7 @@ class Plan:
         first: paths of the first inputs.
         class_names: of the model.
         slices: which slices of a volume.
+        inventory: the inputs as used, and what was left out beside them.
     """
 
     total: int
@@ -37,6 +40,7 @@ class Plan:
     first: tuple[str, ...]
     class_names: tuple[str, ...]
     slices: str
+    inventory: Inventory = dataclasses.field(default_factory=Inventory)
 
 
 def plan(
@@ -64,13 +68,14 @@ def plan(
     total = size = missing = 0
     kinds: Counter[str] = Counter()
     first: list[str] = []
-    for item in inputs_of(inputs, manifest, split, options.part):
+    inventory = Inventory()
+    for item in inputs_of(inputs, manifest, split, options.part).counted(inventory):
         total += 1
         bytes_here, _ = file_state(item.path)
         size += max(0, bytes_here) if os.path.isfile(item.path) else 0
         missing += not os.path.isfile(item.path)
         name = os.path.basename(item.path)
-        kinds[".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1] or "(none)"] += 1
+        kinds[ending_of(name) or os.path.splitext(name)[1] or "(none)"] += 1
         if len(first) < MAX_SHOWN_PATHS:
             first.append(item.path)
     return Plan(
@@ -81,4 +86,5 @@ def plan(
         tuple(first),
         settings.class_names,
         settings.preprocess.slices,
+        inventory,
     )

@@ -19,6 +19,9 @@ from fastflow import __version__
 from fastflow.archive.batches import Timings
 from fastflow.archive.journal import Journal
 from fastflow.archive.rows import STATUSES
+from fastflow.data.endings import HINTS
+from fastflow.data.inventory import Inventory
+from fastflow.data.words import class_indices, class_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Summary:
         seconds: of this run.
         rates: of this run, see ``summary.json``.
         errors: the first errors of this run.
+        inventory: the inputs of this run as used, and what was left out beside them.
     """
 
     out: str
@@ -48,6 +52,7 @@ class Summary:
     seconds: float
     rates: dict[str, Any]
     errors: tuple[str, ...] = ()
+    inventory: Inventory = dataclasses.field(default_factory=Inventory)
 
     @property
     def total(self) -> int:
@@ -78,15 +83,16 @@ class Summary:
 
 def tally(journal: Journal, names: Sequence[str]) -> tuple[dict[str, int], dict[str, int], NDArray[np.int64]]:
     """(rows by status, rows by code, (K, K) rows by known label and predicted one) of a journal."""
-    known = {name: k for k, name in enumerate(names)}
+    known = class_indices(names)
+    predictions = {name: k for k, name in enumerate(names)}
     counts: Counter[str] = Counter()
     codes: Counter[str] = Counter()
     confusion = np.zeros((len(names), len(names)), dtype=np.int64)
     for _, row in journal.read():
         counts[row["status"]] += 1
         codes.update((row.get("error_code") or "").split(";") if row.get("error_code") else ())
-        if row["status"] != "error" and row["label"] in known:
-            confusion[known[row["label"]], known[row["predicted"]]] += 1
+        if row["status"] != "error" and (label := class_name(row["label"])) in known:
+            confusion[known[label], predictions[row["predicted"]]] += 1
     return {status: counts[status] for status in STATUSES}, dict(sorted(codes.items())), confusion
 
 
@@ -131,6 +137,7 @@ def document_of(
         "rows_of_this_run": summary.new,
         "status": summary.counts,
         "codes": summary.codes,
+        "inventory": summary.inventory.to_dict(),
         "files": [Path(file).name for file in summary.files],
         "accuracy": summary.metrics(),
         "seconds": round(summary.seconds, 3),
@@ -148,12 +155,26 @@ def document_of(
     }
 
 
+def passed_over(inventory: Inventory) -> str:
+    """Half a sentence on the files of other endings that the walk over folders met; empty without any."""
+    endings = {reason: n for reason, n in inventory.left_out.items() if reason in HINTS or reason == "other"}
+    count = sum(endings.values())
+    if not count:
+        return ""
+    each = ", ".join(f"{ending} {number}" for ending, number in sorted(endings.items()))
+    files = "files of other endings were" if count > 1 else "file of another ending was"
+    return f"; {count} {files} passed over ({each})"
+
+
 def describe(summary: Summary) -> str:
     """The outcome of a run in a few lines: counts, and accuracy and recalls where labels are known."""
     counts = summary.counts
     flagged = f" ({counts['flagged']} flagged)" if counts["flagged"] else ""
     classified = f"{summary.total - summary.failed} classified{flagged}"
-    lines = [f"{summary.out}: {summary.total} inputs, {classified}, {summary.failed} failed"]
+    passed = passed_over(summary.inventory)
+    lines = [f"{summary.out}: {summary.total} inputs, {classified}, {summary.failed} failed{passed}"]
+    if summary.inventory.left_out:
+        lines.append(summary.inventory.line())
     if summary.new < summary.total:
         lines.append(f"{summary.total - summary.new} of them were there before this run")
     if summary.codes:

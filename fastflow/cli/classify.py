@@ -158,6 +158,8 @@ def classify(options: ClassifyCommand) -> None:
         typer.echo(
             f"classes {', '.join(found.class_names)}; slices {found.slices}; nothing was read or written"
         )
+        if found.inventory.left_out:
+            typer.echo(found.inventory.line())
         for path in found.first:
             typer.echo(f"  {path}")
         return

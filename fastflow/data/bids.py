@@ -6,52 +6,91 @@ Source: Brain Imaging Data Structure 1.10, "Common principles" and the pages of 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
 from fastflow.data.endings import ending_of
-from fastflow.data.manifest import walk_files
+from fastflow.data.walk import REASONS, Passed, walk_files
 
 # These folders hold single images; the volumes of series (func, dwi, perf, fmap) suit no model here.
 DATATYPES = ("anat", "pet")
 # Files with these suffixes lie among the images and are none of anatomy.
 NOT_IMAGES = ("mask", "defacemask", "dseg", "probseg")
+_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 
 
 def is_bids(root: str | PathLike[str]) -> bool:
     """Whether a folder describes itself as a BIDS dataset of raw data."""
-    try:
-        description = json.loads((Path(root) / "dataset_description.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
     # A dataset of derivatives has its images wherever its pipeline put them, and is searched like a folder.
-    return (
-        isinstance(description, dict)
-        and "BIDSVersion" in description
-        and description.get("DatasetType", "raw") == "raw"
-    )
+    return dataset_type(root) == "raw"
 
 
-def iterate_bids(root: str | PathLike[str]) -> Iterator[str]:
+def dataset_type(root: str | PathLike[str]) -> str | None:
+    """The DatasetType that a folder's ``dataset_description.json`` gives, ``"raw"`` where it gives none.
+
+    None where the folder is no BIDS dataset.
+    """
+    try:
+        description = json.loads((Path(root) / "dataset_description.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(description, dict) or "BIDSVersion" not in description:
+        return None
+    return str(description.get("DatasetType", "raw"))
+
+
+def has_subjects(root: str | PathLike[str]) -> bool:
+    """Whether folders of BIDS subjects lie in a folder."""
+    try:
+        return any(_SUBJECT.fullmatch(path.name) and path.is_dir() for path in Path(root).iterdir())
+    except OSError:
+        return False
+
+
+def iterate_bids(root: str | PathLike[str], passed: Passed | None = None) -> Iterator[str]:
     """Anatomical and PET images below the subjects of a BIDS dataset, sorted.
 
     They are ``sub-*/[ses-*/]{anat,pet}/*_<suffix>.nii[.gz]``. Files of other data types, masks, and other
     folders are passed over. A folder on the way that cannot be listed is given like a file, so that its
     reader says so.
+
+    Args:
+        root: the dataset.
+        passed: called as by `walk_files`; files of other data types and masks are ``"not_image"``. Nothing is
+            said about files outside of the subjects.
     """
-    for path in walk_files(root, _enters):
+
+    def of_subjects(reason: str, path: str, hint: str | None) -> None:
+        assert passed is not None
+        if len(Path(path).relative_to(root).parts) > 1:
+            passed(reason, path, hint)
+
+    enters = _enters if passed is None else _enters_subjects
+    for path in walk_files(root, enters, None if passed is None else of_subjects):
         parts = Path(path).relative_to(root).parts
-        if not ending_of(path) or (
-            len(parts) > 2 and parts[-2] in DATATYPES and _suffix(parts[-1]) not in NOT_IMAGES
-        ):
+        if ending_of(path) is None or _is_image(parts):
             yield path
+        elif passed is not None:
+            of_subjects("not_image", path, REASONS["not_image"])
+
+
+def _is_image(parts: tuple[str, ...]) -> bool:
+    return len(parts) > 2 and _enters(parts[:-1]) and parts[-2] in DATATYPES and is_anatomy(parts[-1])
+
+
+def is_anatomy(name: str) -> bool:
+    """Whether a file's suffix is that of an image, and not of a mask or a segmentation."""
+    return _suffix(name) not in NOT_IMAGES
+
+
+def _enters_subjects(parts: tuple[str, ...]) -> bool:
+    return parts[0].startswith("sub-")
 
 
 def _enters(parts: tuple[str, ...]) -> bool:
-    return parts[0].startswith("sub-") and all(
-        part.startswith("ses-") or part in DATATYPES for part in parts[1:]
-    )
+    return _enters_subjects(parts) and all(part.startswith("ses-") or part in DATATYPES for part in parts[1:])
 
 
 def _suffix(name: str) -> str:

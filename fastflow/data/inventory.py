@@ -51,9 +51,13 @@ class Inventory:
     def line(self) -> str:
         """One line: ``24 files found: 20 used, 4 left out (no_label 3, .dcm 1)``."""
         files = "file" if self.found == 1 else "files"
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.left_out.items()))
+        reasons = self.reasons()
         rest = f", {self.left_out.total()} left out ({reasons})" if reasons else ", none left out"
         return f"{self.found} {files} found: {self.used} used{rest}"
+
+    def reasons(self) -> str:
+        """The reasons with their counts: ``.dcm 1, no_label 3``."""
+        return ", ".join(f"{reason} {count}" for reason, count in sorted(self.left_out.items()))
 
     def details(self) -> list[str]:
         """A line for each reason: how many, the first of them, and what to do."""

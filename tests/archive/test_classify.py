@@ -183,7 +183,7 @@ def test_inputs_that_name_nothing(model_folder: Path, tmp_path: Path) -> None:
         gather([])
     with pytest.raises(ManifestError, match=r"no \.nii, \.nii\.gz, \.mgz, \.mgh, \.png file"):
         gather([tmp_path])
-    with pytest.raises(ManifestError, match=r"m\.txt: a manifest ends in \.csv or \.jsonl"):
+    with pytest.raises(ManifestError, match=r"m\.txt: a manifest ends in \.csv, \.tsv or \.jsonl"):
         classify([], model_folder, tmp_path / "r", manifest=tmp_path / "m.txt")
     with pytest.raises(CheckpointError, match="not a model folder"):
         classify([tmp_path / "a.nii"], tmp_path, tmp_path / "r")

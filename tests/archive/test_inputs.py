@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastflow.archive.inputs import Inputs, Item, Shard, gather
-from fastflow.data import manifest
+from fastflow.data import manifest, walk
 from fastflow.errors import ManifestError
 
 
@@ -82,7 +82,7 @@ def test_folders_in_order(tmp_path: Path) -> None:
 
 def test_folders_too_large_to_be_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, *(f"{i}.nii" for i in range(9)), "sub/a.nii", "sub/b.nii")
-    monkeypatch.setattr(manifest, "MAX_SORTED_ENTRIES", 4)
+    monkeypatch.setattr(walk, "MAX_SORTED_ENTRIES", 4)
     found = names(tmp_path)
     assert sorted(found) == sorted([*(f"{i}.nii" for i in range(9)), "sub/a.nii", "sub/b.nii"])
     assert [name for name in found if "/" in name] == ["sub/a.nii", "sub/b.nii"]
@@ -105,7 +105,7 @@ def test_folders_that_cannot_be_listed_are_inputs(tmp_path: Path, monkeypatch: p
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(manifest.os, "scandir", refusing)
+    monkeypatch.setattr(walk.os, "scandir", refusing)
     assert names(tmp_path) == ["a", "b/y.nii"]
 
 
@@ -204,9 +204,7 @@ def test_folders_that_cannot_be_listed_are_given_once(
         def __exit__(self, *error: object) -> None: ...
 
     scandir = os.scandir
-    monkeypatch.setattr(
-        manifest.os, "scandir", lambda path: Broken() if path != str(tmp_path) else scandir(path)
-    )
+    monkeypatch.setattr(walk.os, "scandir", lambda path: Broken() if path != str(tmp_path) else scandir(path))
     assert names(tmp_path) == ["a.nii", "b", "c.nii"]
 
 

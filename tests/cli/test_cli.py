@@ -248,7 +248,9 @@ def test_console_script_is_installed() -> None:
     script = Path(sys.executable).parent / "fastflow"
     done = subprocess.run([script, "index", "nowhere"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: nowhere: a manifest ends in .csv or .jsonl\n"
+    assert done.stderr == (
+        "error: nowhere: there is no such file or folder; a manifest ends in .csv, .tsv or .jsonl\n"
+    )
 
 
 @pytest.mark.slow

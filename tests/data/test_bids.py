@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastflow.archive.inputs import Inputs
-from fastflow.data import manifest
+from fastflow.data import walk
 from fastflow.data.bids import is_bids, iterate_bids
 from fastflow.errors import ManifestError
 
@@ -73,7 +73,7 @@ def test_folders_that_cannot_be_listed_are_given(tmp_path: Path, monkeypatch: py
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(manifest.os, "scandir", refusing)
+    monkeypatch.setattr(walk.os, "scandir", refusing)
     assert [os.path.relpath(path, root) for path in iterate_bids(root)] == ["sub-01/anat", "sub-02"]
     # Nor is what cannot hold an image looked into.
     assert listed == [".", "sub-01", "sub-01/anat", "sub-02"]

@@ -20,6 +20,7 @@ from fastflow.data.manifest import (
     subject_of,
     write_manifest,
 )
+from fastflow.data.words import class_name, split_name
 from fastflow.errors import ManifestError
 
 FORMATS = (".csv", ".jsonl")
@@ -54,7 +55,16 @@ names = text.filter(lambda name: name not in ("", ".", "..") and "/" not in name
 def test_round_trip_of_any_text(
     tmp_path: Path, rows: list[tuple[str, str | None, str, str | None]], ending: str
 ) -> None:
-    records = [Record(str(tmp_path / name), label, subject, split) for name, label, subject, split in rows]
+    # Labels, subjects and splits have one form of Unicode and of blanks.
+    records = [
+        Record(
+            str(tmp_path / name),
+            class_name(label),
+            class_name(subject) or subject_of(name),
+            split_name(split),
+        )
+        for name, label, subject, split in rows
+    ]
     write_manifest(records, tmp_path / f"m{ending}")
     assert read_manifest(tmp_path / f"m{ending}") == records
 
@@ -129,8 +139,8 @@ def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
         ("m.csv", "", r"line 1: no column 'path'"),
         (
             "m.csv",
-            "file,label\na.nii,x\n",
-            r"line 1: no column 'path'; columns are path, label, subject, split",
+            "place,label\na.nii,x\n",
+            r"line 1: no column 'path'; columns are path, label, subject, split; the line has 'place'",
         ),
         ("m.csv", "path,label\n", "has no entries"),
         ("m.csv", "path,label\na.nii,x\nb.nii\n", "line 3: has another number of fields"),
@@ -146,7 +156,7 @@ def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
         ("m.jsonl", '{"path": ["a.nii"]}\n', r"line 1: path must be a string, got \['a\.nii'\]"),
         ("m.jsonl", '{"path": "a.nii", "label": true}\n', "line 1: label must be a string, got True"),
         ("m.jsonl", '{"path": "a.nii"}\n\n{"path": "a.nii"}\n', r"line 3: .*a\.nii stands in line 1 already"),
-        ("m.txt", "path\na.nii\n", r"ends in \.csv or \.jsonl"),
+        ("m.txt", "path\na.nii\n", r"ends in \.csv, \.tsv or \.jsonl"),
     ],
 )
 def test_bad_manifest(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -192,7 +202,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     odd = os.fsdecode(b"caf\xe9.nii")
     with pytest.raises(ManifestError, match="not valid Unicode"):
         write_manifest([Record(str(tmp_path / odd), "x", "b")], tmp_path / "m.csv")
-    with pytest.raises(ManifestError, match=r"ends in \.csv or \.jsonl"):
+    with pytest.raises(ManifestError, match=r"ends in \.csv, \.tsv or \.jsonl"):
         write_manifest(good, tmp_path / "m.xlsx")
     assert [p.name for p in tmp_path.iterdir()] == ["m.csv"]
     assert read_manifest(tmp_path / "m.csv") == good
