@@ -94,7 +94,10 @@ def write_index(
     write_manifest(records, out)
     counts = json.dumps({"source": os.path.abspath(source), **found.inventory.to_dict()}, indent=1)
     write_text(f"{out}{INVENTORY_ENDING}", counts + "\n")
-    return Listing(records, found.inventory, (*found.warnings, *missing_classes(records)))
+    warnings = [*found.warnings, *unused_splits(records), *missing_classes(records)]
+    if found.other_columns:
+        warnings.append(f"{out} does not keep the columns {', '.join(found.other_columns)}")
+    return Listing(records, found.inventory, tuple(warnings))
 
 
 def check_subjects(records: list[Record]) -> None:
@@ -122,6 +125,16 @@ def count_classes(records: Sequence[Record]) -> tuple[list[str | None], ClassCou
     splits = {split for row in counts.values() for split in row}
     ordered = sorted(splits, key=lambda name: (name is None, usual.get(name or "", len(usual)), name or ""))
     return ordered, {label: counts[label] for label in sorted(counts, key=lambda name: (name is None, name))}
+
+
+def unused_splits(records: Sequence[Record]) -> list[str]:
+    """A sentence on each split that is none of `SPLIT_NAMES`."""
+    counts = Counter(record.split for record in records if record.split)
+    return [
+        f"the split {name!r} ({count} files) is none of {', '.join(SPLIT_NAMES)}: training does not use it"
+        for name, count in counts.items()
+        if name not in SPLIT_NAMES
+    ]
 
 
 def missing_classes(records: Sequence[Record]) -> list[str]:

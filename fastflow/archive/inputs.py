@@ -14,7 +14,7 @@ from pathlib import Path
 from fastflow.data.bids import is_bids, iterate_bids
 from fastflow.data.endings import ENDINGS
 from fastflow.data.folders import nothing_below
-from fastflow.data.inventory import Inventory
+from fastflow.data.inventory import REASONS, Inventory
 from fastflow.data.listing import Listing
 from fastflow.data.manifest import ENDINGS_OF_A_MANIFEST, is_manifest, iterate_manifest
 from fastflow.data.records import Record, subject_of
@@ -182,7 +182,7 @@ class Inputs:
                 if self.split is None or record.split == split:
                     yield Item(record.path, self._name(record.path, base), record.label)
                 elif passed is not None:
-                    passed("other_split", record.path, None)
+                    passed("other_split", record.path, REASONS["other_split"])
         elif os.path.isdir(source):
             walk = iterate_bids(source, passed) if is_bids(source) else walk_files(source, passed=passed)
             for path in walk:

@@ -12,7 +12,8 @@ from os import PathLike
 from pathlib import Path
 
 from fastflow.data.endings import ending_of
-from fastflow.data.walk import REASONS, Passed, walk_files
+from fastflow.data.inventory import REASONS
+from fastflow.data.walk import Passed, walk_files
 
 # These folders hold single images; the volumes of series (func, dwi, perf, fmap) suit no model here.
 DATATYPES = ("anat", "pet")

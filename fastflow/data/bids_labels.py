@@ -17,14 +17,13 @@ from typing import Any
 from fastflow.data.bids import dataset_type, has_subjects, iterate_bids
 from fastflow.data.endings import without_ending
 from fastflow.data.folders import nothing_below, once_each, regular_files
-from fastflow.data.inventory import Inventory
+from fastflow.data.inventory import REASONS, Inventory
 from fastflow.data.records import Record, subject_of
 from fastflow.data.tables import Table, text_of
 from fastflow.data.words import NO_LABELS, class_name, column_name, key_of_word
 from fastflow.errors import ManifestError
 
 PARTICIPANTS = "participants.tsv"
-NO_LABEL_HINT = "the dataset has no value of the field for it"
 _MAX_FIELDS = 20
 
 
@@ -48,7 +47,7 @@ def list_bids(root: Path, field: str | None, inventory: Inventory) -> list[Recor
     for file in files:
         label = labels.of(file.path)
         if label is None and field != NO_LABELS:
-            inventory.drop("no_label", file.path, NO_LABEL_HINT)
+            inventory.drop("no_label", file.path, REASONS["no_label"])
             continue
         records.append(Record(file.path, label, subject_of(os.path.relpath(file.path, root))))
         identities.append(file.identity)
@@ -235,7 +234,10 @@ def _which_field(root: Path, table: Path | None, field: str | None, images: Sequ
             columns = Table(table, stream, lambda names: any(_is_identity(n, "participant") for n in names))
             names = [name for name in columns.columns if not _is_identity(name, "participant")]
         places.append(f"{table.name} has {_listed(names)}")
-    fields = Sidecars(root).of(images[0]) if images else {}
+    try:
+        fields = Sidecars(root).of(images[0])
+    except ManifestError:
+        fields = {}
     names = [name for name, value in fields.items() if isinstance(value, str | int | float)]
     if names:
         places.append(f"the sidecars have {_listed(names)}")

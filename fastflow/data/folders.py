@@ -17,21 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastflow.data.endings import ENDINGS, ending_of
-from fastflow.data.inventory import Inventory
+from fastflow.data.inventory import REASONS, Inventory
 from fastflow.data.records import Record, subject_of
 from fastflow.data.walk import walk_files
 from fastflow.data.words import class_name, is_split, split_name
 from fastflow.errors import ManifestError
 
-# Reasons for which a file that the walk gives is not used, with what to do.
-REASONS = {
-    "no_content": "a link whose target is missing: fetch it, or remove the link",
-    "no_permission": "the operating system does not let it be listed or read: ask its owner",
-    "not_a_file": "a folder or a device with the name of an image",
-    "unreadable": "the operating system refuses to list or read it",
-    "no_class_folder": "it lies in no class folder: folders are class/file or split/class/file",
-    "duplicate": "it is a file that was found already",
-}
 LAYOUTS = "folders are class/file or split/class/file"
 # Folders of a BIDS subject: sessions, and data types.
 _PARTS_OF_A_SUBJECT = re.compile(
@@ -212,9 +203,9 @@ def _layout_of_classes(root: Path, folders: set[tuple[str, ...]], tops: Sequence
         return _Layout(0, None, 1)
     if len(splits) < len(below):
         others = sorted(name for name in below - set(splits) if name is not None)
-        beside = f"{_named(others)} are none" if others else "other files lie beside them"
+        beside = _named(others) if others else "other files"
         raise ManifestError(
-            f"{root}: below the folders {_named(tops)}, {_named(splits)} are splits, {beside}. "
+            f"{root}: the folders in {_named(tops)} are splits ({_named(splits)}), beside {beside}. "
             "Folders are class/file, split/class/file or class/split/file: move the files, or list them in a "
             "manifest with the columns path, label and split"
         )

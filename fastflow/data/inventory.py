@@ -8,6 +8,21 @@ from typing import Any
 
 # So many files of each reason are named.
 MAX_EXAMPLES = 5
+# The reasons of listings, with what they mean or what to do. Others are the endings of
+# `fastflow.data.endings.HINTS`, the codes of `fastflow.data.volume.ERROR_CODES`, and what a command adds.
+REASONS = {
+    "other": "the ending is none of an image",
+    "hidden": "the name begins with a dot",
+    "no_content": "a link whose target is missing: fetch it, or remove the link",
+    "no_permission": "it may not be listed or read by this user: ask its owner",
+    "not_a_file": "a folder or a device with the name of an image",
+    "unreadable": "the operating system refuses to list or read it",
+    "no_class_folder": "it lies in no class folder: folders are class/file or split/class/file",
+    "not_image": "a mask, a segmentation, or another data type of a BIDS dataset",
+    "duplicate": "the file was found before under another name, or stands in the manifest twice",
+    "no_label": "the class is not known",
+    "other_split": "it is not in the split that was asked for",
+}
 
 
 @dataclasses.dataclass

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from fastflow.data.bids import has_subjects
 from fastflow.data.bids_labels import is_dataset, list_bids
-from fastflow.data.folders import REASONS, list_folder, once_each
-from fastflow.data.inventory import Inventory
+from fastflow.data.folders import list_folder, once_each
+from fastflow.data.inventory import REASONS, Inventory
 from fastflow.data.manifest import ENDINGS_OF_A_MANIFEST, Record, is_manifest, numbered_records
-from fastflow.data.words import COLUMN_NAMES, alike, column_name
+from fastflow.data.words import alike, column_name
 from fastflow.errors import ManifestError
 
 
@@ -25,11 +25,13 @@ class Listing:
         records: those that can be used, as far as their names and rows tell.
         inventory: how many were found, and why some are no records. ``inventory.used == len(records)``.
         warnings: sentences on what may not be meant, such as two classes that differ in case only.
+        other_columns: of a manifest, which no record holds.
     """
 
     records: list[Record]
     inventory: Inventory
     warnings: tuple[str, ...] = ()
+    other_columns: tuple[str, ...] = ()
 
 
 def list_records(source: str | PathLike[str], label: str | None = None) -> Listing:
@@ -79,12 +81,12 @@ def _list_manifest(path: Path, label: str | None, inventory: Inventory) -> Listi
     records = once_each(records, identities, inventory)
     others = [name for name in columns if name and column_name(name) is None and name != label]
     if label is None and not any(column_name(name) == "label" for name in columns):
-        hint = f"the manifest has no column {' or '.join(COLUMN_NAMES['label'])}"
+        hint = "the manifest has no column 'label'"
         hint += f"; --label NAME takes one of {', '.join(others)}" if others else ""
         # Whoever leaves entries out for want of a label shows it.
         inventory.hints["no_label"] = hint
         warnings.append(hint)
-    return Listing(records, inventory, (*warnings, *_warnings(records)))
+    return Listing(records, inventory, (*warnings, *_warnings(records)), tuple(others))
 
 
 def _unique_rows(path: Path, label: str | None, columns: list[str], inventory: Inventory) -> Iterator[Record]:

@@ -191,8 +191,10 @@ def _record(path: Path, line: int, row: Mapping[str, Any]) -> Record:
             values[column] = read(_plain(row.get(column)))
         except ValueError as error:
             raise ManifestError(f"{path}, line {line}: {column} {error}") from None
-    subject = values["subject"] or subject_of(name)
-    return Record(_below(path.parent, name), values["label"], subject, values["split"])
+    file = _below(path.parent, name)
+    if not file.endswith(name):
+        name = name.replace("\\", "/")
+    return Record(file, values["label"], values["subject"] or subject_of(name), values["split"])
 
 
 _READERS = {"label": class_name, "subject": class_name, "split": split_name}

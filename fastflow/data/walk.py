@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 
 from fastflow.data.endings import HINTS, ending_of, unread_ending_of
+from fastflow.data.inventory import REASONS
 
 # A folder with more entries than this is not held in memory to be sorted.
 MAX_SORTED_ENTRIES = 1 << 17
@@ -23,13 +24,6 @@ SIDECARS = (
     *(".py", ".m", ".sh", ".r", ".ipynb", ".bib", ".db", ".sha1", ".sha256", ".md5", ".lock"),
 )
 SIDECAR_NAMES = ("README", "CHANGES", "LICENSE", "LICENCE", "CITATION.cff", "DICOMDIR", "Makefile")
-# Reasons that the walk gives, beside the endings of `HINTS`.
-REASONS = {
-    "hidden": "the name begins with a dot",
-    "other": "the ending is none of an image",
-    "not_image": "a mask, a segmentation, or another data type of a BIDS dataset",
-}
-
 Passed = Callable[[str, str, str | None], None]
 
 
@@ -97,7 +91,7 @@ def _list(
             is_read = ending_of(entry.name) is not None
             if entry.name.startswith("."):
                 if passed is not None and (is_read or unread_ending_of(entry.name)):
-                    passed("hidden", entry.path, None)
+                    passed("hidden", entry.path, REASONS["hidden"])
                 continue
             if is_read:
                 yield entry.path
@@ -118,7 +112,7 @@ def _pass_over(entry: os.DirEntry[str], passed: Passed) -> None:
     if ending is not None:
         passed(ending, entry.path, HINTS[ending])
     elif not entry.name.lower().endswith(SIDECARS) and entry.name not in SIDECAR_NAMES:
-        passed("other", entry.path, None)
+        passed("other", entry.path, REASONS["other"])
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
