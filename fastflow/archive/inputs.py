@@ -153,7 +153,7 @@ class Inputs:
 
         for source in self.sources:
             found = False
-            base = os.path.dirname(source) if is_manifest(source) else source
+            base = os.path.dirname(source) if _is_listed(source) else source
             for item in self._items(source, leave_out):
                 found = True
                 if self._holds(item.name):
@@ -176,7 +176,7 @@ class Inputs:
         return self.shard is None or self.shard.holds(name)
 
     def _items(self, source: str, passed: Passed | None) -> Iterator[Item]:
-        if is_manifest(source):
+        if _is_listed(source):
             base, split = os.path.dirname(source), split_name(self.split)
             for record in iterate_manifest(source):
                 if self.split is None or record.split == split:
@@ -193,7 +193,7 @@ class Inputs:
     def _nothing_in(self, source: str) -> str:
         """The message for a source without inputs, which says what was found instead."""
         left_out, splits = Inventory(), Counter[str]()
-        if not is_manifest(source):
+        if not _is_listed(source):
             for _ in self._items(source, left_out.leave_out):
                 pass
             what = "anatomical or PET image of this BIDS dataset" if is_bids(source) else _FILE
@@ -211,6 +211,11 @@ class Inputs:
         # `relpath` gives the same name, and takes far longer than cutting off a prefix.
         plain = path.startswith(start) and ".." not in path
         return path[len(start) :] if plain else os.path.relpath(path, base or ".")
+
+
+def _is_listed(source: str) -> bool:
+    """Whether a source is a manifest; a folder is none, whatever its name."""
+    return is_manifest(source) and not os.path.isdir(source)
 
 
 def inputs_of(

@@ -5,7 +5,9 @@ Source: Brain Imaging Data Structure 1.10, "Common principles" and the pages of 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from os import PathLike
@@ -42,12 +44,10 @@ def dataset_type(root: str | PathLike[str]) -> str | None:
     return str(description.get("DatasetType", "raw"))
 
 
-def has_subjects(root: str | PathLike[str]) -> bool:
-    """Whether folders of BIDS subjects lie in a folder."""
-    try:
-        return any(_SUBJECT.fullmatch(path.name) and path.is_dir() for path in Path(root).iterdir())
-    except OSError:
-        return False
+def subjects_in(root: str | PathLike[str]) -> Iterator[str]:
+    """The names of the folders of BIDS subjects in a folder; none where it cannot be listed."""
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        yield from (entry.name for entry in entries if _SUBJECT.fullmatch(entry.name) and entry.is_dir())
 
 
 def iterate_bids(root: str | PathLike[str], passed: Passed | None = None) -> Iterator[str]:
@@ -71,7 +71,8 @@ def iterate_bids(root: str | PathLike[str], passed: Passed | None = None) -> Ite
     enters = _enters if passed is None else _enters_subjects
     for path in walk_files(root, enters, None if passed is None else of_subjects):
         parts = Path(path).relative_to(root).parts
-        if ending_of(path) is None or _is_image(parts):
+        is_wanted = _is_image(parts) if ending_of(path) else not parts or _enters(parts)
+        if is_wanted:
             yield path
         elif passed is not None:
             of_subjects("not_image", path, REASONS["not_image"])

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastflow.data.bids import dataset_type, has_subjects, iterate_bids
+from fastflow.data.bids import dataset_type, iterate_bids, subjects_in
 from fastflow.data.endings import without_ending
 from fastflow.data.folders import nothing_below, once_each, regular_files
 from fastflow.data.inventory import REASONS, Inventory
@@ -27,8 +27,8 @@ PARTICIPANTS = "participants.tsv"
 _MAX_FIELDS = 20
 
 
-def list_bids(root: Path, field: str | None, inventory: Inventory) -> list[Record]:
-    """Records of the anatomical and PET images of a dataset, and in `inventory` the count of the others.
+def list_bids(root: Path, field: str | None, inventory: Inventory) -> tuple[list[Record], list[str]]:
+    """(records of the anatomical and PET images of a dataset, warnings).
 
     Args:
         root: the dataset, raw or of derivatives, also one without a description.
@@ -55,7 +55,9 @@ def list_bids(root: Path, field: str | None, inventory: Inventory) -> list[Recor
         raise ManifestError(
             f"{root}: none of its {len(files)} images has a value of the field {field!r}, or all are n/a"
         )
-    return once_each(records, identities, inventory)
+    empty = sorted(set(subjects_in(root)) - set(_subjects(root, [file.path for file in files])))
+    warnings = [f"{root}: subjects without an image: {_listed(empty)}"] if empty else []
+    return once_each(records, identities, inventory), warnings
 
 
 class _Labels:
@@ -243,7 +245,8 @@ def _which_field(root: Path, table: Path | None, field: str | None, images: Sequ
         places.append(f"the sidecars have {_listed(names)}")
     there = "; ".join(places) or f"there is no {PARTICIPANTS} and no sidecar"
     what = (
-        "the subjects of a BIDS dataset are no classes: name the field that holds the class (--label FIELD)"
+        "the subjects of a BIDS dataset are no classes: name the field that holds the class "
+        "(fastflow index DATASET --label FIELD)"
         if field is None
         else f"no {PARTICIPANTS}, sessions.tsv or sidecar has the field {field!r}"
     )
@@ -258,4 +261,4 @@ def _listed(names: Sequence[str]) -> str:
 def is_dataset(root: Path) -> bool:
     """Whether a folder is a BIDS dataset, raw or of derivatives, whose images lie below subjects."""
     kind = dataset_type(root)
-    return kind == "raw" or (kind is not None and has_subjects(root))
+    return kind == "raw" or (kind is not None and any(subjects_in(root)))

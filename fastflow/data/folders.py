@@ -32,6 +32,7 @@ _BIDS_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 _SUBJECT = re.compile(
     r"sub-[a-z0-9]+|(?:sub|subj|subject|participant|patient|pat|ses|session)[-_ ]?\d+", re.IGNORECASE
 )
+_NUMBERED_SUBJECT = re.compile(r"sub-\d+")
 _MAX_NAMES = 5
 
 
@@ -239,11 +240,12 @@ def _check_classes(
     )
     if classes and all(map(_SUBJECT.fullmatch, classes)):
         subjects = list(classes)
+    subjects = subjects or [name for name in classes if _NUMBERED_SUBJECT.fullmatch(name)]
     if subjects:
         raise ManifestError(
-            f"{root}: the folders {_named(subjects)} are subjects, not classes. Give the dataset's "
-            "dataset_description.json and the field that holds the class (--label FIELD), put the files into "
-            "folders of classes, or list them in a manifest with the columns path, label and subject"
+            f"{root}: the folders {_named(subjects)} are subjects, not classes. Name the field that holds "
+            "the class (fastflow index FOLDER --label FIELD), put the files into folders of classes, or list "
+            "them in a manifest with the columns path, label and subject"
         )
     if classes and all(map(_PARTS_OF_A_SUBJECT.fullmatch, classes)):
         raise ManifestError(

@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
-from fastflow.data.bids import has_subjects
+from fastflow.data.bids import subjects_in
 from fastflow.data.bids_labels import is_dataset, list_bids
 from fastflow.data.folders import list_folder, once_each
 from fastflow.data.inventory import REASONS, Inventory
 from fastflow.data.manifest import ENDINGS_OF_A_MANIFEST, Record, is_manifest, numbered_records
 from fastflow.data.words import alike, column_name
 from fastflow.errors import ManifestError
+
+# So many pairs of subjects that may be one are named.
+MAX_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +56,15 @@ def list_records(source: str | PathLike[str], label: str | None = None) -> Listi
         raise ManifestError(f"{source}: {label!r} names subjects, which are no classes (--label)")
     if not source.is_dir():
         return _list_manifest(source, label, inventory)
-    if is_dataset(source) or (label is not None and has_subjects(source)):
-        records = list_bids(source, label, inventory)
-    elif label is not None:
+    if is_dataset(source) or (label is not None and any(subjects_in(source))):
+        records, warnings = list_bids(source, label, inventory)
+        return Listing(records, inventory, (*warnings, *_warnings(records)))
+    if label is not None:
         raise ManifestError(
             f"{source}: a label field (--label {label}) belongs to BIDS datasets and manifests; "
             "in a folder of class/file the folders are the classes"
         )
-    else:
-        records = list_folder(source, inventory)
+    records = list_folder(source, inventory)
     return Listing(records, inventory, _warnings(records))
 
 
@@ -77,7 +80,8 @@ def _list_manifest(path: Path, label: str | None, inventory: Inventory) -> Listi
     absent = [record.path for record, file in zip(records, identities, strict=True) if file is None]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        warnings.append(f"{path} names files that are not there: {absent[0]}{more}")
+        hint = "; on this system folders are separated by /" if "\\" in absent[0] else ""
+        warnings.append(f"{path} names files that are not there: {absent[0]}{more}{hint}")
     records = once_each(records, identities, inventory)
     others = [name for name in columns if name and column_name(name) is None and name != label]
     if label is None and not any(column_name(name) == "label" for name in columns):
@@ -121,7 +125,9 @@ def _identity_of(path: str) -> tuple[int, int] | None:
 
 
 def _warnings(records: Sequence[Record]) -> tuple[str, ...]:
-    pairs = alike(record.label for record in records if record.label is not None)
-    return tuple(
-        f"the classes {one!r} and {other!r} differ in case or separators only" for one, other in pairs
+    classes = alike({record.label for record in records if record.label is not None})
+    subjects = alike({record.subject for record in records}, str.casefold)
+    return (
+        *(f"the classes {one!r} and {other!r} differ in case or separators only" for one, other in classes),
+        *(f"the subjects {one!r} and {other!r} differ in case only" for one, other in subjects[:MAX_NAMED]),
     )

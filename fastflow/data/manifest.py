@@ -133,6 +133,8 @@ def _table_rows(
         )
         if any(map(ending_of, table.columns)):
             there += ", which names a file: write the names of the columns above it"
+        elif path.name.endswith(("participants.tsv", "sessions.tsv", "scans.tsv")):
+            there += ": a table of BIDS is no manifest, give the dataset's folder"
         raise ManifestError(
             f"{path}, line {table.line}: no column 'path'; columns are {', '.join(COLUMNS)}; {there}"
         )

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 # The names of each split, written without blanks, hyphens and underscores.
 SPLIT_NAMES = {
@@ -159,12 +159,12 @@ def class_indices(names: Sequence[str]) -> dict[str, int]:
     return read | {name: i for i, name in enumerate(names)}
 
 
-def alike(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of different names that `key_of_word` does not tell apart."""
+def alike(names: Iterable[str], key: Callable[[str], str] = key_of_word) -> list[tuple[str, str]]:
+    """Pairs of different names that `key` does not tell apart."""
     first: dict[str, str] = {}
     pairs = []
     for name in sorted(set(names)):
-        other = first.setdefault(key_of_word(name), name)
+        other = first.setdefault(key(name), name)
         if other != name:
             pairs.append((other, name))
     return pairs
