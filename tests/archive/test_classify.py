@@ -178,6 +178,41 @@ def test_manifest_with_labels_and_splits(few_scans: Path, model_folder: Path, tm
         classify([tmp_path / "m.csv"], model_folder, tmp_path / "r", split="tset")
 
 
+def test_what_is_passed_over_is_counted(few_scans: Path, model_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    shutil.copytree(few_scans, root)
+    (root / "flat/sub-000_T1w.nii.gz").rename(root / "flat/sub-000_T1w.NII.GZ")
+    for name in ("a.dcm", "b.DCM", "c.hdr", "notes.txt"):
+        (root / name).touch()
+    summary = classify([root], model_folder, tmp_path / "r")
+    first, second = describe(summary).splitlines()[:2]
+    assert first.endswith(
+        "6 inputs, 6 classified, 0 failed; 3 files of other endings were passed over (.dcm 2, .hdr 1)"
+    )
+    assert second == "9 files found: 6 used, 3 left out (.dcm 2, .hdr 1)"
+    counts = json.loads((tmp_path / "r/summary.json").read_text())["inventory"]
+    assert (counts["found"], counts["used"], counts["left_out"]) == (9, 6, {".dcm": 2, ".hdr": 1})
+
+
+def test_labels_are_compared_in_one_form(few_scans: Path, model_folder: Path, tmp_path: Path) -> None:
+    files = sorted(few_scans.rglob("*.nii.gz"))
+    rows = "".join(
+        f"{file};{label};{split}\n"
+        for file, label, split in zip(
+            files,
+            [" flat", "flat ", "n/a", "striped", "NaN", ""],
+            ["valid", "Val", "dev", *["train"] * 3],
+            strict=True,
+        )
+    )
+    (tmp_path / "m.csv").write_text("File; Class; Set\n" + rows)
+    summary = classify([tmp_path / "m.csv"], model_folder, tmp_path / "r", split="Validation")
+    assert [row["label"] for row in read(tmp_path / "r")] == ["flat", "flat", ""]
+    assert summary.labelled()[0].tolist() == [0, 0]
+    assert summary.inventory.left_out == {"other_split": 3}
+    assert "6 files found: 3 used, 3 left out (other_split 3)" in describe(summary)
+
+
 def test_inputs_that_name_nothing(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="nothing to classify"):
         gather([])

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastflow.archive.inputs import Inputs, Item, Shard, gather
+from fastflow.archive.inputs import Inputs, Item, Shard, gather, gather_listing
 from fastflow.data import manifest, walk
+from fastflow.data.inventory import Inventory
 from fastflow.errors import ManifestError
 
 
@@ -226,3 +227,50 @@ def test_every_source_is_looked_at_before_the_first_is_worked_through(tmp_path: 
     for bad in ("empty", "m.csv"):
         with pytest.raises(ManifestError, match=bad):
             Inputs((full, str(tmp_path / bad))).check()
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "a.NII", "b.nii.gz", "c.dcm", "d.DCM", "e.hdr", "._a.nii", "notes.txt")
+    (tmp_path / "m.csv").write_text("path,split\na.nii,Test\nb.nii,train\nc.nii,testing\nd.nii,\n")
+    inventory = Inventory()
+    sources = (str(tmp_path / "d"), str(tmp_path / "m.csv"), str(tmp_path / "alone.dcm"))
+    items = list(Inputs(sources, split="TESTING").counted(inventory))
+    assert [os.path.basename(item.path) for item in items] == [
+        "a.NII",
+        "b.nii.gz",
+        "a.nii",
+        "c.nii",
+        "alone.dcm",
+    ]
+    assert inventory.used == 5
+    assert inventory.left_out == {".dcm": 2, ".hdr": 1, "hidden": 1, "other_split": 2}
+    listing = gather_listing(sources, "test")
+    assert (len(listing.records), listing.inventory.left_out) == (5, inventory.left_out)
+
+
+def test_parts_count_what_belongs_to_them(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{i}.nii" for i in range(20)), *(f"{i}.dcm" for i in range(20)))
+    inventories = [Inventory() for _ in range(3)]
+    for i, inventory in enumerate(inventories, start=1):
+        list(Inputs((str(tmp_path),), shard=Shard(i, 3)).counted(inventory))
+    assert sum(inventory.used for inventory in inventories) == 20
+    assert sum(inventory.left_out[".dcm"] for inventory in inventories) == 20
+    assert all(0 < inventory.left_out[".dcm"] < 20 for inventory in inventories)
+
+
+def test_sources_without_inputs_say_what_they_have(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "a.dcm", "b.dcm")
+    (tmp_path / "m.csv").write_text("path,split\na.nii,Train\nb.nii,training\nc.nii,\n")
+    with pytest.raises(ManifestError, match=r"below this folder; left out were \.dcm 2: DICOM: convert it"):
+        names(tmp_path / "d")
+    with pytest.raises(
+        ManifestError, match=r"no entry is in the split 'valid'; its splits are train 2, \(none\) 1"
+    ):
+        names(tmp_path / "m.csv", split="valid")
+    assert names(tmp_path / "m.csv", split="n/a") == ["c.nii"]
+
+
+def test_manifests_and_folders_are_known_by_what_they_are(tmp_path: Path) -> None:
+    touch(tmp_path, "scans.csv/a.nii")
+    (tmp_path / "M.TSV").write_text("path\ta\na.nii\t1\n")
+    assert names(tmp_path / "scans.csv") == names(tmp_path / "M.TSV") == ["a.nii"]

@@ -9,6 +9,7 @@ import pytest
 from fastflow.archive.inputs import Inputs
 from fastflow.data import walk
 from fastflow.data.bids import is_bids, iterate_bids
+from fastflow.data.inventory import Inventory
 from fastflow.errors import ManifestError
 
 IMAGES = [
@@ -47,6 +48,23 @@ def test_anatomy_and_pet_of_the_subjects(tmp_path: Path) -> None:
     assert [item.name for item in Inputs((str(root),))] == sorted(IMAGES)
     # A part of it is a folder like any other.
     assert len(list(Inputs((str(root / "sub-01"),)))) == 6
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = dataset(tmp_path, [*IMAGES, *OTHERS, "sub-01/anat/a.dcm"])
+    inventory = Inventory()
+    assert len(list(Inputs((str(root),)).counted(inventory))) == inventory.used == len(IMAGES)
+    assert inventory.left_out == {"not_image": 4, ".dcm": 1}
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if str(path).endswith("func"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(walk.os, "scandir", refusing)
+    # A folder that cannot hold an image is no input, also where it cannot be listed.
+    assert len(list(Inputs((str(root),)))) == len(IMAGES)
 
 
 def test_what_is_no_raw_dataset(tmp_path: Path) -> None:
