@@ -44,6 +44,12 @@ def dataset_type(root: str | PathLike[str]) -> str | None:
     return str(description.get("DatasetType", "raw"))
 
 
+def is_dataset(root: str | PathLike[str]) -> bool:
+    """Whether a folder is a BIDS dataset, raw or of derivatives, whose images lie below subjects."""
+    kind = dataset_type(root)
+    return kind == "raw" or (kind is not None and any(subjects_in(root)))
+
+
 def subjects_in(root: str | PathLike[str]) -> Iterator[str]:
     """The names of the folders of BIDS subjects in a folder; none where it cannot be listed."""
     with contextlib.suppress(OSError), os.scandir(root) as entries:

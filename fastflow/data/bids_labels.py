@@ -96,7 +96,7 @@ class _Labels:
 
     def _read_sessions(self, subject: str) -> dict[str, str | None] | None:
         table = self.root / subject / f"{subject}_sessions.tsv"
-        return _read_column(table, "session", self.field) if table.is_file() else None
+        return _read_column(table, "session", self.field) if os.path.lexists(table) else None
 
     def _in_sidecar(self, path: str) -> str | None:
         value = self.sidecars.of(path).get(self.field)
@@ -116,7 +116,7 @@ def _subjects(root: Path, images: Sequence[str]) -> Iterator[str]:
 def _participants_of(root: Path) -> Path | None:
     """The table of participants; derivatives lie in a folder of the dataset that has it."""
     folders = [root, *Path(os.path.abspath(root)).parents[:2]] if dataset_type(root) != "raw" else [root]
-    return next((folder / PARTICIPANTS for folder in folders if (folder / PARTICIPANTS).is_file()), None)
+    return next((folder / PARTICIPANTS for folder in folders if os.path.lexists(folder / PARTICIPANTS)), None)
 
 
 def _read_column(path: Path, who: str, field: str) -> dict[str, str | None] | None:
@@ -256,9 +256,3 @@ def _which_field(root: Path, table: Path | None, field: str | None, images: Sequ
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_FIELDS} more" if len(names) > _MAX_FIELDS else ""
     return (", ".join(names[:_MAX_FIELDS]) or "no other column") + more
-
-
-def is_dataset(root: Path) -> bool:
-    """Whether a folder is a BIDS dataset, raw or of derivatives, whose images lie below subjects."""
-    kind = dataset_type(root)
-    return kind == "raw" or (kind is not None and any(subjects_in(root)))

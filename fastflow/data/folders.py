@@ -19,7 +19,7 @@ from typing import NamedTuple
 from fastflow.data.endings import ENDINGS, ending_of
 from fastflow.data.inventory import REASONS, Inventory
 from fastflow.data.records import Record, subject_of
-from fastflow.data.walk import walk_files
+from fastflow.data.walk import Passed, walk_files
 from fastflow.data.words import class_name, is_split, split_name
 from fastflow.errors import ManifestError
 
@@ -48,8 +48,17 @@ class FoundFile(NamedTuple):
     identity: tuple[int, int]
 
 
-def regular_files(paths: Iterable[str], inventory: Inventory) -> Iterator[FoundFile]:
-    """Those of the paths that are regular files; others are left out with their reason."""
+def regular_files(
+    paths: Iterable[str], inventory: Inventory, leave_out: Passed | None = None
+) -> Iterator[FoundFile]:
+    """Those of the paths that are regular files, which count as used; others are left out with their reason.
+
+    Args:
+        paths: as `walk_files` gives them.
+        inventory: receives the count of the files.
+        leave_out: takes the others; `inventory` does when None.
+    """
+    leave_out = leave_out or inventory.leave_out
     for path in paths:
         try:
             status = os.stat(path)
@@ -61,7 +70,7 @@ def regular_files(paths: Iterable[str], inventory: Inventory) -> Iterator[FoundF
                 yield FoundFile(path, (status.st_dev, status.st_ino))
                 continue
             reason = "not_a_file" if ending_of(path) else _refusal_of(path)
-        inventory.leave_out(reason, path, REASONS[reason])
+        leave_out(reason, path, REASONS[reason])
 
 
 def _reason_of(error: OSError) -> str:
@@ -89,15 +98,19 @@ def index_folder(root: str | PathLike[str]) -> list[Record]:
             the folders are neither classes nor splits.
     """
     inventory = Inventory()
-    records = list_folder(root, inventory)
+    records, _ = list_folder(root, inventory)
     outside = inventory.examples.get("no_class_folder")
     if outside:
         raise ManifestError(f"{outside[0]}: lies in no class folder; {LAYOUTS}")
     return records
 
 
-def list_folder(root: str | PathLike[str], inventory: Inventory) -> list[Record]:
-    """Records of the files below a folder of classes, and in `inventory` the count of the others.
+def list_folder(root: str | PathLike[str], inventory: Inventory) -> tuple[list[Record], list[str]]:
+    """(records of the files below a folder of classes, warnings about classes without a file).
+
+    Args:
+        root: the folder.
+        inventory: receives the count of the records and of all other files.
 
     Raises:
         ManifestError: see `index_folder`; files outside of class folders are counted where others are in one.
@@ -105,12 +118,20 @@ def list_folder(root: str | PathLike[str], inventory: Inventory) -> list[Record]
     root = Path(root)
     if not root.is_dir():
         raise ManifestError(f"{root}: there is no such folder")
-    paths = walk_files(root, passed=inventory.leave_out)
-    files = list(regular_files(paths, inventory))
-    if not files:
-        raise ManifestError(nothing_below(root, f"{', '.join(ENDINGS)} file", inventory))
     # Cutting off a prefix takes a tenth of the time of making the path relative.
     start = len(os.path.join(root, ""))
+    places: set[tuple[str, ...]] = set()
+
+    def leave_out(reason: str, path: str, hint: str | None = None) -> None:
+        parts = path[start:].split("/")
+        # A folder that cannot be listed is itself the place of its files.
+        is_place = reason in ("no_permission", "unreadable") and os.path.isdir(path)
+        places.add(tuple(parts if is_place else parts[:-1])[:2])
+        inventory.leave_out(reason, path, hint)
+
+    files = list(regular_files(walk_files(root, passed=leave_out), inventory, leave_out))
+    if not files:
+        raise ManifestError(nothing_below(root, f"{', '.join(ENDINGS)} file", inventory))
     folders = [os.path.dirname(file.path[start:]).split("/") for file in files]
     layout = _layout_of(root, {tuple(filter(None, parts[:3])) for parts in folders})
     records, kept = [], []
@@ -124,18 +145,19 @@ def list_folder(root: str | PathLike[str], inventory: Inventory) -> list[Record]
         kept.append(file)
     if not records:
         raise ManifestError(f"{files[0].path}: lies in no class folder; {LAYOUTS}")
-    return once_each(records, [file.identity for file in kept], inventory)
+    i = layout.class_part
+    lost = {class_name(parts[i]) for parts in places if len(parts) > i} - {r.label for r in records}
+    warnings = [f"{root}: no file of the class {name!r} can be used" for name in sorted(filter(None, lost))]
+    return once_each(records, [file.identity for file in kept], inventory), warnings
 
 
 def nothing_below(root: str | PathLike[str], what: str, inventory: Inventory) -> str:
     """The message for a folder without a file that can be read, which names those that were found."""
     found = ""
     if inventory.left_out:
-        found = f"; left out were {inventory.reasons()}"
-        hints = [
-            inventory.hints[reason] for reason in sorted(inventory.left_out) if reason in inventory.hints
-        ]
-        found += f": {hints[0]}" if hints else ""
+        ((most, _),) = inventory.left_out.most_common(1)
+        hint = f": {inventory.hints[most]}" if most in inventory.hints else ""
+        found = f"; left out were {inventory.reasons()}{hint}"
     return f"{root}: no {what} below this folder{found}"
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
-from fastflow.data.bids import subjects_in
-from fastflow.data.bids_labels import is_dataset, list_bids
+from fastflow.data.bids import is_dataset, subjects_in
+from fastflow.data.bids_labels import list_bids
 from fastflow.data.folders import list_folder, once_each
 from fastflow.data.inventory import REASONS, Inventory
 from fastflow.data.manifest import ENDINGS_OF_A_MANIFEST, Record, is_manifest, numbered_records
-from fastflow.data.words import alike, column_name
+from fastflow.data.words import NO_LABELS, alike, column_name, find_columns
 from fastflow.errors import ManifestError
 
 # So many pairs of subjects that may be one are named.
@@ -64,8 +64,8 @@ def list_records(source: str | PathLike[str], label: str | None = None) -> Listi
             f"{source}: a label field (--label {label}) belongs to BIDS datasets and manifests; "
             "in a folder of class/file the folders are the classes"
         )
-    records = list_folder(source, inventory)
-    return Listing(records, inventory, _warnings(records))
+    records, warnings = list_folder(source, inventory)
+    return Listing(records, inventory, (*warnings, *_warnings(records)))
 
 
 def _list_manifest(path: Path, label: str | None, inventory: Inventory) -> Listing:
@@ -83,13 +83,18 @@ def _list_manifest(path: Path, label: str | None, inventory: Inventory) -> Listi
         hint = "; on this system folders are separated by /" if "\\" in absent[0] else ""
         warnings.append(f"{path} names files that are not there: {absent[0]}{more}{hint}")
     records = once_each(records, identities, inventory)
-    others = [name for name in columns if name and column_name(name) is None and name != label]
-    if label is None and not any(column_name(name) == "label" for name in columns):
+    used = find_columns(columns, None if label == NO_LABELS else label)
+    others = [name for i, name in enumerate(columns) if name and i not in used.values()]
+    unlabelled = sum(record.label is None for record in records)
+    if label is None and "label" not in used and unlabelled == len(records):
         hint = "the manifest has no column 'label'"
         hint += f"; --label NAME takes one of {', '.join(others)}" if others else ""
         # Whoever leaves entries out for want of a label shows it.
         inventory.hints["no_label"] = hint
         warnings.append(hint)
+    elif unlabelled and label != NO_LABELS:
+        count = f"{unlabelled} of {len(records)} entries"
+        warnings.append(f"{path}: {count} have no label, and training leaves them out")
     return Listing(records, inventory, (*warnings, *_warnings(records)), tuple(others))
 
 

@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -211,11 +212,15 @@ def _below(folder: Path, name: str) -> str:
     if name.startswith("~/"):
         name = os.path.expanduser(name)
     path = _joined(folder, name)
-    if "\\" in name and "\0" not in name and not os.path.lexists(path):
+    if (name.isascii() and "\\" not in name) or os.path.lexists(path):
+        return path
+    others = (
         # Windows separates folders by backslashes, which file names may hold here.
-        other = _joined(folder, name.replace("\\", "/"))
-        return other if os.path.isfile(other) else path
-    return path
+        name.replace("\\", "/"),
+        # Other systems write the same letters in another form of Unicode.
+        *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")),
+    )
+    return next((found for other in others if os.path.isfile(found := _joined(folder, other))), path)
 
 
 def _joined(folder: Path, name: str) -> str:

@@ -46,6 +46,8 @@ def text_of(path: Path, newline: str) -> Iterator[TextIO]:
                 raise ManifestError(f"{path}: is UTF-16 text, or no text at all: {_SAVE_AS}")
             yield io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ManifestError(f"{path}: the file that this link names is missing: fetch it") from None
         raise ManifestError(f"{path}: there is no such manifest") from None
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path}: cannot be read: {error}; {_SAVE_AS}") from error

@@ -14,7 +14,7 @@ from tests.data.places import touch
 
 def listed(root: Path, *names: str) -> list[tuple[str, str | None, str | None]]:
     """(file, label, split) of the records of a folder with these files."""
-    records = list_folder(touch(root, *names), Inventory())
+    records, _ = list_folder(touch(root, *names), Inventory())
     return [(str(Path(record.path).relative_to(root)), record.label, record.split) for record in records]
 
 
@@ -127,9 +127,24 @@ def test_folders_without_files_decide_nothing(tmp_path: Path) -> None:
     assert found == [("train/A/a.nii", "A", "train")]
 
 
+def test_classes_without_a_file_are_named(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "train/A/a.nii",
+        "train/B/b.dcm",
+        "val/A/c.nii",
+        "val/C/x/d.jpg",
+        "val/e.jpg",
+        "f.dcm",
+        "g/h.txt",
+    )
+    _, warnings = list_folder(tmp_path, Inventory())
+    assert warnings == [f"{tmp_path}: no file of the class {name!r} can be used" for name in "BC"]
+
+
 def test_files_outside_of_class_folders_are_counted(tmp_path: Path) -> None:
     inventory = Inventory()
-    records = list_folder(touch(tmp_path, "train/A/a.nii", "train/logo.png", "top.nii"), inventory)
+    records, _ = list_folder(touch(tmp_path, "train/A/a.nii", "train/logo.png", "top.nii"), inventory)
     assert len(records) == inventory.used == 1
     assert inventory.left_out == {"no_class_folder": 2}
     with pytest.raises(ManifestError, match="lies in no class folder"):
@@ -158,8 +173,9 @@ def test_files_that_cannot_be_seen_are_counted(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "scandir", refusing_to_list)
     monkeypatch.setattr(os, "stat", refusing_to_look)
     inventory = Inventory()
-    records = list_folder(tmp_path, inventory)
+    records, warnings = list_folder(tmp_path, inventory)
     assert [Path(record.path).name for record in records] == ["a.nii", "inner.nii"]
+    assert warnings == [f"{tmp_path}: no file of the class {name!r} can be used" for name in "BCD"]
     assert inventory.left_out == {"no_content": 2, "not_a_file": 2, "no_permission": 2, "unreadable": 1}
     assert inventory.found == 9 and inventory.examples["no_permission"] == [
         str(tmp_path / "B"),
@@ -179,7 +195,7 @@ def test_one_file_by_two_links(tmp_path: Path) -> None:
     touch(tmp_path, "train/A/a.nii", "test/A/b.nii")
     (tmp_path / "train/A/again.nii").symlink_to("a.nii")
     inventory = Inventory()
-    assert len(list_folder(tmp_path, inventory)) == 2
+    assert len(list_folder(tmp_path, inventory)[0]) == 2
     assert inventory.left_out == {"duplicate": 1}
     os.link(tmp_path / "train/A/a.nii", tmp_path / "test/A/leak.nii")
     with pytest.raises(ManifestError, match=r"train/A/a\.nii is the same file as .*leak\.nii.* split 'test'"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,10 @@ def test_a_manifest_with_other_names(tmp_path: Path) -> None:
         ("young", "c", "unseen_head"),
     ]
     assert listing.inventory.line() == "3 files found: 3 used, none left out"
-    assert not listing.warnings and not listing.other_columns
+    assert listing.warnings == (
+        f"{tmp_path / 'm.TSV'}: 1 of 3 entries have no label, and training leaves them out",
+    )
+    assert not listing.other_columns
 
 
 def test_a_file_that_is_named_twice_is_used_once(tmp_path: Path) -> None:
@@ -88,6 +92,32 @@ def test_windows_paths_are_read_where_the_file_is_there(tmp_path: Path) -> None:
         (str(tmp_path / "d/sub-01/a.nii"), "sub-01"),
         (str(tmp_path / "c\\d.nii"), "c\\d"),
     ]
+
+
+def test_letters_in_another_form_of_unicode_are_found(tmp_path: Path) -> None:
+    touch(tmp_path, unicodedata.normalize("NFD", "café/ü.nii"), "é.nii")
+    listing = listed(tmp_path / "m.csv", "path\ncafé/ü.nii\ne\u0301.nii\nö.nii\n")
+    assert [os.path.isfile(record.path) for record in listing.records] == [True, True, False]
+    assert listing.records[2].path == str(tmp_path / "ö.nii")
+
+
+def test_entries_without_a_label_are_said(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii", "b.nii")
+    listing = listed(tmp_path / "m.csv", "path,label\na.nii,x\nb.nii,n/a\n")
+    assert listing.warnings == (
+        f"{tmp_path / 'm.csv'}: 1 of 2 entries have no label, and training leaves them out",
+    )
+    assert listing.inventory.used == 2
+    # The first object of JSON lines need not have every key.
+    rows = '{"path": "a.nii", "age": 3}\n{"path": "b.nii", "label": "x"}\n'
+    assert "1 of 2 entries" in listed(tmp_path / "m.jsonl", rows).warnings[0]
+
+
+def test_tables_behind_links_without_content_are_named(tmp_path: Path) -> None:
+    dataset = touch(describe(tmp_path / "ds"), "sub-01/anat/sub-01_T1w.nii")
+    (dataset / "participants.tsv").symlink_to(".git/annex/objects/x")
+    with pytest.raises(ManifestError, match=r"participants\.tsv: the file that this link names is missing"):
+        list_records(dataset, "g")
 
 
 def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
