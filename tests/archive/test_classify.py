@@ -13,8 +13,9 @@ import torch
 
 from fastflow import MagicFlow
 from fastflow.archive import results
-from fastflow.archive.classify import classify, describe, parse_prior
+from fastflow.archive.classify import classify, describe, parse_prior, tally
 from fastflow.archive.inputs import gather
+from fastflow.archive.journal import KEY_BYTES, Journal
 from fastflow.archive.results import read_results
 from fastflow.data.manifest import Record, index_folder, write_manifest
 from fastflow.data.preprocess import Preprocess
@@ -211,6 +212,22 @@ def test_labels_are_compared_in_one_form(few_scans: Path, model_folder: Path, tm
     assert summary.labelled()[0].tolist() == [0, 0]
     assert summary.inventory.left_out == {"other_split": 3}
     assert "6 files found: 3 used, 3 left out (other_split 3)" in describe(summary)
+
+
+def test_labels_are_counted_for_models_with_names_of_another_form(tmp_path: Path) -> None:
+    rows = [
+        ("cafe\u0301", "old  age"),
+        ("caf\u00e9", "cafe\u0301"),
+        (" old age", "old  age"),
+        ("n/a", "old  age"),
+    ]
+    journal = Journal.open(tmp_path / "journal.jsonl")
+    journal.append(
+        (bytes(KEY_BYTES), {"status": "ok", "label": label, "predicted": predicted})
+        for label, predicted in rows
+    )
+    _, _, confusion = tally(journal, ["cafe\u0301", "old  age"])
+    assert confusion.tolist() == [[1, 1], [0, 1]]
 
 
 def test_inputs_that_name_nothing(model_folder: Path, tmp_path: Path) -> None:

@@ -11,3 +11,11 @@ def test_a_plan_reads_nothing(scans: Path, model_folder: Path, tmp_path: Path) -
     assert found.bytes == sum(path.stat().st_size for path in scans.rglob("*.nii.gz"))
     assert (found.class_names, found.slices) == (("flat", "striped"), "3,4")
     assert len(found.first) == 5
+
+
+def test_endings_and_what_is_left_out_are_counted(tmp_path: Path, model_folder: Path) -> None:
+    for name in ("a.NII.GZ", "b.nii.gz", "c.PNG", "d.dcm", "e.txt"):
+        (tmp_path / name).touch()
+    found = plan([tmp_path], model_folder)
+    assert found.kinds == {".nii.gz": 2, ".png": 1}
+    assert found.inventory.line() == "4 files found: 3 used, 1 left out (.dcm 1)"

@@ -47,6 +47,9 @@ def test_a_file_that_is_named_twice_is_used_once(tmp_path: Path) -> None:
     assert listing.inventory.examples["duplicate"][0].endswith("a.nii (line 3)")
     with pytest.raises(ManifestError, match=r"line 3: .*a\.nii has the label 'y', but 'x' in line 2"):
         listed(tmp_path / "m.csv", "path,label\nd/a.nii,x\n./d/a.nii,y\n")
+    # Another spelling is found, also of a file that is not there.
+    with pytest.raises(ManifestError, match=r"line 3: .*gone\.nii has the label 'y', but 'x' in line 2"):
+        listed(tmp_path / "m.csv", "path,label\nd/gone.nii,x\nd/../d/gone.nii,y\n")
     with pytest.raises(ManifestError, match=r"line 3: .* has the split 'test', but 'train' in line 2"):
         listed(tmp_path / "m.csv", "path,split\nd/a.nii,train\nd/a.nii,Testing\n")
     with pytest.raises(ManifestError, match=r"link\.nii is the same file as .* label 'x', not 'y'"):
