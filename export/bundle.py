@@ -31,12 +31,12 @@ from pathlib import Path
 if sys.version_info < (3, 11):
     sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])
 try:
-    from fastflow.runtime.command import main
+    from fastflow.runtime.command import main, own_folder
 except ModuleNotFoundError as error:
     sys.exit("error: there is no " + str(error.name) + " here: pip install numpy nibabel onnxruntime")
 # A spawned process that imports this file must not classify again.
 if __name__ == "__main__":
-    sys.exit(main(folder=Path(__file__).resolve().parent.parent))
+    sys.exit(main(folder=own_folder(Path(__file__).parent)))
 '''
 
 
@@ -45,8 +45,8 @@ def write_bundle(path: str | PathLike[str]) -> None:
 
     Equal sources give equal bytes.
 
-    ``python DIR/runtime.pyz FILES...`` classifies files with the export in DIR; ``--folder`` names another
-    one.
+    ``python DIR/runtime.pyz FILES...`` classifies files with the export in DIR, also where DIR/runtime.pyz is
+    a link that leads elsewhere; ``--folder`` names another one.
 
     Args:
         path: the file, which is replaced.

@@ -6,10 +6,11 @@ The folder is made in a temporary one beside it and renamed when the graphs have
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from numpy.typing import NDArray
 
 from fastflow import __version__
 from fastflow._files import replacing_folder, write_text
+from fastflow._locks import locked_beside
+from fastflow._places import Kind, check_writable, warn_of_low_space, without_mark
+from fastflow._places import check_place as check_contents
 from fastflow.data.preprocess import GREY_LEVEL
 from fastflow.decision import check_prior
-from fastflow.errors import ExportError, OutputFolderError
+from fastflow.errors import ExportError
 from fastflow.models.checkpoint import CONFIG
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.runtime.export_folder import DOCUMENT, FORMAT
@@ -41,6 +45,7 @@ OLDEST_TORCH = (2, 8)
 EXTERNAL_BYTES = 1024
 # Runtimes map external data into memory, from multiples of a page.
 PAGE = 4096
+EXPORT = Kind("an earlier export", "an export needs a folder of its own")
 # These keys of `export.json` are about the folder, or long, and stay out of the metadata of the graphs.
 NOT_IN_GRAPHS = ("sha256", "graphs", "validation")
 
@@ -74,6 +79,7 @@ def export_onnx(
     limit: float | None = None,
     check: bool = True,
     overwrite: bool = False,
+    lock: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Exported:
     """Export a trained model to ONNX and compare the graphs with it.
@@ -93,11 +99,14 @@ def export_onnx(
         check: compare the graphs with the model. Without it the export says that nothing is known of its
             errors.
         overwrite: replace an earlier export.
+        lock: hold the place of the folder; without it, the caller sees to it that nothing else writes there.
         progress: called with (name of the stage, steps done, steps in all).
 
     Raises:
         CheckpointError: the model folder is not usable.
-        OutputFolderError: `out` holds something else, or anything where `overwrite` is not set.
+        OutputFolderError: `out` holds something else, or anything where `overwrite` is not set; another run
+            writes there.
+        OSError: the folder cannot be written, or the disk is full; an earlier export stays.
         ExportError: the graphs differ from the model by more than the limit, or PyTorch is too old. Nothing
             is left of them.
         ValueError: an argument does not fit; the message names it.
@@ -108,7 +117,10 @@ def export_onnx(
     tell = progress or (lambda stage, done, total: None)
     flow = MagicFlow.load(model)
     document = _describe(flow, Path(model), precision, opset, prior)
-    with replacing_folder(out) as folder:
+    weights = _weights_of(Path(model))
+    # An export keeps half of the weights and more.
+    warn_of_low_space(out.resolve().parent, weights // 2)
+    with _place_held(out, overwrite, lock), replacing_folder(out) as folder:
         models = _trace_all(flow, graphs, precision, opset, tell)
         document["graphs"] = {name: f"{name}.onnx" for name in models}
         write_weights(models.values(), folder)
@@ -126,8 +138,21 @@ def export_onnx(
             document["parity"] = parity.to_dict()
             _write(models, document, folder)
     sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    weights = json.loads((Path(model) / CONFIG).read_text(encoding="utf-8"))["weights"]
-    return Exported(out, sizes, (Path(model) / weights).stat().st_size, parity)
+    return Exported(out, sizes, weights, parity)
+
+
+@contextlib.contextmanager
+def _place_held(out: Path, overwrite: bool, lock: bool) -> Iterator[None]:
+    with locked_beside(out, lock):
+        # Another export may have come and gone before the lock was taken.
+        check_place(out, overwrite)
+        yield
+
+
+def _weights_of(model: Path) -> int:
+    """Bytes of a model's weights file."""
+    document = json.loads((model / CONFIG).read_text(encoding="utf-8"))
+    return (model / document["weights"]).stat().st_size
 
 
 def _check_arguments(graphs: Sequence[str], precision: str, opset: int) -> None:
@@ -150,20 +175,10 @@ def check_place(out: Path, overwrite: bool) -> None:
 
     Raises:
         OutputFolderError: it holds something else, or an earlier export where `overwrite` is not set.
+        OSError: it cannot be written, or the disk is full.
     """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise OutputFolderError(f"{out}: must be a folder, it is a file")
-    here = sorted(path.name for path in out.iterdir())
-    if here and not (out / DOCUMENT).is_file():
-        raise OutputFolderError(
-            f"{out}: holds other files, such as {here[0]!r}; an export needs a folder of its own"
-        )
-    if here and not overwrite:
-        raise OutputFolderError(
-            f"{out}: holds an earlier export; replace it (--overwrite) or name another folder"
-        )
+    check_contents(out, EXPORT, without_mark(DOCUMENT), overwrite)
+    check_writable(out.resolve().parent)
 
 
 def _describe(

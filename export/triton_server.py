@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -26,7 +26,9 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fastflow._files import replacing, replacing_folder, write_bytes, write_text
-from fastflow.errors import ExportError, OutputFolderError
+from fastflow._locks import locked_beside
+from fastflow._places import Kind, check_place, check_writable
+from fastflow.errors import ExportError
 from fastflow.runtime.export_folder import DOCUMENT, read_export
 
 from .model_config import HEADER, LABELS, ServedTensor, Serving, model_config
@@ -45,6 +47,7 @@ DESCRIBED_KEYS = (
 )
 CONFIG = "config.pbtxt"
 COPY_CHUNK_BYTES = 1 << 22
+REPOSITORY = Kind("an earlier model repository", "the models need a folder of their own")
 
 
 def write_model_repository(
@@ -56,6 +59,7 @@ def write_model_repository(
     instances: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    lock: bool = True,
 ) -> Path:
     """Write a model repository with one model for each graph of an export.
 
@@ -72,6 +76,8 @@ def write_model_repository(
             one when None.
         device: ``"auto"`` (GPUs where the server sees any), ``"cpu"`` or ``"cuda"``.
         overwrite: replace an earlier repository.
+        lock: hold the place of the repository; without it, the caller sees to it that nothing else writes
+            there.
 
     Returns:
         The repository's absolute path.
@@ -79,8 +85,9 @@ def write_model_repository(
     Raises:
         ExportError: the folder is not an export, is damaged or was changed, or has class names that labels
             cannot hold.
-        OutputFolderError: the repository holds something else, or anything where `overwrite` is not set, or
-            cannot be put there.
+        OutputFolderError: the repository holds something else, or anything where `overwrite` is not set;
+            another run writes there, or it cannot be put there.
+        OSError: the place cannot be written, or the disk is full; an earlier repository stays.
         ValueError: an argument is out of its range.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
@@ -92,10 +99,17 @@ def write_model_repository(
     export = _CheckedExport(Path(export_folder))
     place = Path(repository).resolve()
     check_repository(place, name, overwrite)
+    with locked_beside(place, lock):
+        # Another run may have come and gone before the lock was taken.
+        check_repository(place, name, overwrite)
+        _write_models(export, place, name, serving)
+    return place
+
+
+def _write_models(export: _CheckedExport, place: Path, name: str, serving: Serving) -> None:
     with replacing_folder(place) as new:
         for graph in export.graphs:
             _write_model(export, graph, new / f"{name}_{graph}", serving)
-    return place
 
 
 class _CheckedExport:
@@ -164,22 +178,15 @@ def check_repository(
 
     Raises:
         OutputFolderError: it holds something else, or an earlier repository where `overwrite` is not set.
+        OSError: it cannot be written, or the disk is full.
     """
     place, models = Path(repository), {f"{name}_{graph}" for graph in GRAPHS}
-    if not place.exists():
-        return
-    if not place.is_dir():
-        raise OutputFolderError(f"{place}: must be a folder, it is a file")
-    here = sorted(entry.name for entry in place.iterdir())
-    others = [entry for entry in here if entry not in models or not _is_ours(place / entry)]
-    if others:
-        raise OutputFolderError(
-            f"{place}: holds other files, such as {others[0]!r}; the models need a folder of their own"
-        )
-    if here and not overwrite:
-        raise OutputFolderError(
-            f"{place}: holds an earlier model repository; replace it (--overwrite) or name another folder"
-        )
+
+    def others(here: Sequence[str]) -> list[str]:
+        return [entry for entry in here if entry not in models or not _is_ours(place / entry)]
+
+    check_place(place, REPOSITORY, others, overwrite)
+    check_writable(place.resolve().parent)
 
 
 def _is_ours(model: Path) -> bool:

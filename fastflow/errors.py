@@ -71,3 +71,7 @@ class InvalidImageWarning(UserWarning):
 
 class PrecisionWarning(UserWarning):
     """A device cannot compute in the precision that was asked for; a wider one is used."""
+
+
+class LowSpaceWarning(UserWarning):
+    """A folder will be written in which little space is free."""

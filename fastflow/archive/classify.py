@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from fastflow._files import write_text
+from fastflow._places import telling_what_stays
 from fastflow.archive import batches as _batches
 from fastflow.archive.batches import Runner, ScoredInput, Timings, score_batches
 from fastflow.archive.decode import count_elsewhere, file_state
@@ -33,11 +34,11 @@ from fastflow.archive.output_folder import (
     JOURNAL,
     RUN,
     SUMMARY,
+    check_folder,
     clear_folder,
     forget_rows,
     identity_of,
     prepare_folder,
-    remove_folder,
 )
 from fastflow.archive.plan import Plan, plan
 from fastflow.archive.prepare import PreparedRun, prepare
@@ -52,6 +53,8 @@ from fastflow.errors import RunStoppedError
 # scores.
 MAX_COUNTED_BY_THREAD = 2000
 MAX_SHOWN_ERRORS = 20
+# A full disk stops a run, and this is said of it.
+WHAT_STAYS = "the rows so far stay, and --resume goes on"
 
 # Names of the parts stay importable from here.
 __all__ = [
@@ -139,13 +142,14 @@ def classify(
         combine: ``"sum"`` of the slices' log-likelihoods (slices independent given the label), or their
             ``"mean"``.
         shard_rows: rows of a result file; 100,000.
+        lock: hold the folder; without it, the caller sees to it that nothing else writes there.
 
     Raises:
         ManifestError: the inputs name nothing.
         CheckpointError: the model folder is not usable.
         ExportError: the export folder is not usable.
         OutputFolderError: the output folder is another run's, or holds anything and neither `resume` nor
-            `overwrite` is set.
+            `overwrite` is set; or its file system has no locks.
         ValueError: an argument does not fit; the message names it.
         RunStoppedError: there were more errors than allowed. The rows stay, and the run can be resumed.
         JournalError: the journal to be resumed is damaged.
@@ -162,21 +166,33 @@ def classify(
     identity = identity_of(sources, prepared.settings, prepared.precision, chosen.format, chosen.shard_rows)
     is_new = prepare_folder(folder, identity, chosen.resumes, chosen.overwrite)
     try:
-        with locked(folder):
+        with locked(folder, chosen.lock), telling_what_stays(folder, lambda: WHAT_STAYS):
             # Once more: another run may have come and gone before the lock was taken.
-            prepare_folder(folder, identity, chosen.resumes, chosen.overwrite)
+            check_folder(folder, identity, chosen.resumes, chosen.overwrite)
             if not chosen.resumes:
                 clear_folder(folder)
-            write_text(folder / RUN, json.dumps(identity, indent=1) + "\n")
-            journal = Journal.open(folder / JOURNAL)
-            if chosen.retry_failed:
-                forget_rows(folder, journal, lambda key, row: row["status"] != "error")
-            run = _Run(folder, sources, prepared, chosen, identity, journal)
-            is_new = False
+            with _cleared_unless_begun(folder, is_new):
+                write_text(folder / RUN, json.dumps(identity, indent=1) + "\n")
+                journal = Journal.open(folder / JOURNAL)
+                if chosen.retry_failed:
+                    forget_rows(folder, journal, lambda key, row: row["status"] != "error")
+                run = _Run(folder, sources, prepared, chosen, identity, journal)
             return run.go()
     finally:
+        # A folder that was made for a run which could not begin is empty now.
         if is_new:
-            remove_folder(folder)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _cleared_unless_begun(folder: Path, is_new: bool) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            clear_folder(folder)
+        raise
 
 
 def _by_name(positional: Sequence[Any], options: ClassifyOptions) -> dict[str, Any]:

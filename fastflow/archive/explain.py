@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastflow._files import write_bytes
+from fastflow._files import write_bytes, write_text
+from fastflow._places import Kind, check_place, held, telling_what_stays, without_mark
 from fastflow.archive.inputs import gather
+from fastflow.archive.names import files_in_table, replace_files, stem_of, unique_names, write_table
 from fastflow.archive.options import pick_device
 from fastflow.archive.rows import class_names, preprocess_of
-from fastflow.data.manifest import Record
+from fastflow.data.inventory import Inventory
+from fastflow.data.listing import Listing
 from fastflow.data.slices import iterate_images
 from fastflow.errors import VolumeError
 from fastflow.evaluation.figures import Explanation, attribution_figure, png
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import from_uint8
+
+TABLE, INVENTORY = "explanations.csv", "inventory.json"
+COLUMNS = ("name", "input", "label", "predicted", "status", "error_code", "error_message")
+ENDINGS = (".png", ".npz")
+KIND = Kind(
+    "earlier explanations",
+    "explanations need a folder of their own",
+    "replace them (--overwrite) or name another folder",
+)
+# An input has the first status while it was not reached, the second where it is not explained at all.
+PENDING, LEFT_OUT = "pending", "left_out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """The result of explaining inputs.
+
+    Attributes:
+        rows: one for each input, with the columns of ``explanations.csv``.
+        errors: of the files that could not be read.
+        inventory: all inputs that were found, and why some were left out.
+        left_out: in words, what was left out before any file was read.
+    """
+
+    rows: list[dict[str, Any]]
+    errors: list[VolumeError]
+    inventory: Inventory
+    left_out: list[str]
 
 
 @torch.no_grad()
@@ -79,8 +113,36 @@ def explain(
     limit: int | None = None,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    *,
+    overwrite: bool = False,
+    lock: bool = True,
 ) -> list[VolumeError]:
+    """Explain the middle slice of each file, as `explain_inputs` does.
+
+    Returns:
+        The errors of the files that could not be read.
+    """
+    return explain_inputs(
+        inputs, model_folder, out, label, limit, device, progress, overwrite=overwrite, lock=lock
+    ).errors
+
+
+def explain_inputs(
+    inputs: Iterable[str | PathLike[str]],
+    model_folder: str | PathLike[str],
+    out: str | PathLike[str],
+    label: str | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    overwrite: bool = False,
+    lock: bool = True,
+) -> Explained:
     """Explain the middle slice of each file: ``NAME.png``, and ``NAME.npz`` with the maps in nats per pixel.
+
+    ``explanations.csv`` has a row for each input, which says what its NAME is, and ``inventory.json`` how
+    many were found and why some are left out; of those, the table names the first of each reason.
 
     Args:
         inputs: files, folders, manifests.
@@ -90,48 +152,112 @@ def explain(
         limit: explain only so many inputs.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         progress: called with the number of inputs done and their total.
-
-    Returns:
-        The errors of the files that could not be read.
+        overwrite: replace earlier explanations in `out`. Other files in it stay.
+        lock: hold the folder; without it, the caller sees to it that nothing else writes there.
 
     Raises:
         ValueError: the label is no class of the model.
+        ManifestError: the inputs name nothing.
+        OutputFolderError: `out` holds other files, or earlier explanations and `overwrite` is not set;
+            or another run writes there.
+        OSError: `out` cannot be written, or the disk is full. What was written stays.
     """
     model = MagicFlow.load(model_folder, pick_device(device))
-    names = class_names(model)
-    if label is not None and label not in names:
-        raise ValueError(f"label must be one of {', '.join(names)}, got {label!r}")
-    records = gather(inputs)[:limit]
-    stems = _stems(records)
-    errors: list[VolumeError] = []
+    classes = class_names(model)
+    if label is not None and label not in classes:
+        raise ValueError(f"label must be one of {', '.join(classes)}, got {label!r}")
+    listing = _listed(inputs, limit)
+    result = Explained(_first_rows(listing), [], listing.inventory, listing.inventory.details())
+    folder = Path(out)
+    with (
+        held(folder, lambda: check_place(folder, KIND, without_mark(TABLE), overwrite), lock),
+        telling_what_stays(folder, lambda: _what_stays(result)),
+    ):
+        mine = _files(files_in_table(folder / TABLE, "name"))
+        wanted = _files(row["name"] for row in result.rows if "name" in row)
+        replace_files(folder, mine, wanted, KIND)
+        # The table comes first: it says whose the files are, also of a run that is killed.
+        _write_tables(folder, result)
+        try:
+            _explain_all(model, listing, label, folder, result, progress)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _write_tables(folder, result)
+            raise
+        _write_tables(folder, result)
+    return result
+
+
+def _listed(inputs: Iterable[str | PathLike[str]], limit: int | None) -> Listing:
+    """The inputs, of which those beyond a limit are left out."""
+    records = gather(inputs)
+    inventory = Inventory(used=len(records))
+    for record in records[len(records) if limit is None else limit :]:
+        inventory.drop("limit", record.path)
+    return Listing(records[:limit], inventory)
+
+
+def _first_rows(listing: Listing) -> list[dict[str, Any]]:
+    """Rows of the inputs that will be explained, then of those that are known to be left out."""
+    names = unique_names([stem_of(record.path) for record in listing.records])
+    pending = [
+        {"name": name, "input": record.path, "label": record.label, "status": PENDING}
+        for name, record in zip(names, listing.records, strict=True)
+    ]
+    return pending + [
+        {"input": path, "status": LEFT_OUT, "error_code": reason}
+        for reason, paths in sorted(listing.inventory.examples.items())
+        for path in paths
+    ]
+
+
+def _explain_all(
+    model: MagicFlow,
+    listing: Listing,
+    label: str | None,
+    folder: Path,
+    result: Explained,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Explain all inputs, and fill in their rows."""
+    classes, records = class_names(model), listing.records
     images = iterate_images([record.path for record in records], preprocess_of(model))
-    for done, (record, stem, image) in enumerate(zip(records, stems, images, strict=True), start=1):
+    # Rows of what is left out come last.
+    explained = zip(records, result.rows, images, strict=False)
+    for done, (record, row, image) in enumerate(explained, start=1):
         if isinstance(image, VolumeError):
-            errors.append(image)
+            result.errors.append(image)
+            listing.inventory.drop(image.code, record.path)
+            row |= {"status": "error", "error_code": image.code, "error_message": image.message}
         else:
-            truth = names.index(record.label) if record.label in names else None
-            chosen = None if label is None else names.index(label)
-            _write(Path(out) / stem, explain_slice(model, image[len(image) // 2], chosen, truth, stem), names)
+            truth = classes.index(record.label) if record.label in classes else None
+            chosen = None if label is None else classes.index(label)
+            explanation = explain_slice(model, image[len(image) // 2], chosen, truth, row["name"])
+            _write(folder, row["name"], explanation, classes)
+            row |= {"status": "ok", "predicted": classes[int(explanation.log_probs.argmax())]}
         if progress is not None:
             progress(done, len(records))
-    return errors
 
 
-def _stems(records: Iterable[Record]) -> list[str]:
-    """A file name for each record; equal ones are numbered."""
-    seen: dict[str, int] = {}
-    stems = []
-    for record in records:
-        stem = Path(record.path).name.split(".")[0] or "input"
-        seen[stem] = seen.get(stem, 0) + 1
-        stems.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
-    return stems
+def _files(names: Iterable[str]) -> list[str]:
+    return [f"{name}{ending}" for name in names for ending in ENDINGS]
 
 
-def _write(stem: Path, explanation: Explanation, names: tuple[str, ...]) -> None:
-    write_bytes(stem.with_name(f"{stem.name}.png"), png(attribution_figure([explanation], names)))
+def _what_stays(result: Explained) -> str:
+    done = sum(row["status"] == "ok" for row in result.rows)
+    return f"{done} of {result.inventory.found} inputs are explained, and their files stay"
+
+
+def _write_tables(folder: Path, result: Explained) -> None:
+    write_table(folder / TABLE, COLUMNS, result.rows)
+    write_text(folder / INVENTORY, json.dumps(result.inventory.to_dict(), indent=1) + "\n")
+
+
+def _write(folder: Path, name: str, explanation: Explanation, classes: Sequence[str]) -> None:
+    picture, arrays = _files([name])
+    write_bytes(folder / picture, png(attribution_figure([explanation], tuple(classes))))
     buffer = io.BytesIO()
     fields = {field.name: getattr(explanation, field.name) for field in dataclasses.fields(explanation)}
     fields["truth"] = -1 if explanation.truth is None else explanation.truth
-    np.savez_compressed(buffer, **fields, class_names=np.array(names))
-    write_bytes(stem.with_name(f"{stem.name}.npz"), buffer.getvalue())
+    np.savez_compressed(buffer, **fields, class_names=np.array(classes))
+    write_bytes(folder / arrays, buffer.getvalue())

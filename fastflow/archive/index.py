@@ -7,8 +7,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
 from fastflow._files import write_text
+from fastflow._places import check_writable
 from fastflow.data.listing import Listing, list_records
 from fastflow.data.manifest import (
     ENDINGS_OF_A_MANIFEST,
@@ -71,6 +73,7 @@ def write_index(
     Raises:
         ManifestError: see `index_archive`, which tells the arguments too.
         OutputFolderError: `out` exists and is not to be replaced.
+        OSError: the manifest cannot be written there, or the disk is full.
         ValueError: the fractions do not sum to 1.
     """
     if not is_manifest(out):
@@ -79,6 +82,7 @@ def write_index(
         raise OutputFolderError(
             f"{out}: there is such a file; replace it (--overwrite) or name another (--out)"
         )
+    check_writable(Path(out).parent)
     found = list_records(source, label)
     records = found.records
     have = [record.split is not None for record in records]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fastflow._files import replacing, sync_folder
+from fastflow._files import replacing, sync_folder, where_known
 from fastflow.archive.inputs import name_bytes
 from fastflow.errors import JournalError
 
@@ -92,10 +92,11 @@ class Journal:
         block = b"".join(lines)
         ends = [self.size + n for n in itertools.accumulate(map(len, lines))]
         fresh = not self.path.exists()
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             _write_all(handle, block, self.size)
-            os.fdatasync(handle)
+            with where_known():
+                os.fdatasync(handle)
         except OSError as error:
             # Half a line may have been written. Cutting it off needs no space on a full disk.
             with contextlib.suppress(OSError):

@@ -51,6 +51,7 @@ class RunOptions:
     slices: str | None = None
     combine: str = "sum"
     shard_rows: int = ROWS_PER_FILE
+    lock: bool = True
 
     def __post_init__(self) -> None:
         if self.overwrite and self.resumes:
@@ -114,6 +115,7 @@ class ClassifyOptions(TypedDict, total=False):
     slices: str | None
     combine: str
     shard_rows: int
+    lock: bool
 
 
 def pick_workers(workers: int | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -10,14 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastflow._places import Kind, check_place, make_folder, without_mark
 from fastflow.archive.inputs import Inputs
 from fastflow.archive.journal import Journal, Row
-from fastflow.archive.locks import LOCK, is_temporary
 from fastflow.archive.results import found
 from fastflow.archive.rows import Settings
 from fastflow.errors import OutputFolderError
 
 RUN, JOURNAL, SUMMARY = "run.json", "journal.jsonl", "summary.json"
+RESULTS = Kind(
+    "an earlier run",
+    "results need a folder of their own",
+    "go on with it (--resume) or replace it (--overwrite)",
+)
 
 
 def identity_of(
@@ -44,24 +48,20 @@ def prepare_folder(folder: Path, identity: dict[str, Any], resume: bool, overwri
     Raises:
         OutputFolderError: it is a file, holds other files, or an earlier run that is not to be replaced or
             gone on with.
+        OSError: it cannot be written, or the disk is full.
     """
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        return True
-    if not folder.is_dir():
-        raise OutputFolderError(f"{folder}: must be a folder, it is a file")
-    here = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not is_temporary(path.name))
-    if here and not (folder / RUN).exists():
-        raise OutputFolderError(
-            f"{folder}: holds other files, such as {here[0]!r}; results need a folder of their own"
-        )
-    if here and resume:
+    check_folder(folder, identity, resume, overwrite)
+    return make_folder(folder)
+
+
+def check_folder(folder: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Check that a run may write into a folder.
+
+    Raises:
+        OutputFolderError: see `prepare_folder`.
+    """
+    if check_place(folder, RESULTS, without_mark(RUN), resume or overwrite) and resume:
         _compare(folder, identity)
-    elif here and not overwrite:
-        raise OutputFolderError(
-            f"{folder}: holds an earlier run; go on with it (--resume) or replace it (--overwrite)"
-        )
-    return False
 
 
 def _compare(folder: Path, identity: dict[str, Any]) -> None:
@@ -85,14 +85,6 @@ def clear_folder(folder: Path) -> None:
     """
     for path in [*found(folder), folder / SUMMARY, folder / JOURNAL, folder / RUN]:
         path.unlink(missing_ok=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder that was made for a run which could not begin; other files in it stay."""
-    clear_folder(folder)
-    (folder / LOCK).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def forget_rows(folder: Path, journal: Journal, wanted: Callable[[bytes, Row], bool]) -> None:

@@ -156,16 +156,10 @@ def open_table(path: Path, format: str, names: Sequence[str]) -> Iterator[_Table
     Raises:
         OSError: it cannot be written.
     """
-    try:
-        with replacing(path) as stream:
-            table: _Table = _Csv(stream, names) if format == "csv" else _Parquet(stream, names)
-            yield table
-            table.close()
-    except OSError as error:
-        # The error of a full disk names no file.
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from error
+    with replacing(path) as stream:
+        table: _Table = _Csv(stream, names) if format == "csv" else _Parquet(stream, names)
+        yield table
+        table.close()
 
 
 @dataclasses.dataclass

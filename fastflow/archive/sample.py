@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastflow._files import write_bytes
+from fastflow._places import Kind, check_place, held, telling_what_stays, without_mark
+from fastflow.archive.names import clean_stem, files_in_table, replace_files, unique_names, write_table
 from fastflow.archive.options import pick_device
 from fastflow.archive.rows import class_names
 from fastflow.data.preprocess import to_uint8
@@ -21,6 +24,13 @@ from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.sampling import Sampler
 
 IMAGES_PER_PASS = 16
+TABLE, GRID, ARRAYS = "samples.csv", "grid.png", "samples.npz"
+COLUMNS = ("file", "class", "number", "seed", "temperature")
+KIND = Kind(
+    "earlier samples",
+    "samples need a folder of their own",
+    "replace them (--overwrite) or name another folder",
+)
 
 
 def draw(
@@ -47,11 +57,7 @@ def draw(
     Raises:
         ValueError: the count is not positive, a label, the temperature or the precision does not fit.
     """
-    if count < 1 or not labels:
-        raise ValueError(
-            "there must be at least one label and count at least 1, "
-            f"got labels {list(labels)} and count {count}"
-        )
+    check_counts(labels, count)
     generator = torch.Generator().manual_seed(seed)
     wanted = torch.tensor(labels).repeat_interleave(count)
     sampler = Sampler(model, precision)
@@ -59,6 +65,19 @@ def draw(
         to_uint8(sampler(y, temperature, generator).cpu().numpy()) for y in wanted.split(IMAGES_PER_PASS)
     ]
     return np.concatenate(parts).reshape(len(labels), count, *model.config.input_shape)
+
+
+def check_counts(labels: Sequence[Any], count: int) -> None:
+    """Check that there is something to draw.
+
+    Raises:
+        ValueError: there is no label, or no image is wanted.
+    """
+    if count < 1 or not labels:
+        raise ValueError(
+            "there must be at least one label and count at least 1, "
+            f"got labels {list(labels)} and count {count}"
+        )
 
 
 def sample(
@@ -70,11 +89,14 @@ def sample(
     seed: int = 0,
     device: str = "auto",
     precision: str = "float32",
+    *,
+    overwrite: bool = False,
+    lock: bool = True,
 ) -> list[Path]:
     """Draw images and write them.
 
     Each becomes a file ``CLASS-N.png``; ``grid.png`` shows all, and ``samples.npz`` holds images,
-    labels and class_names.
+    labels and class_names. ``samples.csv`` says of which class each file is, and how it was drawn.
 
     Args:
         model_folder: the model.
@@ -85,12 +107,17 @@ def sample(
         seed: of the draws.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         precision: ``"float32"``, ``"tf32"`` or ``"mixed"``, see `fastflow.models.sampling.Sampler`.
+        overwrite: replace earlier samples in `out`. Other files in it stay.
+        lock: hold the folder; without it, the caller sees to it that nothing else writes there.
 
     Returns:
         The files that were written.
 
     Raises:
         ValueError: a label is no class of the model, or a number does not fit.
+        OutputFolderError: `out` holds other files, or earlier samples and `overwrite` is not set; or
+            another run writes there.
+        OSError: `out` cannot be written, or the disk is full.
     """
     model = MagicFlow.load(model_folder, pick_device(device))
     names = class_names(model)
@@ -98,22 +125,37 @@ def sample(
     unknown = [name for name in wanted if name not in names]
     if unknown:
         raise ValueError(f"label must be one of {', '.join(names)}, got {unknown[0]!r}")
-    images = draw(model, [names.index(name) for name in wanted], count, temperature, seed, precision)
-    shown = images.max(axis=2)
-    files = {
-        Path(out) / "grid.png": png(grid_figure(shown, wanted)),
-        Path(out) / "samples.npz": _archive(images, wanted, names),
-    }
-    for name, pictures in zip(wanted, shown, strict=True):
-        for i, picture in enumerate(pictures, start=1):
-            files[Path(out) / f"{_file_name(name)}-{i}.png"] = _png(picture)
-    for path, content in files.items():
-        write_bytes(path, content)
-    return list(files)
+    check_counts(wanted, count)
+    stems = unique_names([_stem(name) for name in wanted], "_")
+    rows = [
+        {"file": f"{stem}-{i}.png", "class": name, "number": i, "seed": seed, "temperature": temperature}
+        for stem, name in zip(stems, wanted, strict=True)
+        for i in range(1, count + 1)
+    ]
+    folder, needed = Path(out), 2 * len(rows) * model.config.num_dims
+    with (
+        held(folder, lambda: check_place(folder, KIND, without_mark(TABLE), overwrite), lock, needed),
+        telling_what_stays(folder, lambda: f"not all files that {TABLE} names are there"),
+    ):
+        images = draw(model, [names.index(name) for name in wanted], count, temperature, seed, precision)
+        shown = images.max(axis=2)
+        mine = [*files_in_table(folder / TABLE, "file"), GRID, ARRAYS] if (folder / TABLE).exists() else []
+        replace_files(folder, mine, [GRID, ARRAYS, *_files(rows)], KIND)
+        # The table comes first: it says whose the files are, also of a run that is killed.
+        write_table(folder / TABLE, COLUMNS, rows)
+        write_bytes(folder / GRID, png(grid_figure(shown, wanted)))
+        write_bytes(folder / ARRAYS, _archive(images, wanted, names))
+        for file, picture in zip(_files(rows), shown.reshape(-1, *shown.shape[2:]), strict=True):
+            write_bytes(folder / file, _png(picture))
+    return [folder / file for file in (GRID, ARRAYS, TABLE, *_files(rows))]
 
 
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+def _files(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [row["file"] for row in rows]
+
+
+def _stem(name: str) -> str:
+    return clean_stem("".join(c if c.isalnum() or c in "-_." else "_" for c in name))
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:

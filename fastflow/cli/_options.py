@@ -50,6 +50,13 @@ ModelFolder = Annotated[Path, typer.Option("--model", "-m", help="Model folder, 
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs; auto takes a GPU if there is one.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that read or write files.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
+NoLock = Annotated[
+    bool,
+    typer.Option(
+        "--no-lock",
+        help="Take no lock, for file systems that have none; see to it that nothing else writes there.",
+    ),
+]
 Inputs = Annotated[
     list[Path],
     typer.Argument(

@@ -11,7 +11,14 @@ from typing import Annotated
 import typer
 
 from fastflow.cli._console import FINISHED_WITH_ERRORS, USAGE, fail, run_progress, warn
-from fastflow.cli._options import Device, DeviceOption, EvaluationPrecision, EvaluationPrecisionOption, takes
+from fastflow.cli._options import (
+    Device,
+    DeviceOption,
+    EvaluationPrecision,
+    EvaluationPrecisionOption,
+    NoLock,
+    takes,
+)
 
 
 class Engine(StrEnum):
@@ -118,6 +125,7 @@ class ClassifyCommand:
     id_from: Annotated[IdFrom, typer.Option(help="hash: rows hold a hash in place of the path.")] = (
         IdFrom.relpath
     )
+    no_lock: NoLock = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the inputs, load the model, write nothing.")
     ] = False
@@ -187,6 +195,7 @@ def classify(options: ClassifyCommand) -> None:
             id_from=options.id_from.value,
             slices=options.slices,
             combine=options.combine.value,
+            lock=not options.no_lock,
         )
     typer.echo(describe(summary))
     for error in summary.errors:

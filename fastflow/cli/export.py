@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastflow.cli._console import FAILED, fail, stages, warn
-from fastflow.cli._options import ModelFolder, Precision
+from fastflow.cli._options import ModelFolder, NoLock, Precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +54,7 @@ def export(
         bool, typer.Option("--check/--no-check", help="Compare the graphs with the model first.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    no_lock: NoLock = False,
 ) -> None:
     """Export a model to ONNX: graphs, their weights, and a program that runs them without PyTorch.
 
@@ -86,6 +87,7 @@ def export(
             limit=limit,
             check=check,
             overwrite=overwrite,
+            lock=not no_lock,
             progress=notify,
         )
     for name, size in done.sizes.items():
@@ -97,7 +99,8 @@ def export(
     else:
         typer.echo(describe(done.parity))
     if triton_server is not None:
-        typer.echo(write_model_repository(done.folder, triton_server, overwrite=overwrite))
+        written = write_model_repository(done.folder, triton_server, overwrite=overwrite, lock=not no_lock)
+        typer.echo(written)
 
 
 def verify(

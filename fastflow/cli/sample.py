@@ -13,6 +13,7 @@ from fastflow.cli._options import (
     EvaluationPrecision,
     EvaluationPrecisionOption,
     ModelFolder,
+    NoLock,
     Seed,
 )
 
@@ -30,12 +31,27 @@ def sample(
     seed: Seed = 0,
     device: DeviceOption = Device.auto,
     precision: EvaluationPrecisionOption = EvaluationPrecision.float32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier samples.")] = False,
+    no_lock: NoLock = False,
 ) -> None:
     """Draw images from a model: one PNG each, grid.png of all, and samples.npz.
+
+    samples.csv says of which class each file is, and how it was drawn.
 
     Example: `fastflow sample --model model --out samples --count 8 --temperature 0.8`
     """
     from fastflow.archive.sample import sample as run
 
-    files = run(model, out, label, count, temperature, seed, device.value, precision.value)
+    files = run(
+        model,
+        out,
+        label,
+        count,
+        temperature,
+        seed,
+        device.value,
+        precision.value,
+        overwrite=overwrite,
+        lock=not no_lock,
+    )
     typer.echo(f"{out}: {len(files)} files, see {files[0]}")

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from numpy.typing import ArrayLike
 
 from fastflow import __version__
 from fastflow.errors import FastflowError, VolumeError
+from fastflow.runtime.export_folder import DOCUMENT
 from fastflow.runtime.scorer import OnnxScorer, Prediction
 from fastflow.runtime.sessions import PROVIDER_CHOICES
 
 # Exit codes.
 OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
 COLUMNS = ("path", "status", "predicted", "posterior", "margin", "typicality", "error")
+# The system follows no longer chains of links.
+MAX_LINKS = 40
 EXIT_CODES = (
     "Exit codes: 0 every file was classified, 3 some were not, 1 the run failed, "
     "2 wrong usage or a bad export."
@@ -66,6 +70,27 @@ def main(arguments: Sequence[str] | None = None, folder: Path | None = None) -> 
         return _print_error(str(error), USAGE)
     except (OSError, MemoryError, RuntimeError) as error:
         return _print_error(str(error) or type(error).__name__, FAILED)
+
+
+def own_folder(program: str | PathLike[str]) -> Path:
+    """The export that a program lies in.
+
+    Stores of content keep the files of a folder elsewhere, and links in the folder. So the folder in which
+    the program is named comes before those that its links lead to, one after the other.
+
+    Args:
+        program: the program as it was called.
+
+    Returns:
+        The first of these folders that holds an export; the first of all where none does.
+    """
+    path = Path(os.path.abspath(program))
+    places = [path.parent]
+    while path.is_symlink() and len(places) < MAX_LINKS:
+        path = path.parent / path.readlink()
+        places.append(path.parent)
+    places.append(Path(program).resolve().parent)
+    return next((place for place in places if (place / DOCUMENT).is_file()), places[0])
 
 
 def _parser(folder: Path | None) -> argparse.ArgumentParser:

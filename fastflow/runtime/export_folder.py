@@ -17,6 +17,7 @@ from fastflow.errors import ExportError
 
 FORMAT = 1
 DOCUMENT = "export.json"
+LINK_TO_NOTHING = "is a link whose target is missing: fetch its content (git annex get, dvc pull)"
 # Every graph carries these keys of the document too, with the same values.
 SHARED_KEYS = (
     *("format", "model_hash", "weights_sha256", "precision", "class_names", "input_shape", "dims"),
@@ -111,7 +112,8 @@ class Export:
             with open(path, "rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest() if verify else digests[name]
         except FileNotFoundError:
-            raise ExportError(f"{path} is missing: {DOCUMENT} lists it") from None
+            reason = LINK_TO_NOTHING if path.is_symlink() else f"is missing: {DOCUMENT} lists it"
+            raise ExportError(f"{path} {reason}") from None
         except OSError as error:
             raise ExportError(f"{path} cannot be read: {error.strerror or error}") from error
         if digest != digests[name]:
@@ -130,6 +132,7 @@ def read_export(folder: str | PathLike[str]) -> Export:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         reason = f"no {DOCUMENT} in it" if folder.is_dir() else "no such folder"
+        reason = f"{DOCUMENT} {LINK_TO_NOTHING}" if path.is_symlink() else reason
         raise ExportError(f"{folder} is not an export folder: {reason}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from error

@@ -145,6 +145,11 @@ def _open(ort: Any, path: str | PathLike[str], options: Any, attempt: Attempt) -
         except Exception as error:
             # ONNX Runtime's errors have no base class but Exception. On the CPU only the graph can be at
             # fault.
+            if (first == CPU_PROVIDER or "xternal data" in str(error)) and _files_lie_apart(Path(path)):
+                raise ExportError(
+                    f"{path}: it and the files beside it are links into several folders, where ONNX Runtime "
+                    f"does not look for weights: copy the folder with cp -L and use the copy ({error})"
+                ) from error
             if first != CPU_PROVIDER:
                 raise _NotInUse(f"{type(error).__name__}: {error}") from error
             raise ExportError(f"{path} cannot be loaded by onnxruntime {ort.__version__}: {error}") from error
@@ -153,6 +158,16 @@ def _open(ort: Any, path: str | PathLike[str], options: Any, attempt: Attempt) -
         raise _NotInUse(f"its session uses {', '.join(session.get_providers())}")
     log.info("%s runs on %s", path, ", ".join(session.get_providers()))
     return session
+
+
+def _files_lie_apart(graph: Path) -> bool:
+    """Whether links lead from the folder of a graph into another one than that of the graph itself."""
+    try:
+        files = list(graph.parent.iterdir())
+    except OSError:
+        return False
+    homes = {file.resolve().parent for file in files if file.is_symlink()}
+    return bool(homes) and len(homes | {graph.resolve().parent}) > 1
 
 
 def _session_options(ort: Any, threads: int) -> Any:

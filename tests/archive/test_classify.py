@@ -358,7 +358,6 @@ def test_the_folder_says_what_was_done(scans: Path, model_folder: Path, tmp_path
         [scans / "flat", tmp_path / "gone.nii"], model_folder, out, prior=[0.9, 0.1], workers=2
     )
     assert sorted(path.name for path in out.iterdir()) == [
-        ".lock",
         "journal.jsonl",
         "results-00000.csv",
         "run.json",

@@ -82,9 +82,7 @@ def test_stopped_between_any_two_steps(
         assert part == whole[: len(part)]
     classify([source], model_folder, tmp_path / "r", batch_size=BATCH, shard_rows=3, resume=True)
     assert rows_of(tmp_path / "r") == whole
-    assert not [
-        path for path in (tmp_path / "r").iterdir() if path.name.startswith(".") and path.name != ".lock"
-    ]
+    assert not list((tmp_path / "r").glob(".*"))
 
 
 def test_torn_at_any_byte(archive: Path, model_folder: Path, tmp_path: Path) -> None:
@@ -240,10 +238,10 @@ def test_a_run_that_ended_before_the_lock_was_taken_is_not_cleared(
     source, out = few(archive, tmp_path, 2), tmp_path / "r"
     out.mkdir()
 
-    def late(folder: Path) -> Any:
+    def late(folder: Path, enabled: bool) -> Any:
         monkeypatch.undo()
         run(source, model_folder, out)
-        return locked(folder)
+        return locked(folder, enabled)
 
     monkeypatch.setattr("fastflow.archive.classify.locked", late)
     with pytest.raises(OutputFolderError, match="holds an earlier run"):
