@@ -209,6 +209,11 @@ def _check_graph(export: Export, name: str) -> Path:
         # The checker finds external data only where it is given the path.
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
+        if any(file.is_symlink() or file.stat().st_nlink > 1 for file in path.parent.iterdir()):
+            raise ExportError(
+                f"{path}: it or a file beside it is a link, which the checker of graphs does not follow: "
+                f"copy the folder with cp -L and compare the copy ({error})"
+            ) from error
         raise ExportError(f"{path} is not a valid ONNX graph: {error}") from error
     return path
 

@@ -160,7 +160,8 @@ def explained(folder: Path, error: OSError) -> Exception:
     files = [str(path) for path in folder.parents if os.path.isfile(path)]
     reason = f"{files[0]} is a file" if files else error.strerror or str(error)
     way = "free some space or name another folder" if error.errno in FULL else "name another folder"
-    return OSError(error.errno, f"cannot write: {reason}; {way}", str(folder))
+    number = errno.ENOTDIR if files else error.errno
+    return OSError(number, f"cannot write: {reason}; {way}", str(folder))
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def clean_stem(text: str) -> str:
     text = "_" * (len(text) - len(bare)) + bare
     bare = text.rstrip(". ")
     text = bare + "_" * (len(text) - len(bare))
-    return f"{text}_" if not text or _RESERVED.fullmatch(text) else text
+    return f"_{text}" if not text or _RESERVED.fullmatch(text) else text
 
 
 def unique_names(wanted: Sequence[str], mark: str = "-") -> list[str]:

@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr; errors become one line and an e
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +27,7 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from fastflow.errors import FastflowError, JournalError, RunStoppedError
+from fastflow.errors import FastflowError, JournalError, LowSpaceWarning, RunStoppedError
 
 OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
 # So many seconds pass between two lines about a run's progress where there is no terminal.
@@ -47,6 +48,18 @@ def warn(message: str) -> None:
     messages.print(f"[yellow]warning:[/] {escape(message)}", highlight=False)
 
 
+def _show(other: Callable[..., None]) -> Callable[..., None]:
+    """Warnings about a user's disk are for the user, and name no line of code; others are shown as before."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, LowSpaceWarning):
+            warn(str(message))
+        else:
+            other(message, category, *place)
+
+    return show
+
+
 class Commands(TyperGroup):
     """Turns errors that a user can do something about into one line; `--debug` lets them through."""
 
@@ -57,7 +70,9 @@ class Commands(TyperGroup):
             typer.Exit: with 2 for bad input, with 1 for a run that failed.
         """
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show(warnings.showwarning)
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             fail(
                 "interrupted" + ("; --resume goes on" if ctx.invoked_subcommand == "classify" else ""),

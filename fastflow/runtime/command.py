@@ -88,7 +88,7 @@ def own_folder(program: str | PathLike[str]) -> Path:
     places = [path.parent]
     while path.is_symlink() and len(places) < MAX_LINKS:
         path = path.parent / path.readlink()
-        places.append(path.parent)
+        places.append(path.parent.resolve())
     places.append(Path(program).resolve().parent)
     return next((place for place in places if (place / DOCUMENT).is_file()), places[0])
 

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +192,60 @@ def test_classify_options_reach_the_run(scans: Path, model_folder: Path, tmp_pat
     }
     assert {name: configuration[name] for name in expected} == expected
     assert configuration["preprocess"]["slices"] == "3,4"
+
+
+def test_explain_counts_and_replaces_only_when_asked(scans: Path, model_folder: Path, tmp_path: Path) -> None:
+    inputs = (scans / "flat/sub-000_T1w.nii.gz", tmp_path / "gone.nii")
+    arguments = ("explain", *inputs, "--model", model_folder, "--out", tmp_path / "e")
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    assert "2 files found: 1 used, 1 left out (missing 1)" in result.stdout
+    assert f"{tmp_path / 'e/explanations.csv'} says which is whose" in result.stdout.replace("\n", " ")
+    assert "gone.nii: there is no such file [missing]" in result.stderr
+    again = invoke(*arguments)
+    assert again.exit_code == 2 and "holds earlier explanations; replace them (--overwrite)" in again.stderr
+    assert invoke(*arguments, "--overwrite", "--no-lock").exit_code == 1
+    limited = invoke(*arguments, "--overwrite", "--limit", 1)
+    assert limited.exit_code == 0
+    assert "limit 1: " in limited.stderr and "1 left out (limit 1)" in limited.stdout
+
+
+def test_sample_replaces_only_when_asked(model_folder: Path, tmp_path: Path) -> None:
+    arguments = ("sample", "--model", model_folder, "--out", tmp_path / "s", "--count", 1)
+    assert invoke(*arguments).exit_code == 0
+    again = invoke(*arguments)
+    assert again.exit_code == 2 and "holds earlier samples; replace them (--overwrite)" in again.stderr
+    assert invoke(*arguments, "--overwrite", "--no-lock").exit_code == 0
+
+
+def test_commands_name_a_file_system_without_locks(
+    scans: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    file = scans / "flat/sub-000_T1w.nii.gz"
+    for command in (("classify", file), ("explain", file), ("sample",)):
+        result = invoke(*command, "--model", model_folder, "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        message = "this file system has no locks (No locks available); --no-lock goes on without one"
+        assert message in result.stderr.replace("\n", " ")
+        assert not (tmp_path / "out").exists()
+    classified = invoke("classify", file, "--model", model_folder, "--out", tmp_path / "r", "--no-lock")
+    assert classified.exit_code == 0, classified.output
+
+
+def test_little_space_is_told_in_one_line(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = os.statvfs(tmp_path)
+    blocks = 3_000_000 // state.f_frsize
+    full = types.SimpleNamespace(f_bavail=blocks, f_frsize=state.f_frsize, f_blocks=state.f_blocks)
+    monkeypatch.setattr(os, "statvfs", lambda folder: full)
+    result = invoke("sample", "--model", model_folder, "--out", tmp_path / "s", "--count", 1)
+    assert result.exit_code == 0
+    assert result.stderr == f"warning: {tmp_path / 's'}: only 3.0 MB are free there\n"
 
 
 def test_dry_run_writes_nothing(scans: Path, model_folder: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_it_runs_alone_with_the_export_that_it_lies_in(packages: Path, scans: Pa
     folder = write_export(tmp_path / "export")
     write_bundle(folder / "runtime.pyz")
     good = scans / "striped/sub-103_T1w.nii.gz"
-    # The program looks for the export where it lies, not where the link lies by which it is called.
+    # There is no export where the link lies, so that the program looks where it leads.
     (tmp_path / "link.pyz").symlink_to(folder / "runtime.pyz")
     done = run(tmp_path / "link.pyz", packages, good, "nowhere.nii", "--threads", "1")
     assert done.returncode == 3, done.stderr
@@ -150,6 +150,21 @@ def test_it_runs_alone_with_the_export_that_it_lies_in(packages: Path, scans: Pa
         run(Path(moved), packages, "--folder", folder, good).stdout.splitlines()[1:]
         == done.stdout.splitlines()[1:2]
     )
+
+
+def test_it_runs_in_a_folder_of_links(packages: Path, scans: Path, tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "export")
+    write_bundle(folder / "runtime.pyz")
+    links = tmp_path / "links"
+    links.mkdir()
+    (tmp_path / "store").mkdir()
+    for i, file in enumerate(sorted(folder.iterdir())):
+        file.rename(tmp_path / f"store/content-{i}")
+        (links / file.name).symlink_to(f"../store/content-{i}")
+    done = run(links / "runtime.pyz", packages, scans / "striped/sub-103_T1w.nii.gz", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split("\t")[1:3] == ["ok", "striped"]
+    assert f"{links}: float32, runs on CPUExecutionProvider" in done.stderr
 
 
 def test_what_is_missing_is_named(packages: Path, scans: Path, tmp_path: Path) -> None:

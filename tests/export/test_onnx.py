@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import functools
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from fastflow.export.graphs import GRAPHS
 from fastflow.export.onnx import export_onnx
 
 from fastflow import MagicFlow
+from fastflow._files import temporary_name
 from fastflow.errors import CheckpointError, ExportError, OutputFolderError
 from fastflow.models.scoring import LabelScorer
 from tests.export.layouts import short
@@ -304,6 +308,38 @@ class TestFolders:
         with pytest.raises(OSError, match="No space left"):
             export_onnx(SMALL, tmp_path / "out", ["score"], check=False)
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_place_is_held_while_it_is_written(self, tmp_path, monkeypatch):
+        write_bundle = exporter.write_bundle
+
+        def second(path):
+            with pytest.raises(OutputFolderError, match=r"out: another run is writing here \(process"):
+                export_onnx(SMALL, tmp_path / "out", ["score"], check=False)
+            write_bundle(path)
+
+        monkeypatch.setattr(exporter, "write_bundle", second)
+        export_onnx(SMALL, tmp_path / "out", ["score"], check=False)
+        assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        def flock(handle, how):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with pytest.raises(OutputFolderError, match=r"no locks .* --no-lock goes on without one"):
+            export_onnx(SMALL, tmp_path / "out", ["score"], check=False)
+        assert list(tmp_path.iterdir()) == []
+        export_onnx(SMALL, tmp_path / "out", ["score"], check=False, lock=False)
+        assert (tmp_path / "out" / "score.onnx").exists()
+
+    def test_what_a_killed_export_left_is_cleared(self, tmp_path):
+        export_onnx(SMALL, tmp_path / "out", ["score"], check=False)
+        (tmp_path / temporary_name("out") / "new").mkdir(parents=True)
+        (tmp_path / "out").rename(tmp_path / temporary_name("out", "old"))
+        # The earlier export was moved aside when the process was killed, and is there again.
+        with pytest.raises(OutputFolderError, match="holds an earlier export"):
+            export_onnx(SMALL, tmp_path / "out", ["score"], check=False)
+        assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
     def test_the_same_model_gives_the_same_bytes(self, tmp_path):
         for name in "ab":

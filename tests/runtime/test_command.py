@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastflow.runtime.command import main
+from fastflow.runtime.command import main, own_folder
 from fastflow.runtime.scorer import OnnxScorer
 from tests.export.handmade import CLASSES, write_export
 
@@ -174,3 +174,70 @@ def test_help_names_the_columns_and_codes(capsys: pytest.CaptureFixture[str]) ->
         assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "typicality" in text and "1 the run failed" in text and "fastflow 0." in text
+
+
+def linked(folder: Path, root: Path, apart: bool) -> Path:
+    """A folder of links: their targets lie in one folder, or each in its own."""
+    (root / "links").mkdir(parents=True)
+    for i, file in enumerate(sorted(folder.iterdir())):
+        target = root / "store" / (str(i) if apart else "") / f"content-{i}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+        (root / "links" / file.name).symlink_to(os.path.relpath(target, root / "links"))
+    return root / "links"
+
+
+def test_a_program_finds_its_export_where_it_is_named(tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "export")
+    (folder / "runtime.pyz").touch()
+    links = linked(folder, tmp_path / "snapshot", apart=False)
+    assert own_folder(links / "runtime.pyz") == links
+    # Nothing is beside these names, so that the export lies where they lead.
+    (tmp_path / "link.pyz").symlink_to(folder / "runtime.pyz")
+    (tmp_path / "second.pyz").symlink_to("link.pyz")
+    (tmp_path / "third.pyz").symlink_to(links / "runtime.pyz")
+    assert own_folder(tmp_path / "second.pyz") == folder
+    assert own_folder(tmp_path / "third.pyz") == links
+    shutil.copy(folder / "runtime.pyz", tmp_path / "copy.pyz")
+    assert own_folder(tmp_path / "copy.pyz") == tmp_path
+
+
+def test_a_program_finds_its_export_from_where_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_export(tmp_path / "export")
+    (folder / "runtime.pyz").touch()
+    (tmp_path / "linked").symlink_to("export")
+    monkeypatch.chdir(tmp_path)
+    assert own_folder("linked/runtime.pyz") == tmp_path / "linked"
+    monkeypatch.chdir(folder)
+    assert own_folder("runtime.pyz") == folder
+
+
+def test_links_into_one_folder_are_scored(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    links = linked(write_export(tmp_path / "export"), tmp_path / "snapshot", apart=False)
+    assert main([str(links), str(scans / "striped/sub-103_T1w.nii.gz")]) == 0
+    assert lines(capsys.readouterr().out)[0]["predicted"] == "striped"
+
+
+def test_links_into_several_folders_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    links = linked(write_export(tmp_path / "export"), tmp_path / "annex", apart=True)
+    assert main([str(links), "scan.nii.gz"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {links}/score.onnx: it and the files beside it are links into several")
+    assert "copy the folder with cp -L and use the copy" in message
+    subprocess.run(["cp", "-rL", str(links), str(tmp_path / "copy")], check=True)
+    assert OnnxScorer(tmp_path / "copy", "cpu").class_names == CLASSES
+
+
+@pytest.mark.parametrize("name", ["export.json", "weights.data"])
+def test_links_without_content_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    links = linked(write_export(tmp_path / "export"), tmp_path / "annex", apart=True)
+    (links / name).resolve().unlink()
+    assert main([str(links), "scan.nii.gz"]) == 2
+    message = capsys.readouterr().err
+    assert f"{name} is a link whose target is missing: fetch its content (git annex get, dvc pull)" in message
