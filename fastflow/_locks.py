@@ -27,7 +27,10 @@ LOCK = ".lock"
 _HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (*NOT_KNOWN, errno.ENOLCK)
 # Earlier versions gave these names to files that they were writing.
-_EARLIER_TEMPORARY = re.compile(r"\.(run\.json|summary\.json|journal\.jsonl|results-\d+\.\w+)\.[a-z0-9_]{8}")
+_EARLIER_TEMPORARY = re.compile(
+    r"\.(run\.json|summary\.json|journal\.jsonl|inventory\.json|results-\d+\.\w+"
+    r"|config\.json|history\.jsonl|model-[0-9a-f]{16}\.safetensors)\.[a-z0-9_]{8}"
+)
 # Handles of the lock files that this process holds.
 _held: set[int] = set()
 
