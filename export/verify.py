@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -61,7 +62,8 @@ class Parity:
             sizes); ``sample`` has the ``pixel_error`` in [-1, 1], ``latent`` the ``latent_error`` (root mean
             square, relative), ``attribution`` the ``map_error`` (nats, of an element).
         float32: the same errors of the PyTorch model in float32.
-        smallest_gap: nats between the two likeliest labels, the smallest of the images.
+        smallest_gap: nats between the two likeliest labels, the smallest of the images; infinite where there
+            is one label.
         provider: the provider of ONNX Runtime that computed the graphs.
         onnxruntime: the version of ONNX Runtime.
     """
@@ -109,8 +111,9 @@ class Parity:
         return not self.failure
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary of JSON values."""
-        return {**dataclasses.asdict(self), "passed": self.passed}
+        """A dictionary of JSON values; an infinite gap becomes None, as JSON has no infinity."""
+        gap = self.smallest_gap if math.isfinite(self.smallest_gap) else None
+        return {**dataclasses.asdict(self), "smallest_gap": gap, "passed": self.passed}
 
 
 def verify(

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastflow._files import write_text
+from fastflow.archive.model_folder import INVENTORY, model_folder
 from fastflow.archive.options import pick_device
-from fastflow.data.endings import is_image
-from fastflow.data.manifest import Record, class_names, index_folder, read_manifest
+from fastflow.archive.training_data import TRAIN, VAL, UsableFiles, choose, load_chosen
+from fastflow.data.grids import majority_grid
+from fastflow.data.inventory import Inventory
+from fastflow.data.listing import Listing, list_records
+from fastflow.data.manifest import Record
 from fastflow.data.preprocess import Preprocess
-from fastflow.data.slices import SliceSet, load_slices
-from fastflow.data.volume import read_volume
-from fastflow.errors import ManifestError, VolumeError
+from fastflow.data.slices import SliceSet
+from fastflow.errors import VolumeError
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import score_slices, volume_log_probs
@@ -34,20 +37,22 @@ class Trained:
         model: in evaluation mode, calibrated where there was a validation set; also in its folder.
         history: one record per epoch.
         errors: files that could not be read and were left out.
+        inventory: everything that was found, and why files were left out.
     """
 
     model: MagicFlow
     history: list[EpochRecord]
     errors: list[VolumeError]
+    inventory: Inventory
 
 
 def read_records(path: str | PathLike[str]) -> list[Record]:
-    """The records of a manifest, or of a folder laid out as ``split/class/file``.
+    """The records of `fastflow.data.listing.list_records`, which also counts what it leaves out.
 
     Raises:
-        ManifestError: it cannot be read.
+        ManifestError: the manifest or folder cannot be read.
     """
-    return index_folder(path) if Path(path).is_dir() else read_manifest(path)
+    return list_records(path).records
 
 
 def recipe(preset: str, task: str, **changes: Any) -> TrainConfig:
@@ -60,7 +65,7 @@ def recipe(preset: str, task: str, **changes: Any) -> TrainConfig:
 
 
 def train_on_archive(
-    records: Sequence[Record],
+    records: Listing | Sequence[Record],
     folder: str | PathLike[str],
     preset: str = "demo",
     slices: str = "center",
@@ -71,15 +76,22 @@ def train_on_archive(
     device: str = "auto",
     reading: Callable[[int, int], None] | None = None,
     progress: Callable[[EpochRecord], None] | None = None,
+    counted: Callable[[UsableFiles], None] | None = None,
+    overwrite: bool = False,
+    lock: bool = True,
 ) -> Trained:
     """Train on the split ``train``, choose the epoch and fit the temperature on ``val``, ignore other splits.
 
-    The first volume's voxel size and grid become the model's: what lies on another one is an error, in
-    training and afterwards, since a density model punishes any background that it has not seen.
+    The voxel size and grid of most training volumes become the model's: what lies on another one is an error,
+    in training and afterwards, since a density model punishes any background that it has not seen.
+
+    The folder is held from before the first volume is read to the end. An earlier model in it stays as it is
+    until the new one is finished; until then, history and checkpoints lie in ``unfinished/`` inside it.
 
     Args:
-        records: labelled files with splits.
-        folder: receives the model.
+        records: labelled files with splits; a `Listing` also says what was found and left out.
+        folder: receives the model, ``history.jsonl``, ``checkpoints/`` and ``inventory.json``, the count of
+            what was found.
         preset: a name of `FlowConfig.preset`.
         slices: see `Preprocess`.
         config: how to train; the published recipe when None.
@@ -89,81 +101,73 @@ def train_on_archive(
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         reading: called with the number of files read and their total.
         progress: called after each epoch.
+        counted: called before the first epoch with what was found and what of it can be used, also where
+            that is too little.
+        overwrite: replace an earlier model or unfinished training; other files are never replaced.
+        lock: keep other runs out of the folder.
 
     Raises:
-        ManifestError: there is no training file, or none can be read.
-        ValueError: a label occurs in ``val`` only, or a setting does not fit.
+        ManifestError: there is no training file, the training volumes share no grid, a subject is in two
+            splits, a label occurs in ``val`` only, or none of the files of a split or of a class of ``train``
+            can be used.
+        OutputFolderError: the folder holds something else, or another run writes into it.
+        ValueError: a setting does not fit.
+        OSError: the folder cannot be written into.
     """
     config = config or TrainConfig()
     pick_device(device)
-    splits = {
-        name: [r for r in records if r.split == name and r.label is not None] for name in ("train", "val")
-    }
-    if not splits["train"]:
-        raise ManifestError("no labelled entry has the split 'train'; `fastflow index` assigns splits")
-    names = class_names(splits["train"])
+    chosen = choose(records)
+    names = chosen.class_names
     flow = FlowConfig.preset(preset, len(names), **{"class_names": names, **(flow_changes or {})})
-    preprocess = preprocess_like(splits["train"], (flow.input_shape[1], flow.input_shape[2]), slices)
-    sets, errors = _load(splits, preprocess, names, workers, reading)
+    size = (flow.input_shape[1], flow.input_shape[2])
+    # The settings are tried out before anything is made or read.
+    Preprocess(size, slices)
     torch.manual_seed(config.seed)
     model = MagicFlow(flow, application_mask)
-    model.metadata["preprocess"] = preprocess.to_dict()
-    history = train(model, sets["train"], sets.get("val"), config, folder, progress=progress, device=device)
-    if "val" in sets:
-        calibrate(model, sets["val"])
-        model.save(folder)
-    return Trained(model, history, errors)
+    with model_folder(folder, overwrite, lock) as work:
+        preprocess = preprocess_like(chosen.splits[TRAIN], size, slices, workers)
+        sets, usable = load_chosen(chosen, preprocess, workers, reading)
+        if counted is not None:
+            counted(usable)
+        usable.check()
+        write_text(work / INVENTORY, json.dumps(usable.inventory.to_dict(), indent=1) + "\n")
+        model.metadata["preprocess"] = preprocess.to_dict()
+        model.metadata["training_data"] = usable.to_dict()
+        history = train(model, sets[TRAIN], sets.get(VAL), config, work, progress=progress, device=device)
+        if VAL in sets:
+            calibrate(model, sets[VAL])
+            model.save(work)
+    return Trained(model, history, list(usable.errors), usable.inventory)
 
 
-def preprocess_like(records: Sequence[Record], size: tuple[int, int], slices: str) -> Preprocess:
-    """Preprocessing with the first readable volume's voxel size and grid as a condition; PNGs set none."""
-    for record in records:
-        if is_image(record.path):
-            continue
-        with contextlib.suppress(VolumeError):
-            volume = read_volume(record.path)
-            x, y, z = volume.data.shape
-            return Preprocess(size, slices, volume.spacing, (x, y, z))
-    return Preprocess(size, slices)
+def preprocess_like(
+    records: Sequence[Record], size: tuple[int, int], slices: str, workers: int = 1
+) -> Preprocess:
+    """Preprocessing with the voxel size and grid of most volumes as a condition; PNG files set none.
 
+    Args:
+        records: of volumes and PNG files, in any order.
+        size: (H, W) of the model's image.
+        slices: see `Preprocess`.
+        workers: processes that read headers where there are many.
 
-def _load(
-    splits: Mapping[str, Sequence[Record]],
-    preprocess: Preprocess,
-    names: Sequence[str],
-    workers: int,
-    reading: Callable[[int, int], None] | None,
-) -> tuple[dict[str, SliceSet], list[VolumeError]]:
-    total, before = sum(map(len, splits.values())), 0
-    sets: dict[str, SliceSet] = {}
-    errors: list[VolumeError] = []
-    for name, records in splits.items():
-        offset = before
-
-        def report(done: int, offset: int = offset) -> None:
-            if reading is not None:
-                reading(offset + done, total)
-
-        data, bad = load_slices(records, preprocess, names, workers, report)
-        errors += bad
-        before += len(records)
-        if len(data):
-            sets[name] = data
-    if "train" not in sets:
-        raise ManifestError(
-            f"none of the {len(splits['train'])} training files can be used; the first: {errors[0]}"
-        )
-    return sets, errors
+    Raises:
+        ManifestError: no grid is that of more than half of the volumes.
+    """
+    grid = majority_grid([record.path for record in records], workers)
+    return Preprocess(size, slices) if grid is None else Preprocess(size, slices, grid.spacing, grid.shape)
 
 
 def calibrate(model: MagicFlow, val_set: SliceSet) -> None:
-    """Fit `model.temperature` on whole volumes, as `classify` scores them.
+    """Fit `model.temperature` on whole volumes, as `classify` scores them; of one class, it stays as it is.
 
     Their likelihoods are kept in the model's metadata: they tell what is typical of volumes that
     are prepared alike.
     """
     log_probs = volume_log_probs(score_slices(model, val_set.images), val_set.volumes)
-    model.temperature = fit_temperature(log_probs, val_set.volume_labels)
+    # The posterior of one class is 1 at any temperature.
+    if model.config.num_classes > 1:
+        model.temperature = fit_temperature(log_probs, val_set.volume_labels)
     counts = np.bincount(val_set.volumes, minlength=len(val_set.paths))
     each = np.sort(log_probs.max(axis=1) / counts)
     slices = model.metadata.get("preprocess", {}).get("slices")

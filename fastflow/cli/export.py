@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -138,10 +139,15 @@ def verify(
 
 def describe(parity: Parity) -> str:
     """The comparison in a few lines."""
+    gap = (
+        f"smallest gap between two labels {parity.smallest_gap:.3g} nats, "
+        if math.isfinite(parity.smallest_gap)
+        else ""
+    )
     lines = [
         f"compared with the model in float64 on {parity.images} slices ({parity.source}), "
         f"ONNX Runtime {parity.onnxruntime} on {parity.provider.removesuffix('ExecutionProvider')}; "
-        f"smallest gap between two labels {parity.smallest_gap:.3g} nats, limit {parity.limit:g}"
+        f"{gap}limit {parity.limit:g}"
     ]
     for name, errors in {**parity.graphs, "PyTorch float32": parity.float32}.items():
         lines.append(

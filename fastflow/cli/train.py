@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastflow.cli._console import print_epoch, progress_bar, report_errors
-from fastflow.cli._options import Device, DeviceOption, Seed, Workers, takes
+from fastflow.cli._console import print_epoch, progress_bar, report_errors, warn
+from fastflow.cli._options import Device, DeviceOption, NoLock, Seed, Workers, takes
+
+if TYPE_CHECKING:
+    from fastflow.archive.training_data import UsableFiles
 
 
 class Preset(StrEnum):
@@ -113,6 +116,15 @@ class TrainOptions:
     seed: Seed = 0
     workers: Workers = 1
     device: DeviceOption = Device.auto
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a model or an unfinished training in the folder; an earlier model stays until the "
+            "new one is finished.",
+        ),
+    ] = False
+    no_lock: NoLock = False
 
 
 @takes(TrainOptions)
@@ -120,11 +132,14 @@ def train(options: TrainOptions) -> None:
     """Train a model on the split `train` of an archive; `val` chooses the epoch and calibrates the posterior.
 
     Options that are not given follow the preset's recipe: that of `fastflow demo` for the demo preset, else
-    the published one. Files that cannot be read are named and left out (exit code 1 at the end).
+    the published one. The grid of most training volumes becomes the model's. Files that cannot be used are
+    named and left out (exit code 1 at the end); a class or split without any stops before the first epoch.
+    History and checkpoints lie in `unfinished/` inside the model folder until training has ended.
 
     Example: `fastflow train archive/manifest.csv --out model --preset small --epochs 30 --slices center+-6:3`
     """
-    from fastflow.archive.train import read_records, recipe, train_on_archive
+    from fastflow.archive.train import recipe, train_on_archive
+    from fastflow.data.listing import list_records
 
     given = {
         "epochs": options.epochs,
@@ -150,7 +165,7 @@ def train(options: TrainOptions) -> None:
     changes |= {"dequantize": "uniform"} if options.dequantize else {}
     with progress_bar("reading volumes") as reading:
         trained = train_on_archive(
-            read_records(options.manifest),
+            list_records(options.manifest),
             options.out,
             options.preset.value,
             options.slices,
@@ -161,6 +176,9 @@ def train(options: TrainOptions) -> None:
             options.device.value,
             reading,
             print_epoch,
+            _print_usable,
+            options.overwrite,
+            lock=not options.no_lock,
         )
     last = trained.history[-1]
     typer.echo(
@@ -168,3 +186,10 @@ def train(options: TrainOptions) -> None:
         + ", ".join(f"{k} {v:.4g}" for k, v in last.items() if "_" in k)
     )
     report_errors(trained.errors)
+
+
+def _print_usable(usable: UsableFiles) -> None:
+    for line in usable.lines():
+        typer.echo(line)
+    for line in usable.warnings():
+        warn(line)

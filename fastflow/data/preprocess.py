@@ -22,6 +22,8 @@ from fastflow.data.volume import Volume
 from fastflow.errors import VolumeError
 
 SCALINGS = ("percentile", "fixed")
+# Voxel sizes are one grid's where they differ by no more than this part.
+SPACING_TOLERANCE = 0.01
 # `to_unit_range` turns a step of one grey level into this part of [-1, 1].
 GREY_LEVEL = 2.0 / 255.0
 _SPEC = re.compile(r"center(?:\+-(\d+)(?::([1-9]\d*))?)?|\d+(?:,\d+)*")
@@ -125,7 +127,7 @@ class Preprocess:
         Raises:
             VolumeError: the volume is on another grid, or too small or too large for the slices.
         """
-        if self.spacing is not None and not np.allclose(spacing, self.spacing, rtol=0.01):
+        if self.spacing is not None and not np.allclose(spacing, self.spacing, rtol=SPACING_TOLERANCE):
             found = " x ".join(f"{n:.3g}" for n in spacing)
             raise VolumeError(
                 path, "grid_mismatch", f"voxels are {found} mm; the model was trained on {self.spacing}"

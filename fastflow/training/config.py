@@ -29,7 +29,8 @@ class TrainConfig:
         augment: ``"paper"``, ``"shift"`` (whole pixels only) or ``"none"``.
         sampler: ``"shuffle"``, or ``"balanced"`` to draw every class equally often.
         ema: decay of the exponential average of the weights that is evaluated and kept; 0 keeps the weights.
-        select: which best checkpoint becomes the model: ``"accuracy"`` or ``"loss"`` on the validation set.
+        select: which best checkpoint becomes the model: ``"accuracy"`` or ``"loss"`` on the validation set;
+            of one class, the loss decides.
         precision: ``"32-true"`` is float32 throughout: on a CUDA device, neither convolutions nor matrix
             products use TF32. ``"tf32"`` allows both to. ``"bf16-mixed"`` computes conditioners in bfloat16
             and the rest as ``"32-true"``; ``"64-true"`` computes in float64.

@@ -32,6 +32,8 @@ from fastflow.training.metrics import middle_slices as middle_slices
 from fastflow.training.step import TrainingStep
 
 EpochRecord = dict[str, float]
+# The names of what a training leaves in its folder, beside the model.
+HISTORY, CHECKPOINTS = "history.jsonl", "checkpoints"
 
 
 def train(
@@ -52,16 +54,16 @@ def train(
         val_set: labelled slices of other subjects that choose the checkpoint; None keeps the last epoch.
         config: how to train.
         folder: receives the model, ``history.jsonl`` (one JSON object per epoch) and, under ``checkpoints/``,
-            the best epoch by validation loss and by validation accuracy.
+            the best epoch by validation loss and, of more than one class, by validation accuracy.
         watch: further sets whose bits/dim are recorded each epoch and never influence anything.
         progress: called after each epoch with its record.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
 
     Returns:
         One record per epoch: ``epoch``, ``seconds``, ``learning_rate``, ``train_bits_per_dim``, and with a
-        validation set ``val_bits_per_dim``, ``val_accuracy`` (of single slices); ``<name>_bits_per_dim`` for
-        each watched set. ``skipped_steps`` counts the steps of an epoch that were not finite, where there
-        are any; they change no weight and are in no mean.
+        validation set ``val_bits_per_dim`` and, of more than one class, ``val_accuracy`` (of single slices);
+        ``<name>_bits_per_dim`` for each watched set. ``skipped_steps`` counts the steps of an epoch that
+        were not finite, where there are any; they change no weight and are in no mean.
 
     Raises:
         ValueError: a set is empty, has unknown labels or does not fit the model, or the engine is
@@ -123,7 +125,7 @@ class _Run:
         self.step = TrainingStep(model, config, self.generator, self.fabric.autocast)
         folder.mkdir(parents=True, exist_ok=True)
         # The best epochs of an earlier run must not pass for those of this run.
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
     # -- epochs ----------------------------------------------------------------------------------------------
 
@@ -179,34 +181,39 @@ class _Run:
         record: EpochRecord = {}
         for name, data in (({"val": val_set} if val_set is not None else {}) | dict(watch)).items():
             record[f"{name}_bits_per_dim"] = evaluate_bits_per_dim(model, *middle_slices(data))
-        if val_set is not None:
+        # One class is always the likeliest, so its accuracy would say nothing.
+        if val_set is not None and self.model.config.num_classes > 1:
             record["val_accuracy"] = evaluate_accuracy(model, *middle_slices(val_set), self.fabric)
         return record
 
     def _keep(self, record: EpochRecord) -> None:
         """Save the epoch where it is the best so far; among equal accuracies the lower loss is the better."""
-        checkpoints = self.folder / "checkpoints"
+        checkpoints = self.folder / CHECKPOINTS
         loss = record.get("val_bits_per_dim")
         if loss is None:
             return
         if loss < self.best["loss"]:
             self.best["loss"], self.kept["loss"] = loss, int(record["epoch"])
             self.candidate.save(checkpoints / "loss")
+        if "val_accuracy" not in record:
+            return
         score = record["val_accuracy"] - 1e-6 * loss
         if score > self.best["accuracy"]:
             self.best["accuracy"], self.kept["accuracy"] = score, int(record["epoch"])
             self.candidate.save(checkpoints / "accuracy")
 
     def _write_history(self, history: list[EpochRecord]) -> None:
-        write_text(self.folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+        write_text(self.folder / HISTORY, "".join(json.dumps(record) + "\n" for record in history))
 
     def finish(self) -> None:
         """Put the selected epoch into the model and into the folder."""
-        kept = self.kept[self.config.select]
-        chosen = self.folder / "checkpoints" / self.config.select
+        select = self.config.select if self.model.config.num_classes > 1 else "loss"
+        kept = self.kept[select]
+        chosen = self.folder / CHECKPOINTS / select
         self.model.load_state_dict(
             MagicFlow.load(chosen).state_dict() if kept else self.candidate.state_dict()
         )
         kept = kept or self.config.epochs
-        self.model.metadata["training"] = dataclasses.asdict(self.config) | {"kept_epoch": kept}
+        settings = dataclasses.asdict(self.config) | {"select": select}
+        self.model.metadata["training"] = settings | {"kept_epoch": kept}
         self.model.eval().save(self.folder)

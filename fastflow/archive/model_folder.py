@@ -1,0 +1,178 @@
+"""The folder of a model while it is trained: what may be in it, and how the new model takes its place.
+
+A training works in `UNFINISHED` inside the model folder, and its files are moved out when it has ended:
+until then, an earlier model stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+
+from fastflow._files import sync_folder, write_bytes
+from fastflow.archive.locks import LOCK, is_temporary, locked
+from fastflow.archive.output_folder import RUN
+from fastflow.errors import OutputFolderError
+from fastflow.models.checkpoint import CONFIG
+from fastflow.runtime.export_folder import DOCUMENT
+from fastflow.training.trainer import CHECKPOINTS, HISTORY
+
+UNFINISHED, INVENTORY = "unfinished", "inventory.json"
+_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+# Folders with one of these hold results of another kind, which are never written into.
+_OTHERS = {RUN: "the results of a classification", DOCUMENT: "an export"}
+# So many bytes are written before anything is read, to find a full disk.
+_PROBE_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def model_folder(folder: str | PathLike[str], overwrite: bool = False, lock: bool = True) -> Iterator[Path]:
+    """Hold a model folder for a training. Yields the folder inside it that the training writes into.
+
+    At the end, the files of the inner folder take the place of those of an earlier training, ``config.json``
+    last; files that no training writes stay. Where the body raises, the earlier model stays as it was; the
+    inner folder stays too where an epoch was finished, else it goes, and with it a folder that was made here.
+
+    Args:
+        folder: the model folder; made where it is missing.
+        overwrite: replace an earlier training, or write beside other files.
+        lock: keep out other runs, see `locked`.
+
+    Raises:
+        OutputFolderError: the folder is a file, another run writes into it, it holds results of another kind,
+            or it holds anything and `overwrite` is not set.
+        OSError: it cannot be written into.
+    """
+    path = Path(folder)
+    is_new = not path.exists()
+    if is_new:
+        path.mkdir(parents=True)
+    elif not path.is_dir():
+        raise OutputFolderError(f"{path}: must be a folder, it is a file")
+    elif not (path / LOCK).exists():
+        # No run is at work here, and a refusal leaves no file behind.
+        _check(path, overwrite)
+    work = path / UNFINISHED
+    try:
+        with locked(path, lock):
+            _check(path, overwrite)
+            _begin(work)
+            try:
+                yield work
+                _publish(work, path)
+            finally:
+                if not (work / HISTORY).exists():
+                    shutil.rmtree(work, ignore_errors=True)
+                is_new = is_new and not (work.exists() or (path / CONFIG).exists())
+    finally:
+        if is_new:
+            (path / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _check(folder: Path, overwrite: bool) -> None:
+    """Raise OutputFolderError where no model may be written into the folder."""
+    here = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not is_temporary(path.name))
+    for name, kind in _OTHERS.items():
+        if name in here:
+            raise OutputFolderError(
+                f"{folder}: holds {kind} ({name}); name another folder, a model needs one of its own"
+            )
+    for name in here:
+        if not _is_own_or_other(folder / name):
+            raise OutputFolderError(
+                f"{folder / name}: has the name of a model's file or folder and is none of a training; "
+                "name another folder, a model needs one of its own"
+            )
+    if UNFINISHED in here and not (folder / UNFINISHED / HISTORY).exists():
+        # That training was killed before the end of an epoch, so nothing is lost.
+        here.remove(UNFINISHED)
+    if here and not overwrite:
+        raise OutputFolderError(_refusal(folder, here))
+
+
+def _refusal(folder: Path, here: list[str]) -> str:
+    if CONFIG in here:
+        return f"{folder}: holds a finished model; replace it (--overwrite) or name another folder"
+    unfinished = [name for name in (UNFINISHED, CHECKPOINTS, HISTORY) if name in here]
+    if unfinished:
+        return (
+            f"{folder}: holds an unfinished training ({', '.join(unfinished)}); "
+            "replace it (--overwrite) or name another folder"
+        )
+    return (
+        f"{folder}: holds other files, such as {here[0]!r}; a model needs a folder of its own "
+        "(--overwrite writes beside them)"
+    )
+
+
+def _is_own_or_other(path: Path) -> bool:
+    """False for a file or folder that has a name of a training's and another content."""
+    if path.name in (CONFIG, HISTORY):
+        return _holds_object(path, "weights" if path.name == CONFIG else "epoch")
+    if path.name == CHECKPOINTS:
+        return path.is_dir() and {child.name for child in path.iterdir()} <= {"loss", "accuracy"}
+    if path.name == UNFINISHED:
+        names = {child.name for child in path.iterdir()} if path.is_dir() else {""}
+        return not names or any(name in (CONFIG, HISTORY, CHECKPOINTS, INVENTORY) for name in names)
+    return True
+
+
+def _holds_object(path: Path, key: str) -> bool:
+    """Whether a JSON file, or the first line of one of JSON lines, is an object with this key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and key in document
+
+
+def _begin(work: Path) -> None:
+    """Make the inner folder anew, and write into it, so that a full disk is found before volumes are read."""
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir()
+    probe = work / INVENTORY
+    try:
+        write_bytes(probe, bytes(_PROBE_BYTES))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, f"no room for a model: {error.strerror}", str(work.parent)) from error
+        raise
+    probe.unlink()
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Move the files of a finished training to their places.
+
+    Nothing is written, so that a disk that is full by now does no harm; ``config.json`` is replaced last, and
+    names the weights that belong to it.
+    """
+    names = sorted(os.listdir(work), key=lambda name: name == CONFIG)
+    for name in {CHECKPOINTS, HISTORY, INVENTORY}.difference(names):
+        _remove(folder / name)
+    for name in names:
+        if (work / name).is_dir():
+            _remove(folder / name)
+        os.replace(work / name, folder / name)
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in names:
+            path.unlink()
+    work.rmdir()
+    sync_folder(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
