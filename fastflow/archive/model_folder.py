@@ -63,8 +63,8 @@ def model_folder(folder: str | PathLike[str], overwrite: bool = False, lock: boo
     try:
         with locked(path, lock):
             _check(path, overwrite)
-            _begin(work)
             try:
+                _begin(work)
                 yield work
                 _publish(work, path)
             finally:

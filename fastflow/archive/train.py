@@ -120,11 +120,11 @@ def train_on_archive(
     names = chosen.class_names
     flow = FlowConfig.preset(preset, len(names), **{"class_names": names, **(flow_changes or {})})
     size = (flow.input_shape[1], flow.input_shape[2])
-    # The settings are tried out before anything is made or read.
+    # Settings are tried out before files are read.
     Preprocess(size, slices)
-    torch.manual_seed(config.seed)
-    model = MagicFlow(flow, application_mask)
     with model_folder(folder, overwrite, lock) as work:
+        torch.manual_seed(config.seed)
+        model = MagicFlow(flow, application_mask)
         preprocess = preprocess_like(chosen.splits[TRAIN], size, slices, workers)
         sets, usable = load_chosen(chosen, preprocess, workers, reading)
         if counted is not None:

@@ -17,6 +17,8 @@ from fastflow.errors import ManifestError
 
 # For fewer files than this, starting processes takes longer than reading headers.
 MIN_FILES_FOR_POOL = 256
+# One process is given so many files at once.
+_FILES_PER_TASK = 16
 # So many grids of one shape are told apart, and so many are shown.
 MAX_GROUPS = 8
 # So many spacings of one shape, the most frequent, are tried as the centre of a group.
@@ -75,7 +77,7 @@ def read_grids(paths: Sequence[str], workers: int = 1) -> Iterator[Grid | None]:
         return
     # Processes are spawned, as a fork would copy a torch that is running threads.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(read_grid, paths, chunksize=MIN_FILES_FOR_POOL // 16)
+        yield from pool.map(read_grid, paths, chunksize=_FILES_PER_TASK)
 
 
 def majority_grid(paths: Iterable[str], workers: int = 1) -> Grid | None:

@@ -118,6 +118,18 @@ def test_without_validation_the_last_epoch_stays(tmp_path):
     assert MagicFlow.load(tmp_path).initialized
 
 
+def test_one_class_is_chosen_by_its_loss(tmp_path):
+    torch.manual_seed(0)
+    model = MagicFlow(FlowConfig.tiny(1, class_names=("dark",), **LAYOUT))
+    data, val = make_set(8, names=("dark",)), make_set(4, seed=1, names=("dark",))
+    history = train(model, data, val, config(objective="hybrid", epochs=2), tmp_path)
+    assert all("val_accuracy" not in record for record in history)
+    losses = [record["val_bits_per_dim"] for record in history]
+    assert model.metadata["training"]["kept_epoch"] == 1 + losses.index(min(losses))
+    assert model.metadata["training"]["select"] == "loss"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["loss"]
+
+
 def test_an_earlier_run_in_the_folder_leaves_nothing_behind(tmp_path):
     once = config(epochs=1, batch_size=24, seed=4)
     train(new_model(), make_set(), make_set(4, seed=1), config(epochs=1, batch_size=24), tmp_path)
