@@ -21,6 +21,8 @@ from fastflow.data.slices import SliceSet, load_slices
 from fastflow.errors import ManifestError, VolumeError
 
 TRAIN, VAL, TEST = "train", "val", "test"
+# The files of splits that are not named one by one have this reason.
+OTHER = "other splits"
 # A class with fewer training files than this gets a warning.
 FEW_FILES = 5
 # So many splits that nothing uses are named, and so many classes of a message.
@@ -34,10 +36,12 @@ class Chosen:
     Attributes:
         splits: records by split, ``"train"`` and ``"val"``; those of ``"val"`` may be none.
         inventory: what was found, and why the rest is not chosen.
+        warnings: of the listing.
     """
 
     splits: Mapping[str, Sequence[Record]]
     inventory: Inventory
+    warnings: tuple[str, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -61,26 +65,33 @@ def choose(files: Listing | Sequence[Record]) -> Chosen:
     named = {name for name, _ in others.most_common(MAX_NAMED)}
     for record in listing.records:
         if record.split is None:
-            inventory.drop("no_split", record.path, "training uses the splits train and val")
+            inventory.drop("no_split", record.path)
         elif record.split not in splits:
-            hint = None if record.split == TEST else "training uses the splits train and val"
-            reason = f"split {record.split!r}" if record.split in named else "other splits"
-            inventory.drop(reason, record.path, hint)
+            inventory.drop(f"split {record.split!r}" if record.split in named else OTHER, record.path)
         elif record.label is None:
-            inventory.drop("no_label", record.path, "a class name is needed, also where there is one class")
+            inventory.drop("no_label", record.path)
         else:
             splits[record.split].append(record)
+    # The listing may know better what to do.
+    inventory.hints = _hints(inventory) | inventory.hints
     _check_chosen(listing.records, splits, inventory)
-    return Chosen(splits, inventory)
+    return Chosen(splits, inventory, listing.warnings)
+
+
+def _hints(inventory: Inventory) -> dict[str, str]:
+    others = [reason for reason in inventory.left_out if reason.startswith("split ")]
+    hints = dict.fromkeys(["no_split", OTHER, *others], "training uses the splits train and val")
+    return hints | {"no_label": "a class name is needed"}
 
 
 def _check_chosen(
     records: Sequence[Record], splits: Mapping[str, Sequence[Record]], inventory: Inventory
 ) -> None:
     if not splits[TRAIN]:
+        hint = f" (no_label: {inventory.hints['no_label']})" if inventory.left_out["no_label"] else ""
         raise ManifestError(
             "no labelled entry has the split 'train'; `fastflow index` assigns splits, and a model of one "
-            f"class needs its name as a label too. {inventory.line()}"
+            f"class needs its name as a label too. {inventory.line()}{hint}"
         )
     validation = [record for record in records if record.split == VAL]
     if validation and not splits[VAL]:
@@ -126,12 +137,14 @@ class UsableFiles:
         splits: counts by split and class; without ``"val"`` where no file has that split.
         grid: that volumes must have; None where only PNG files were found.
         errors: of all files that cannot be used.
+        listed: the warnings of the listing.
     """
 
     inventory: Inventory
     splits: Mapping[str, Mapping[str, ClassCount]]
     grid: Grid | None
     errors: tuple[VolumeError, ...]
+    listed: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """What was found, the grid, and for each split ``train: 20 of 21 files can be used (A 9, B 11)``."""
@@ -139,7 +152,7 @@ class UsableFiles:
         return [self.inventory.line(), *grid, *(_line(name, split) for name, split in self.splits.items())]
 
     def warnings(self) -> list[str]:
-        """Doubts: what was left out by reason, and classes with few files or with none for validation.
+        """Doubts: the listing's, what was left out by reason, classes with few files or not validated.
 
         Files that cannot be read are no part of it, since each of them has an error, and neither is a test
         split, which a training leaves alone.
@@ -147,7 +160,7 @@ class UsableFiles:
         codes = {error.code for error in self.errors} | {f"split {TEST!r}"}
         inventory = copy.deepcopy(self.inventory)
         inventory.left_out = Counter({k: n for k, n in inventory.left_out.items() if k not in codes})
-        lines = [f"left out: {line}" for line in inventory.details()]
+        lines = [*self.listed, *(f"left out: {line}" for line in inventory.details())]
         for name, count in self.splits[TRAIN].items():
             if 0 < count.used < FEW_FILES:
                 files = "file" if count.used == 1 else "files"
@@ -248,7 +261,7 @@ def load_chosen(
         if preprocess.grid is None or preprocess.spacing is None
         else Grid(preprocess.grid, preprocess.spacing)
     )
-    return sets, UsableFiles(inventory, counts, grid, tuple(errors))
+    return sets, UsableFiles(inventory, counts, grid, tuple(errors), chosen.warnings)
 
 
 def _count_classes(

@@ -49,8 +49,19 @@ def test_everything_is_counted_by_reason() -> None:
         "10 files found: 5 used, 5 left out "
         "(.dcm 1, no_label 1, no_split 1, split 'holdout' 1, split 'test' 1)"
     )
+    assert "no_label 1 (a class name is needed): n.nii" in (chosen.inventory.details())
     # The caller's own count is not touched.
     assert (listed.used, listed.found) == (9, 10)
+
+
+def test_words_of_the_listing_are_passed_on(scans: Path) -> None:
+    records = [*scans_of(scans, 5), record("n", None)]
+    listed = Inventory(used=len(records), hints={"no_label": "name the column"})
+    chosen = choose(Listing(records, listed, ("the classes 'a' and 'A' differ in case only",)))
+    assert load_chosen(chosen, GRID)[1].warnings() == [
+        "the classes 'a' and 'A' differ in case only",
+        "left out: no_label 1 (name the column): n.nii",
+    ]
 
 
 @given(
@@ -84,7 +95,7 @@ def test_splits_without_end_are_not_all_named() -> None:
     ("records", "message"),
     [
         ([record("a", split=None)], r"no labelled entry has the split 'train'.*left out \(no_split 1\)"),
-        ([record("a", None)], r"needs its name as a label too.*left out \(no_label 1\)"),
+        ([record("a", None)], r"needs its name as a label too.*left out \(no_label 1\) \(no_label: a class"),
         ([record("a"), record("v", "B", "val")], "label 'B' of v.nii occurs in the split 'val' only"),
         ([record("a"), record("v", None, "val")], "none of the 1 files of the split 'val' has a label"),
         (

@@ -18,6 +18,7 @@ from fastflow.export.verify import Parity, compare, verify
 from onnx import numpy_helper
 
 from fastflow import MagicFlow
+from fastflow.cli.export import describe
 from fastflow.errors import ExportError
 
 # A small model and its export.
@@ -252,3 +253,10 @@ def test_a_report_fails_by_any_of_its_limits():
     ):
         assert not dataclasses.replace(good, graphs={"score": {**good.graphs["score"], **errors}}).passed
     assert not dataclasses.replace(good, graphs={"sample": {"pixel_error": 0.01}}).passed
+
+
+def test_the_report_of_one_label_is_json_and_has_no_gap():
+    one = Parity(4, "given", 0.02, {"score": {"log_odds_error": 0.0}}, {}, float("inf"), "CPU", "1")
+    assert json.loads(json.dumps(one.to_dict(), allow_nan=False))["smallest_gap"] is None
+    assert "smallest gap" not in describe(one)
+    assert "smallest gap between two labels 2 nats" in describe(dataclasses.replace(one, smallest_gap=2.0))
