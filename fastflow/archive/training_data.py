@@ -165,8 +165,9 @@ class UsableFiles:
             if 0 < count.used < FEW_FILES:
                 files = "file" if count.used == 1 else "files"
                 lines.append(f"class {name!r} has {count.used} training {files}: expect little of it")
-        for name, count in self.splits.get(VAL, {}).items():
-            if count.found and not count.used:
+        validation = self.splits.get(VAL, {})
+        for name, count in validation.items():
+            if not count.used and any(other.used for other in validation.values()):
                 lines.append(f"class {name!r} is not validated: {_reasons(count.errors)} of the split 'val'")
         return lines
 

@@ -67,19 +67,22 @@ def test_a_finished_model_is_replaced_only_on_demand_and_only_by_a_finished_one(
     assert weights_of(folder) == "3"
 
 
+@pytest.mark.parametrize("moves", [0, 1, 2, 3])
 def test_a_stop_while_files_are_moved_leaves_the_earlier_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
     train_once(tmp_path, "1")
-    replace = os.replace
+    replace, done = os.replace, []
 
-    def stop_at_the_last(source: Path, target: Path) -> None:
-        if Path(target).name == "config.json":
-            raise OSError("stopped")
+    def stop_after_some(source: Path, target: Path) -> None:
+        if Path(source).parent.name == UNFINISHED and not Path(source).name.startswith("."):
+            done.append(target)
+            if len(done) > moves:
+                raise OSError("stopped")
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", stop_at_the_last)
+        patch.setattr(os, "replace", stop_after_some)
         with pytest.raises(OSError, match="stopped"):
             train_once(tmp_path, "2", overwrite=True)
     assert weights_of(tmp_path) == "1"
