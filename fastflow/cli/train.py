@@ -73,6 +73,9 @@ class TrainOptions:
         Path, typer.Argument(help="A .csv or .jsonl manifest with splits, or a folder of split/class/file.")
     ]
     out: Annotated[Path, typer.Option("--out", "-o", help="Model folder to write.")] = Path("model")
+    label: Annotated[
+        str | None, typer.Option(help="The column of the manifest that holds the class; label by default.")
+    ] = None
     preset: Annotated[Preset, typer.Option(help="Size of the model.")] = Preset.demo
     task: Annotated[Task, typer.Option(help="What the model is for.")] = Task.classification
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training slices.")] = None
@@ -165,7 +168,7 @@ def train(options: TrainOptions) -> None:
     changes |= {"dequantize": "uniform"} if options.dequantize else {}
     with progress_bar("reading volumes") as reading:
         trained = train_on_archive(
-            list_records(options.manifest),
+            list_records(options.manifest, options.label),
             options.out,
             options.preset.value,
             options.slices,
