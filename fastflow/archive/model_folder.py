@@ -51,12 +51,8 @@ def model_folder(folder: str | PathLike[str], overwrite: bool = False, lock: boo
         OSError: it cannot be written into.
     """
     path = Path(folder)
-    is_new = not path.exists()
-    if is_new:
-        path.mkdir(parents=True)
-    elif not path.is_dir():
-        raise OutputFolderError(f"{path}: must be a folder, it is a file")
-    elif not (path / LOCK).exists():
+    is_new = _make(path)
+    if not is_new and not (path / LOCK).exists():
         # No run is at work here, and a refusal leaves no file behind.
         _check(path, overwrite)
     work = path / UNFINISHED
@@ -66,16 +62,38 @@ def model_folder(folder: str | PathLike[str], overwrite: bool = False, lock: boo
             try:
                 _begin(work)
                 yield work
-                _publish(work, path)
-            finally:
-                if not (work / HISTORY).exists():
+            except BaseException:
+                if _is_worthless(work):
                     shutil.rmtree(work, ignore_errors=True)
-                is_new = is_new and not (work.exists() or (path / CONFIG).exists())
+                    if is_new:
+                        (path / LOCK).unlink(missing_ok=True)
+                raise
+            _publish(work, path)
     finally:
         if is_new:
-            (path / LOCK).unlink(missing_ok=True)
+            # Only an empty folder can be removed.
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _make(folder: Path) -> bool:
+    """Make a folder where it is missing. Returns whether it was.
+
+    Raises:
+        OutputFolderError: it is a file.
+    """
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise OutputFolderError(f"{folder}: must be a folder, it is a file") from None
+        return False
+    return True
+
+
+def _is_worthless(work: Path) -> bool:
+    """Whether an inner folder holds no epoch and no model."""
+    return not (work / HISTORY).exists() and not (work / CONFIG).exists()
 
 
 def _check(folder: Path, overwrite: bool) -> None:
@@ -92,7 +110,7 @@ def _check(folder: Path, overwrite: bool) -> None:
                 f"{folder / name}: has the name of a model's file or folder and is none of a training; "
                 "name another folder, a model needs one of its own"
             )
-    if UNFINISHED in here and not (folder / UNFINISHED / HISTORY).exists():
+    if UNFINISHED in here and _is_worthless(folder / UNFINISHED):
         # That training was killed before the end of an epoch, so nothing is lost.
         here.remove(UNFINISHED)
     if here and not overwrite:

@@ -86,6 +86,8 @@ def test_a_stop_while_files_are_moved_leaves_the_earlier_model(
         with pytest.raises(OSError, match="stopped"):
             train_once(tmp_path, "2", overwrite=True)
     assert weights_of(tmp_path) == "1"
+    # The finished one is not lost either.
+    assert (tmp_path / UNFINISHED / "config.json").exists()
     train_once(tmp_path, "3", overwrite=True)
     assert weights_of(tmp_path) == "3" and len(names(tmp_path)) == 4
 

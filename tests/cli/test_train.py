@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from fastflow.archive.locks import locked
 from fastflow.cli.main import app
 from fastflow.data.manifest import Record, index_folder, write_manifest
+from fastflow.errors import ManifestError
 
 
 def train(*arguments: object) -> Result:
@@ -82,3 +83,16 @@ def test_a_model_is_replaced_only_on_demand(records: list[Record], tmp_path: Pat
         replaced = train(tmp_path / "m.csv", "--out", model, "--seed", 1, "--overwrite", "--no-lock")
         assert replaced.exit_code == 0, replaced.output
     assert json.loads((model / "config.json").read_text())["metadata"]["training"]["seed"] == 1
+
+
+def test_the_column_of_the_class_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def list_nothing(source: Path, label: str | None) -> None:
+        asked.append((source, label))
+        raise ManifestError("nothing here")
+
+    monkeypatch.setattr("fastflow.data.listing.list_records", list_nothing)
+    result = train(tmp_path / "m.csv", "--label", "diagnosis", "--out", tmp_path / "model")
+    assert result.exit_code == 2 and "nothing here" in result.stderr
+    assert asked == [(tmp_path / "m.csv", "diagnosis")]
