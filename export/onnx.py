@@ -47,7 +47,7 @@ EXTERNAL_BYTES = 1024
 PAGE = 4096
 EXPORT = Kind("an earlier export", "an export needs a folder of its own")
 # These keys of `export.json` are about the folder, or long, and stay out of the metadata of the graphs.
-NOT_IN_GRAPHS = ("sha256", "graphs", "validation")
+NOT_IN_GRAPHS = ("sha256", "graphs", "validation", "images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +205,7 @@ def _describe(
         "scaling": {"scale": GREY_LEVEL, "offset": -1.0},
         "config": config.to_dict(),
         "validation": model.metadata.get("validation"),
+        "images": model.metadata.get("images"),
         "parity": None,
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class DecisionRule:
         combine: ``"sum"`` or ``"mean"`` of a volume's slices.
         validation: sorted log-likelihoods, nats a slice, of validation volumes under their predicted label;
             None where there are none.
+        accepted: lowest and highest log-likelihood, nats a slice, that is not flagged; those of `validation`
+            when None. It is a range for `validation` and means nothing without it.
 
     Raises:
         ValueError: `combine` is neither.
@@ -41,6 +43,7 @@ class DecisionRule:
     prior: ArrayLike | None = None
     combine: str = "sum"
     validation: Sequence[float] | None = None
+    accepted: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINE:
@@ -90,11 +93,35 @@ def decide(slice_log_probs: NDArray[np.float64], rule: DecisionRule) -> Decision
     best = int(probabilities.argmax())
     slice_log_prob = float(slice_log_probs[:, best].mean())
     p_value = None if rule.validation is None else typicality(slice_log_prob, rule.validation)
-    flags = []
-    if p_value is not None and p_value < ATYPICAL:
-        flags.append(("atypical", f"typicality p-value {p_value:.2g}"))
     odds = _lead_of_the_best(logits)
-    return Decision(best, log_probs, probabilities, odds, slice_log_prob, p_value, tuple(flags))
+    flags = _doubts(slice_log_prob, p_value, rule)
+    return Decision(best, log_probs, probabilities, odds, slice_log_prob, p_value, flags)
+
+
+def _doubts(log_prob: float, p_value: float | None, rule: DecisionRule) -> tuple[tuple[str, str], ...]:
+    """Few validation values have no small p-values, so that a value beyond all of them is told as well."""
+    if rule.validation is None or p_value is None:
+        return ()
+    if p_value < ATYPICAL:
+        return (("atypical", f"typicality p-value {p_value:.2g}"),)
+    lowest, highest = rule.validation[0], rule.validation[-1]
+    low, high = rule.accepted or (lowest, highest)
+    if low <= log_prob <= high:
+        return ()
+    side = "below" if log_prob < low else "above"
+    message = (
+        f"log-likelihood {log_prob:.6g} nats a slice, {side} all of the {len(rule.validation)} validation "
+        f"values ({lowest:.6g} to {highest:.6g})"
+    )
+    return (("atypical", message),)
+
+
+def accepted_range(validation: Mapping[str, Any]) -> tuple[float, float] | None:
+    """`DecisionRule.accepted` of what a model's metadata say of its validation; None where they do not."""
+    if validation.get("accepted") is None:
+        return None
+    low, high = validation["accepted"]
+    return float(low), float(high)
 
 
 def check_temperature(temperature: float) -> float:

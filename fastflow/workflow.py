@@ -24,7 +24,7 @@ from fastflow.archive.explain import explain_slice
 from fastflow.archive.results import read_results
 from fastflow.archive.sample import draw
 from fastflow.archive.summary import Summary
-from fastflow.archive.train import calibrate
+from fastflow.archive.train import calibrate, describe_images
 from fastflow.data.demo import SCANNERS, build_archive
 from fastflow.data.manifest import Record, class_names, write_manifest
 from fastflow.data.preprocess import Preprocess
@@ -123,6 +123,7 @@ def run_demo(
     model = MagicFlow(config)
     model.metadata["preprocess"] = preprocess.to_dict()
     model.metadata["data"] = PROVENANCE
+    describe_images(model, sets)
     watch = {name: sets[name] for name in TESTS}
 
     def epoch_done(record: EpochRecord) -> None:

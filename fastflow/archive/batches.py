@@ -49,6 +49,7 @@ class ScoredInput:
         flags: see `Decoded`.
         result: (n, K) nats of its slices, or why there are none.
         seconds: of reading and scoring.
+        measured: see `Decoded`.
     """
 
     item: Item
@@ -57,6 +58,7 @@ class ScoredInput:
     flags: tuple[tuple[str, str], ...]
     result: NDArray[np.float64] | VolumeError
     seconds: float
+    measured: NDArray[np.float64] | None = None
 
 
 # A runner reads and scores inputs, in order, batch by batch, and adds to the timings.
@@ -156,6 +158,7 @@ def _score(
             one.flags,
             one.result if isinstance(one.result, VolumeError) else scores[start : start + slots],
             one.seconds + (0.0 if isinstance(one.result, VolumeError) else share),
+            one.measured,
         )
         for start, (one, slots) in zip(starts, batch, strict=False)
     ]

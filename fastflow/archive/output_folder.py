@@ -29,8 +29,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """The settings that must be equal where a run goes on, as JSON values."""
     fields = dataclasses.asdict(settings)
-    # The model's hash covers the validation values.
-    del fields["validation"]
+    # The model's hash covers the validation values and the statistics of the training images.
+    del fields["validation"], fields["accepted"], fields["images"]
     return {
         "inputs": [os.path.abspath(source) for source in sources.sources],
         "split": sources.split,

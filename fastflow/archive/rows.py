@@ -13,7 +13,8 @@ from fastflow.archive.journal import Row
 from fastflow.archive.options import RunOptions
 from fastflow.archive.scorers import Export
 from fastflow.data.preprocess import GREY_LEVEL, Preprocess
-from fastflow.decision import ATYPICAL, NOT_FINITE, DecisionRule, check_prior, decide
+from fastflow.data.training_images import UNLIKE_TRAINING, TrainingImages, training_images
+from fastflow.decision import ATYPICAL, NOT_FINITE, DecisionRule, accepted_range, check_prior, decide
 from fastflow.errors import FastflowError, VolumeError
 
 if TYPE_CHECKING:
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
 
 STATUSES = ("ok", "flagged", "error")
 
-# Codes of rows beside those of `fastflow.data.volume`: errors first, then the flag.
+# Codes of rows beside those of `fastflow.data.volume`: errors first, then the flags.
 CODES = {
     "likelihood": NOT_FINITE,
     "worker": "the process that was reading the file died",
     "timeout": "the file could not be read in time",
-    "atypical": f"the typicality p-value is below {ATYPICAL}: "
-    "the image is unlike the model's validation data",
+    UNLIKE_TRAINING: "the image has other grey levels, grain, layout or share of negative voxels "
+    "than the images of training",
+    "atypical": "the likelihood is beyond that of every validation volume, "
+    f"or the typicality p-value is below {ATYPICAL}",
 }
+FLAGS = (UNLIKE_TRAINING, "atypical")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Settings:
         dims: D, elements of an image.
         validation: sorted log-likelihoods a slice of validation volumes under their predicted label, None
             where unknown.
+        images: statistics of the images of training, None where unknown.
+        accepted: see `DecisionRule`.
     """
 
     model_hash: str
@@ -57,11 +63,13 @@ class Settings:
     id_from: str
     dims: int
     validation: tuple[float, ...] | None
+    images: TrainingImages | None = None
+    accepted: tuple[float, float] | None = None
 
     @property
     def rule(self) -> DecisionRule:
         """How log-likelihoods become a decision."""
-        return DecisionRule(self.temperature, self.prior, self.combine, self.validation)
+        return DecisionRule(self.temperature, self.prior, self.combine, self.validation, self.accepted)
 
     @property
     def constant(self) -> dict[str, Any]:
@@ -85,7 +93,7 @@ def make_row(scored: ScoredInput, settings: Settings) -> Row:
         decision = decide(scored.result, settings.rule)
     except FloatingPointError as error:
         return row | _error("likelihood", str(error))
-    flags = (*scored.flags, *decision.flags)
+    flags = (*scored.flags, *unlike_training(scored, settings), *decision.flags)
     return row | {
         "status": "flagged" if flags else "ok",
         "error_code": ";".join(code for code, _ in flags) or None,
@@ -97,6 +105,13 @@ def make_row(scored: ScoredInput, settings: Settings) -> Row:
         "logp": decision.log_probs.tolist(),
         "posterior": decision.posterior.tolist(),
     }
+
+
+def unlike_training(scored: ScoredInput, settings: Settings) -> tuple[tuple[str, str], ...]:
+    """The flag of an image that is unlike those of training, as (code, message)."""
+    if settings.images is None:
+        return ()
+    return settings.images.flags(scored.measured, scored.item.path, settings.preprocess.slices)
 
 
 def _error(code: str, message: str) -> Row:
@@ -125,6 +140,18 @@ def preprocess_of(model: MagicFlow) -> Preprocess:
     return Preprocess.from_dict(model.metadata["preprocess"])
 
 
+def images_of(model: MagicFlow) -> TrainingImages | None:
+    """Statistics of the images that the model was trained on; None where it has none.
+
+    Raises:
+        FastflowError: they are of another format, or are damaged.
+    """
+    try:
+        return training_images(model.metadata)
+    except ValueError as error:
+        raise FastflowError(f"the model's metadata cannot be used: {error}") from error
+
+
 def settings_of_model(model: MagicFlow, folder: Path, options: RunOptions) -> Settings:
     """The settings of a run with a model.
 
@@ -134,7 +161,7 @@ def settings_of_model(model: MagicFlow, folder: Path, options: RunOptions) -> Se
         options: of the run.
 
     Raises:
-        FastflowError: the model does not know how images are prepared.
+        FastflowError: the model does not know how images are prepared, or its statistics cannot be used.
         ValueError: an option does not fit the model.
     """
     from fastflow.models.checkpoint import CONFIG
@@ -151,6 +178,8 @@ def settings_of_model(model: MagicFlow, folder: Path, options: RunOptions) -> Se
             options.id_from,
             model.config.num_dims,
             tuple(validation.get("log_prob") or ()),
+            images_of(model),
+            accepted_range(validation),
         ),
         validation.get("slices"),
         options,
@@ -175,6 +204,8 @@ def settings_of_export(export: Export, options: RunOptions) -> Settings:
             options.id_from,
             export.dims,
             export.validation or (),
+            export.images,
+            export.accepted,
         ),
         export.validation_slices,
         options,

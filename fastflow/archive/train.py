@@ -21,6 +21,7 @@ from fastflow.data.listing import Listing, list_records
 from fastflow.data.manifest import Record
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import SliceSet
+from fastflow.data.training_images import TrainingImages, widened
 from fastflow.errors import VolumeError
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
@@ -133,6 +134,7 @@ def train_on_archive(
         write_text(work / INVENTORY, json.dumps(usable.inventory.to_dict(), indent=1) + "\n")
         model.metadata["preprocess"] = preprocess.to_dict()
         model.metadata["training_data"] = usable.to_dict()
+        describe_images(model, sets)
         history = train(model, sets[TRAIN], sets.get(VAL), config, work, progress=progress, device=device)
         if VAL in sets:
             calibrate(model, sets[VAL])
@@ -158,6 +160,14 @@ def preprocess_like(
     return Preprocess(size, slices) if grid is None else Preprocess(size, slices, grid.spacing, grid.shape)
 
 
+def describe_images(model: MagicFlow, sets: Mapping[str, SliceSet]) -> None:
+    """Keep the statistics of the images of `train` and `val` in the model, which tell images unlike them."""
+    used = [sets[name] for name in ("train", "val") if name in sets]
+    images = TrainingImages.of_sets(used, model.metadata["preprocess"]["slices"])
+    if images is not None:
+        model.metadata["images"] = images.to_dict()
+
+
 def calibrate(model: MagicFlow, val_set: SliceSet) -> None:
     """Fit `model.temperature` on whole volumes, as `classify` scores them; of one class, it stays as it is.
 
@@ -171,4 +181,9 @@ def calibrate(model: MagicFlow, val_set: SliceSet) -> None:
     counts = np.bincount(val_set.volumes, minlength=len(val_set.paths))
     each = np.sort(log_probs.max(axis=1) / counts)
     slices = model.metadata.get("preprocess", {}).get("slices")
-    model.metadata["validation"] = {"slices": slices, "log_prob": [round(float(value), 3) for value in each]}
+    accepted = widened((float(each[0]), float(each[-1])), len(each))
+    model.metadata["validation"] = {
+        "slices": slices,
+        "log_prob": [round(float(value), 3) for value in each],
+        "accepted": [round(value, 3) for value in accepted],
+    }

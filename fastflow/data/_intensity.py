@@ -40,7 +40,7 @@ class Scaling:
 
 
 class Intensities:
-    """Finiteness, contrast and the upper percentile of a volume's intensities.
+    """Finiteness, contrast, the upper percentile and the share below 0 of a volume's intensities.
 
     Intensities follow stored values monotonically, rounding included, so that all is decided on stored
     values, and only few of them are ever scaled. For a negative slope, the order of the stored values is
@@ -52,7 +52,7 @@ class Intensities:
         dtype: of the stored values: integers or floats of up to 64 bits.
         count: voxels of the volume.
         scaling: from stored values to intensities.
-        ranked: whether contrast and percentile are wanted; finiteness always is.
+        ranked: whether contrast and percentile are wanted; the others always are.
 
     Attributes:
         non_finite: how many intensities are NaN or infinite.
@@ -67,7 +67,15 @@ class Intensities:
             self._watched = not np.isfinite(scaling.apply(ends)).all()
         self._least, self._greatest = np.float32(np.inf), np.float32(-np.inf)
         self._positive = 0
-        self._first_positive: Any = _first_positive(self._dtype, scaling) if ranked else None
+        self._count, self._negative = count, 0
+        self._first_positive: Any = (
+            _first(self._dtype, scaling, lambda value: value > _ROUNDS_TO_ZERO) if ranked else None
+        )
+        self._first_not_negative: Any = _first(self._dtype, scaling, lambda value: value >= -_ROUNDS_TO_ZERO)
+        # Most volumes hold integers that cannot be negative, or are not.
+        self._can_be_negative = bool(
+            scaling.apply(self._reverse(np.array([_ends(self._dtype)[0]], dtype=self._dtype)))[0] < 0
+        )
         # At most this many voxels lie at or above the percentile, even if all `count` voxels are positive.
         self._capacity = count - int((count - 1) * (PERCENTILE / 100)) + 1
         self._bar: Any = None
@@ -76,23 +84,36 @@ class Intensities:
 
     def add(self, chunk: NDArray[Any]) -> None:
         """Take in voxels of any shape, stored values in either byte order."""
-        if not self._watched and not self._ranked:
+        if not (self._watched or self._ranked or self._can_be_negative):
             return
         values = self._reverse(chunk.reshape(-1).astype(self._dtype, copy=False))
         with np.errstate(invalid="ignore"):
-            high = values.max()
+            low, high = values.min(), values.max()
             if self._watched or not self._least < self._greatest:
-                ends = self._scaling.apply(self._reverse(np.array([values.min(), high])))
+                ends = self._scaling.apply(self._reverse(np.array([low, high])))
                 if not np.isfinite(ends).all():
                     parts = np.array_split(values, max(1, values.size >> 16))
                     self.non_finite += sum(map(self._count_non_finite, parts))
                     return
                 self._least, self._greatest = min(self._least, ends[0]), max(self._greatest, ends[1])
+        if self._can_be_negative:
+            self._count_negative(values, low)
         if self._first_positive is not None:
             self._rank(values, high)
 
     def _count_non_finite(self, values: NDArray[Any]) -> int:
         return int((~np.isfinite(self._scaling.apply(self._reverse(values)))).sum())
+
+    def _count_negative(self, values: NDArray[Any], low: Any) -> None:
+        if self._first_not_negative is None:
+            self._negative += values.size
+        elif low < self._first_not_negative:
+            self._negative += int(np.count_nonzero(values < self._first_not_negative))
+
+    @property
+    def negative_share(self) -> float:
+        """The share of the volume's voxels whose intensity is below 0."""
+        return self._negative / self._count
 
     def top(self) -> float | None:
         """The percentile of the positive intensities.
@@ -144,8 +165,14 @@ class Intensities:
         self._largest = [merged]
 
 
-def _first_positive(dtype: np.dtype[Any], scaling: Scaling) -> Any:
-    """The stored value of the least positive intensity; None if no intensity is positive."""
+def _ends(dtype: np.dtype[Any]) -> tuple[Any, Any]:
+    """The least and the greatest finite value of a dtype."""
+    limits: Any = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+    return limits.min, limits.max
+
+
+def _first(dtype: np.dtype[Any], scaling: Scaling, wanted: Callable[[float], bool]) -> Any:
+    """The stored value of the least intensity that is wanted, as all greater ones are; None if none is."""
     decode: Callable[[int], float]
     if dtype.kind == "f":
         # The bits of floats, read as integers with the float's sign, are in the order of the floats.
@@ -159,14 +186,14 @@ def _first_positive(dtype: np.dtype[Any], scaling: Scaling) -> Any:
         first, last = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
         decode = int
 
-    def positive(key: int) -> bool:
+    def found(key: int) -> bool:
         stored = decode(key if scaling.slope > 0 else first + last - key)
-        return stored * scaling.slope + scaling.inter > _ROUNDS_TO_ZERO
+        return wanted(stored * scaling.slope + scaling.inter)
 
     low, high = first, last
-    if not positive(high):
+    if not found(high):
         return None
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if positive(middle) else (middle + 1, high)
+        low, high = (low, middle) if found(middle) else (middle + 1, high)
     return dtype.type(decode(low))

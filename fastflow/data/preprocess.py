@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastflow.data import statistics
 from fastflow.data._intensity import Intensities, Scaling
 from fastflow.data.volume import Volume
 from fastflow.errors import VolumeError
@@ -107,14 +108,19 @@ class Preprocess:
 
         Raises:
             VolumeError: the volume is on another grid, constant, not finite, or too small or too large for
-                the slices.
+                the slices, or a slice is blank.
         """
+        return self.take(volume)[0]
+
+    def take(self, volume: Volume) -> tuple[NDArray[np.uint8], float]:
+        """`(images, negative)`: the slices as a call gives them, and the share of voxels below 0."""
         indices = self.locate(volume.path, volume.data.shape, volume.spacing)
         intensities = self.intensities(volume.data.dtype, volume.data.size, Scaling())
         # Planes across the slowest axis of memory are contiguous chunks.
         for plane in np.moveaxis(volume.data, int(np.argmax(np.abs(volume.data.strides))), 0):
             intensities.add(plane)
-        return self.render(volume.path, coronal_slices(volume.data, indices), Scaling(), intensities)
+        planes = coronal_slices(volume.data, indices)
+        return self.render(volume.path, planes, Scaling(), intensities, indices), intensities.negative_share
 
     def locate(self, path: str, shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
         """Indices of the slices along the anterior axis of a canonical volume.
@@ -157,12 +163,25 @@ class Preprocess:
         return Intensities(dtype, count, scaling, ranked=self.scaling == "percentile")
 
     def render(
-        self, path: str, planes: NDArray[Any], scaling: Scaling, intensities: Intensities
+        self,
+        path: str,
+        planes: NDArray[Any],
+        scaling: Scaling,
+        intensities: Intensities,
+        indices: Sequence[int] | None = None,
     ) -> NDArray[np.uint8]:
         """8-bit images of (n, Z, X) stored values, (n, 1, H, W).
 
+        Args:
+            path: the volume's file, for messages.
+            planes: stored values.
+            scaling: turns them into intensities.
+            intensities: of all voxels of the volume.
+            indices: of the planes along the anterior axis, for messages.
+
         Raises:
-            VolumeError: a voxel of the volume is not finite, or the volume is constant; `path` names it.
+            VolumeError: a voxel of the volume is not finite, the volume is constant, or a slice is blank, see
+                `fastflow.data.statistics.blank_slice`.
         """
         if intensities.non_finite:
             raise VolumeError(path, "non_finite", f"{intensities.non_finite} voxels are NaN or infinite")
@@ -176,7 +195,28 @@ class Preprocess:
         # Images are converted one by one, as they are many where a whole volume is asked for.
         for image, plane in zip(images, planes, strict=True):
             image[...] = np.clip(np.rint(scaling.apply(plane).astype(np.float64) * factor), 0, 255)
+        check_not_blank(path, images, indices)
         return pad_evenly(images, self.size)[:, None]
+
+
+def check_not_blank(path: str, images: NDArray[np.uint8], indices: Sequence[int] | None = None) -> None:
+    """Raise where a slice shows nothing: any model would give it some label.
+
+    Args:
+        path: the file, for messages.
+        images: (n, H, W), without padding.
+        indices: of the slices along the anterior axis, for messages.
+
+    Raises:
+        VolumeError: a slice is blank, see `fastflow.data.statistics.blank_slice`.
+    """
+    blank = statistics.blank_slice(images)
+    if blank is None:
+        return
+    place, reason = blank
+    which = "the image" if indices is None else f"slice {indices[place]} along the anterior axis"
+    hint = "" if indices is None else "; look at the volume there, or take other slices"
+    raise VolumeError(path, "blank", f"{which} is blank: {reason}{hint}")
 
 
 def _is_positive(value: object, kind: type) -> bool:
@@ -230,6 +270,13 @@ def pad_evenly(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.u
     missing = _missing(images.shape[-2:], size)
     edges = [(0, 0)] * (images.ndim - 2) + [(n // 2, n - n // 2) for n in missing]
     return np.pad(images, edges)
+
+
+def without_padding(images: NDArray[np.uint8], content: tuple[int, int]) -> NDArray[np.uint8]:
+    """The views of (h, w) that `pad_evenly` has padded; its inverse."""
+    (height, width), shape = content, images.shape[-2:]
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    return images[..., top : top + height, left : left + width]
 
 
 def _missing(shape: Sequence[int], size: tuple[int, int]) -> list[int]:

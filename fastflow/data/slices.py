@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from fastflow.data._header import Flag, Header
 from fastflow.data.endings import is_image
-from fastflow.data.preprocess import Preprocess, pad_evenly
+from fastflow.data.preprocess import Preprocess, check_not_blank, pad_evenly, without_padding
 from fastflow.data.preprocess import coronal_slices as coronal_slices
+from fastflow.data.statistics import measure
 from fastflow.data.volume import check_file, open_scan
 from fastflow.errors import VolumeError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fastflow.data.manifest import Record
 
 Result = NDArray[np.uint8] | VolumeError
+Loaded = tuple[NDArray[np.uint8], NDArray[np.float64]] | VolumeError
 # One process of a pool is given at most so many files at once.
 MAX_FILES_PER_TASK = 16
 
@@ -38,6 +40,7 @@ class SliceSet:
         paths: V file names.
         subjects: V subject names.
         class_names: K names.
+        measured: (N, 75) what `fastflow.data.statistics.measure` says of each slice; None where unknown.
 
     Raises:
         ValueError: a shape or dtype does not fit, or an index lies out of range; the message names the field.
@@ -49,6 +52,7 @@ class SliceSet:
     paths: tuple[str, ...]
     subjects: tuple[str, ...]
     class_names: tuple[str, ...]
+    measured: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -56,6 +60,8 @@ class SliceSet:
             raise ValueError(
                 f"images must be (N, 1, H, W) uint8, got {self.images.shape} {self.images.dtype}"
             )
+        if self.measured is not None and len(self.measured) != n:
+            raise ValueError(f"measured must have {n} rows, got {len(self.measured)}")
         if self.labels.shape != (n,) or self.volumes.shape != (n,) or len(self.paths) != len(self.subjects):
             raise ValueError(f"labels and volumes must be ({n},), paths and subjects of one length")
         if self.labels.dtype != np.int64 or (n and self.labels.min() < -1):
@@ -100,6 +106,7 @@ class SliceSet:
             tuple(self.paths[v] for v in volumes),
             tuple(self.subjects[v] for v in volumes),
             self.class_names,
+            None if self.measured is None else self.measured[chosen],
         )
 
 
@@ -110,10 +117,21 @@ class LoadedImage:
     Attributes:
         images: (n, 1, H, W) uint8.
         flags: doubts about the file, whose codes are among `fastflow.data.volume.FLAG_CODES`.
+        content: (h, w) of the slices before they were padded; all of the image when None.
+        negative: share of the volume's voxels below 0; None for a PNG.
     """
 
     images: NDArray[np.uint8]
     flags: tuple[Flag, ...]
+    content: tuple[int, int] | None = None
+    negative: float | None = None
+
+    def measure(self) -> NDArray[np.float64]:
+        """(n, 75), see `fastflow.data.statistics.measure`."""
+        pixels = self.images[:, 0]
+        return measure(
+            pixels if self.content is None else without_padding(pixels, self.content), self.negative
+        )
 
 
 def read_image(path: str, preprocess: Preprocess) -> LoadedImage:
@@ -134,20 +152,24 @@ def read_image(path: str, preprocess: Preprocess) -> LoadedImage:
         VolumeError: the file cannot be used. Where the header alone says so, the voxels are not read.
     """
     if is_image(path):
-        return LoadedImage(_load_png(path, preprocess.size), ())
+        pixels = _load_png(path, preprocess.size)
+        check_not_blank(path, pixels[None])
+        height, width = pixels.shape
+        return LoadedImage(pad_evenly(pixels, preprocess.size)[None, None], (), (height, width))
     with open_scan(path) as scan:
         header = scan.header
         indices = preprocess.locate(path, header.canonical_shape, header.spacing)
+        width, _, height = header.canonical_shape
         if header.frames > 1:
-            return LoadedImage(preprocess(scan.volume()), header.flags)
+            images, negative = preprocess.take(scan.volume())
+            return LoadedImage(images, header.flags, (height, width), negative)
         slices = _StoredSlices(header, indices)
         intensities = preprocess.intensities(header.dtype, header.voxels, header.scaling)
         for chunk in scan.chunks:
             slices.take(chunk)
             intensities.add(chunk)
-        return LoadedImage(
-            preprocess.render(path, slices.canonical(), header.scaling, intensities), header.flags
-        )
+        images = preprocess.render(path, slices.canonical(), header.scaling, intensities, indices)
+        return LoadedImage(images, header.flags, (height, width), intensities.negative_share)
 
 
 class _StoredSlices:
@@ -192,6 +214,7 @@ def load_image(path: str, preprocess: Preprocess) -> NDArray[np.uint8]:
 
 
 def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The pixels of a PNG, (h, w), not larger than `size`."""
     check_file(path)
     try:
         # Volumes are read without Pillow, so that only PNG files need it.
@@ -225,12 +248,13 @@ def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
             "image",
             f"is of mode {mode}; 8-bit grey images are accepted, also as RGB with equal channels",
         )
-    return pad_evenly(pixels, size)[None, None]
+    return np.asarray(pixels)
 
 
-def _load_or_error(path: str, preprocess: Preprocess) -> Result:
+def _load_or_error(path: str, preprocess: Preprocess) -> Loaded:
     try:
-        return load_image(path, preprocess)
+        image = read_image(path, preprocess)
+        return image.images, image.measure()
     except VolumeError as error:
         # The copy has no traceback, which would hold the file's buffers for as long as the error is kept.
         return VolumeError(error.path, error.code, error.message)
@@ -247,6 +271,12 @@ def iterate_images(paths: Sequence[str], preprocess: Preprocess, workers: int = 
         preprocess: which slices, and how.
         workers: processes that read; 1 reads in this process.
     """
+    for result in iterate_measured(paths, preprocess, workers):
+        yield result if isinstance(result, VolumeError) else result[0]
+
+
+def iterate_measured(paths: Sequence[str], preprocess: Preprocess, workers: int = 1) -> Iterator[Loaded]:
+    """As `iterate_images`, with what `fastflow.data.statistics.measure` says of the slices."""
     load = partial(_load_or_error, preprocess=preprocess)
     if workers <= 1 or len(paths) <= 2 * workers:
         yield from map(load, paths)
@@ -287,13 +317,15 @@ def load_slices(
                 f"{record.path} has label {record.label!r}, which is none of {', '.join(class_names)}"
             )
     good: list[tuple[Record, NDArray[np.uint8]]] = []
+    measured: list[NDArray[np.float64]] = []
     errors: list[VolumeError] = []
-    results = iterate_images([record.path for record in records], preprocess, workers)
+    results = iterate_measured([record.path for record in records], preprocess, workers)
     for done, (record, result) in enumerate(zip(records, results, strict=True), start=1):
         if isinstance(result, VolumeError):
             errors.append(result)
         else:
-            good.append((record, result))
+            good.append((record, result[0]))
+            measured.append(result[1])
         if progress is not None:
             progress(done)
     counts = [len(images) for _, images in good]
@@ -307,5 +339,6 @@ def load_slices(
         tuple(record.path for record, _ in good),
         tuple(record.subject for record, _ in good),
         tuple(class_names),
+        np.concatenate(measured) if measured else None,
     )
     return slices, errors

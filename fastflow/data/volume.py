@@ -48,6 +48,7 @@ ERROR_CODES = {
     "crc": "the gzip stream is corrupt (checksum, length or deflate error)",
     "non_finite": "a voxel is NaN or infinite",
     "constant": "all voxels are equal: there is nothing to scale",
+    "blank": "a slice, or the PNG, shows nothing: nearly all of its pixels have one grey level",
     "grid_mismatch": "voxel size or shape is not that of the model's grid",
     "slice_range": "a requested slice lies outside the volume",
     "size": "the slice is larger than the model's image",

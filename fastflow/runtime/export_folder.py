@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastflow.data.preprocess import Preprocess
-from fastflow.decision import check_prior
+from fastflow.data.training_images import TrainingImages, training_images
+from fastflow.decision import accepted_range, check_prior
 from fastflow.errors import ExportError
 
 FORMAT = 1
@@ -43,6 +44,8 @@ class Export:
         validation_slices: the choice of slices that those values belong to.
         precision: ``"float32"`` or ``"mixed"``.
         model_hash: identifies the model that was exported.
+        images: statistics of the images of training, None where unknown.
+        accepted: lowest and highest log-likelihood that is not flagged, see `DecisionRule`.
     """
 
     folder: Path
@@ -57,6 +60,8 @@ class Export:
     validation_slices: str | None
     precision: str
     model_hash: str
+    images: TrainingImages | None = None
+    accepted: tuple[float, float] | None = None
 
     @property
     def path(self) -> Path:
@@ -178,6 +183,8 @@ def _parse(folder: Path, document: dict[str, Any]) -> Export:
         validation.get("slices"),
         str(document["precision"]),
         document["model_hash"],
+        training_images(document),
+        accepted_range(validation),
     )
 
 

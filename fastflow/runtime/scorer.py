@@ -240,11 +240,14 @@ class OnnxScorer:
         slice_log_probs = self.score(image.images)
         validation = self.export.comparable(preprocess.slices)
         try:
-            decision = decide(
-                slice_log_probs, DecisionRule(self.export.temperature, prior, validation=validation)
+            rule = DecisionRule(
+                self.export.temperature, prior, validation=validation, accepted=self.export.accepted
             )
+            decision = decide(slice_log_probs, rule)
         except FloatingPointError as error:
             raise VolumeError(name, "likelihood", str(error)) from None
+        own = self.export.images
+        unlike = () if own is None else own.flags(image.measure(), name, preprocess.slices)
         return Prediction(
             name,
             self.class_names[decision.label_index],
@@ -252,7 +255,7 @@ class OnnxScorer:
             decision.log_probs,
             decision.margin,
             decision.typicality,
-            (*((flag.code, flag.message) for flag in image.flags), *decision.flags),
+            (*((flag.code, flag.message) for flag in image.flags), *unlike, *decision.flags),
         )
 
     def prior_or_own(self, prior: ArrayLike | None) -> NDArray[np.float64]:

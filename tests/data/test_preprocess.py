@@ -151,10 +151,10 @@ def test_slices_are_taken_turned_and_padded() -> None:
 def test_percentile_is_of_the_whole_volumes_positive_voxels() -> None:
     data = np.zeros((20, 11, 20))
     data[:, 1, :] = np.linspace(1, 400, 400).reshape(20, 20)
-    data[:, 5, :] = 200.0
+    data[:10, 5, :] = 200.0
     top = np.percentile(data[data > 0], 99.9)
     image = Preprocess((20, 20))(volume(data))
-    assert set(np.unique(image)) == {round(200 / top * 255)}
+    assert set(np.unique(image)) == {0, round(200 / top * 255)}
     assert Preprocess((20, 20), "1")(volume(data)).max() == 255
 
 
@@ -167,8 +167,9 @@ def test_percentile_scaling_forgets_the_unit(factor: float) -> None:
 
 def test_negative_values_become_zero() -> None:
     data = ramp()
-    data[:, 4, :] = -5
-    assert Preprocess((8, 8))(volume(data)).max() == 0
+    data[:4, 4, :] = -5
+    image = Preprocess((8, 8))(volume(data))[0, 0]
+    assert (image == 0).sum() >= 4 * data.shape[2] and image.max() > 0
 
 
 def test_one_bright_voxel_does_not_darken_the_rest() -> None:
@@ -191,9 +192,10 @@ def test_any_finite_volume_gives_images_or_a_named_error(data: np.ndarray, scali
     else:
         assert images.shape == (3, 1, 8, 8) and images.dtype == np.uint8
         return
-    assert code == "constant"
-    assert scaling == "percentile"
-    assert data.max() <= 0 or data.min() == data.max()
+    assert code in ("constant", "blank")
+    if code == "constant":
+        assert scaling == "percentile"
+        assert data.max() <= 0 or data.min() == data.max()
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -3.0])

@@ -250,8 +250,9 @@ def test_files_that_cannot_be_used_are_volume_errors(
 def test_png_slices_need_pillow(scorer: OnnxScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    Image.fromarray(np.full((16, 16), 100, dtype=np.uint8)).save(tmp_path / "a.png")
-    want = expected(to_unit_range(np.full((1, *SHAPE), 100, dtype=np.uint8)))[0]
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    want = expected(to_unit_range(image[None, None]))[0]
     np.testing.assert_allclose(scorer.classify_volume(tmp_path / "a.png").log_probs, want, atol=1e-5)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(VolumeError, match="PNG image, which Pillow reads: pip install pillow"):
