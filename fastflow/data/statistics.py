@@ -107,6 +107,7 @@ def measure(pixels: NDArray[np.uint8], negative: float | None) -> Array:
     if min(rows, columns) < MIN_SIDE:
         return result
     greys = _histograms(pixels, 256)
+    lower, median, upper, bright = _quantiles(greys, (0.25, 0.5, 0.75, 0.9))
     edges = (pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1])
     fine = _diagonal_differences(pixels.astype(np.int16))
     evens = pixels[:, : rows // 2 * 2, : columns // 2 * 2]
@@ -117,11 +118,11 @@ def measure(pixels: NDArray[np.uint8], negative: float | None) -> Array:
         "black": greys[:, 0] / (rows * columns),
         "white": greys[:, 255] / (rows * columns),
         "border": np.median(np.concatenate(edges, axis=1), axis=1),
-        "lower_quartile": _quantile(greys, 0.25),
-        "median": _quantile(greys, 0.5),
-        "upper_quartile": _quantile(greys, 0.75),
-        "bright": _quantile(greys, 0.9),
-        "grain": _quantile(_histograms(fine, 1021), 0.5),
+        "lower_quartile": lower,
+        "median": median,
+        "upper_quartile": upper,
+        "bright": bright,
+        "grain": _quantiles(_histograms(fine, 1021), (0.5,))[0],
         "detail": fine.mean(axis=(1, 2)),
         # A sum of four pixels has four times their difference.
         "coarse_detail": coarse.mean(axis=(1, 2)) / 4.0,
@@ -138,14 +139,15 @@ def _histograms(values: NDArray[Any], levels: int) -> NDArray[np.int64]:
     return np.stack([np.bincount(image.reshape(-1), minlength=levels) for image in values])
 
 
-def _quantile(counts: NDArray[np.int64], share: float) -> Array:
-    """The value below which a share lies, (n,), as if the values of a level were spread evenly over it."""
-    reached = counts.cumsum(axis=1)
-    wanted = share * reached[:, -1:]
-    level = (reached < wanted).argmin(axis=1)[:, None]
-    inside = np.take_along_axis(counts, level, axis=1)
-    before = np.take_along_axis(reached, level, axis=1) - inside
-    return np.clip(level + (wanted - before) / inside - 0.5, 0.0, None)[:, 0]
+def _quantiles(counts: NDArray[np.int64], shares: tuple[float, ...]) -> Array:
+    """Values below which shares lie, (k, n), as if the values of a level were spread evenly over it."""
+    result = np.empty((len(shares), len(counts)))
+    for place, each in enumerate(counts):
+        reached = each.cumsum()
+        wanted = np.multiply(shares, reached[-1])
+        level = reached.searchsorted(wanted)
+        result[:, place] = level + 0.5 - (reached[level] - wanted) / each[level]
+    return result.clip(0.0)
 
 
 def _diagonal_differences(images: NDArray[np.int16]) -> NDArray[np.int16]:
