@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fastflow.decision import (
     NOT_FINITE,
     DecisionRule,
+    accepted_range,
     check_prior,
     decide,
     logits_of,
@@ -72,6 +73,41 @@ def test_rare_likelihoods_are_flagged() -> None:
         assert decision.typicality == typicality(value, validation)
         assert bool(decision.flags) == flagged
     assert decision.flags == (("atypical", "typicality p-value 0.002"),)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30), st.floats(-2e3, 2e3))
+def test_a_likelihood_beyond_all_of_few_validation_values_is_flagged(
+    values: list[float], value: float
+) -> None:
+    validation = sorted(values)
+    decision = decide(np.array([[value, -9e3]]), DecisionRule(validation=validation))
+    beyond = not validation[0] <= value <= validation[-1]
+    assert [code for code, _ in decision.flags] == (["atypical"] if beyond else [])
+    assert decision.typicality is not None and decision.typicality >= 2 / 31
+    # A model says how far beyond them is too far.
+    wide = DecisionRule(validation=validation, accepted=(-3e3, 3e3))
+    assert decide(np.array([[value, -9e3]]), wide).flags == ()
+
+
+def test_a_flag_names_the_likelihood_and_those_of_validation() -> None:
+    rule = DecisionRule(validation=[-3.0, -2.0, -1.5], accepted=(-4.0, -0.5))
+    for value, side in ((-4.5, "below"), (0.0, "above")):
+        ((code, message),) = decide(np.array([[value, -9.0]]), rule).flags
+        assert code == "atypical"
+        assert message == (
+            f"log-likelihood {value:.6g} nats a slice, {side} all of the 3 validation values (-3 to -1.5)"
+        )
+    assert decide(np.array([[-3.5, -9.0]]), rule).flags == ()
+    # Without values to compare with, a range means nothing.
+    assert decide(np.array([[0.0, -9.0]]), DecisionRule(accepted=(-4.0, -0.5))).flags == ()
+    # Many values have small p-values of their own.
+    many = DecisionRule(validation=np.linspace(-3.0, -1.0, 999).tolist(), accepted=(-9.0, 9.0))
+    assert [code for code, _ in decide(np.array([[0.0, -9.0]]), many).flags] == ["atypical"]
+
+
+def test_the_accepted_range_of_a_document() -> None:
+    assert accepted_range({}) is None and accepted_range({"accepted": None}) is None
+    assert accepted_range({"accepted": [-4, 1]}) == (-4.0, 1.0)
 
 
 def test_rules_that_do_not_fit_are_named() -> None:

@@ -10,6 +10,8 @@ from fastflow.archive.batches import ScoredInput
 from fastflow.archive.inputs import Item
 from fastflow.archive.rows import CODES, STATUSES, Settings, make_row
 from fastflow.data.preprocess import Preprocess
+from fastflow.data.statistics import measure
+from fastflow.data.training_images import TrainingImages
 from fastflow.decision import decide
 from fastflow.errors import VolumeError
 
@@ -45,6 +47,21 @@ def test_doubts_of_the_file_come_before_that_of_the_model() -> None:
     assert (row["status"], row["error_code"]) == ("flagged", "orientation_code;atypical")
     assert row["error_message"] == "unknown; typicality p-value 0.002"
     assert row["predicted"] == "old"
+
+
+def test_images_unlike_those_of_training_are_flagged_before_their_likelihood() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(100, 20, (20, 16, 16)).clip(0, 255).astype(np.uint8)
+    images = TrainingImages.of(measure(pixels, 0.0), np.arange(20), "center")
+    settings = dataclasses.replace(SETTINGS, images=images, validation=(-200.0, -100.0))
+    row = row_of(SLICES, settings, measured=measure(255 - pixels[:1] // 2, 0.5))
+    assert (row["status"], row["error_code"]) == ("flagged", "unlike_training;atypical")
+    assert "share of voxels below 0 50 % (training 0 %)" in str(row["error_message"])
+    wide = dataclasses.replace(settings, accepted=(-400.0, 0.0))
+    assert row_of(SLICES, wide, measured=measure(pixels[:1], 0.0))["status"] == "ok"
+    # An image that was not measured, and a model without statistics, have nothing to compare.
+    assert row_of(SLICES, wide)["status"] == "ok"
+    assert row_of(SLICES, measured=measure(255 - pixels[:1] // 2, 0.5))["status"] == "ok"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

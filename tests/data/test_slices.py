@@ -296,8 +296,10 @@ def test_streamed_percentile_is_that_of_the_whole_volume(
         # Other intercepts than 0 can make all voxels of the slices black, or all white.
         assert code == "constant" or (code == "blank" and scaling[1] != 0) or scaling[0] < 0
         return
-    np.testing.assert_array_equal(read_image(str(tmp_path / name), WIDE).images, expected)
+    loaded = read_image(str(tmp_path / name), WIDE)
+    np.testing.assert_array_equal(loaded.images, expected)
     values = read_volume(tmp_path / name).data.astype(np.float64)
+    assert loaded.negative == (values < 0).mean()
     top = np.percentile(values[values > 0], 99.9)
     plain = np.clip(np.rint(coronal_slices(values, [6, 7, 8]) * (255.0 / top)), 0, 255)
     assert np.abs(expected[:, 0, 1:14, 1:15] - plain).max() <= 1
