@@ -20,17 +20,19 @@ from fastflow import __version__
 from fastflow._files import write_text
 from fastflow.archive.classify import class_names as model_class_names
 from fastflow.archive.classify import classify, pick_device
+from fastflow.archive.distorted import Noticed, classify_distorted
 from fastflow.archive.explain import explain_slice
 from fastflow.archive.results import read_results
 from fastflow.archive.sample import draw
 from fastflow.archive.summary import Summary
 from fastflow.archive.train import calibrate, describe_images
 from fastflow.data.demo import SCANNERS, build_archive
+from fastflow.data.demo.distortions import DISTORTIONS, Distortion
 from fastflow.data.manifest import Record, class_names, write_manifest
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import SliceSet, load_slices
 from fastflow.evaluation.classification import HistogramBaseline, classification_metrics
-from fastflow.evaluation.report import PROVENANCE, TestSet, write_report
+from fastflow.evaluation.report import PROVENANCE, DistortedSet, TestSet, write_report
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.training.config import TrainConfig
@@ -67,12 +69,14 @@ class DemoResult:
         metrics: the content of ``metrics.json``.
         tests: results on each test set.
         summary: of the classification.
+        distorted: which distortions of held-out scans were noticed.
     """
 
     folder: Path
     metrics: dict[str, float]
     tests: tuple[TestSet, ...]
     summary: Summary
+    distorted: tuple[Noticed, ...] = ()
 
 
 def run_demo(
@@ -85,6 +89,7 @@ def run_demo(
     training: TrainConfig | None = None,
     notify: Notify | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
+    distortions: Sequence[Distortion] = DISTORTIONS,
 ) -> DemoResult:
     """Run the whole demo on simulated scanners on real anatomy.
 
@@ -98,6 +103,7 @@ def run_demo(
         training: how to train; `TrainConfig.demo` when None.
         notify: called with (stage, done, total) as work proceeds.
         on_epoch: called with each epoch's record.
+        distortions: done to one scan of each class in the first test set, to see which are noticed.
 
     Returns:
         The results; the same stand in the folder.
@@ -150,11 +156,29 @@ def run_demo(
     )
     (folder / "held_out.csv").unlink()
     tests = _evaluate(model, sets, summary)
-    metrics = _metrics(tests) | {"seconds": time.perf_counter() - start}
-    _write_report(folder / "report.html", model, sets, tests, history, _details(metrics, model, seed, device))
+    distorted = classify_distorted(
+        first_of_each_class(held_out, next(iter(TESTS))),
+        folder / "model",
+        workers,
+        device,
+        distortions,
+        lambda done, total: say("distortions", done, total),
+    )
+    metrics = _metrics(tests, distorted) | {"seconds": time.perf_counter() - start}
+    details = _details(metrics, model, seed, device)
+    _write_report(folder / "report.html", model, sets, tests, history, details, distorted)
     metrics["seconds"] = time.perf_counter() - start
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    return DemoResult(folder, metrics, tuple(tests.values()), summary)
+    return DemoResult(folder, metrics, tuple(tests.values()), summary, tuple(distorted))
+
+
+def first_of_each_class(records: Sequence[Record], split: str) -> list[str]:
+    """Paths of the first record of each class in a split."""
+    first: dict[str | None, str] = {}
+    for record in records:
+        if record.split == split:
+            first.setdefault(record.label, record.path)
+    return list(first.values())
 
 
 def _load_sets(
@@ -183,7 +207,8 @@ def _evaluate(model: MagicFlow, sets: Mapping[str, SliceSet], summary: Summary) 
     for name, (_, heading, note) in TESTS.items():
         data = sets[name]
         here = {os.path.relpath(path, Path(summary.out).parent) for path in data.paths}
-        mine = [row for row in rows if row["path"] in here and row["status"] != "error"]
+        all_rows = [row for row in rows if row["path"] in here]
+        mine = [row for row in all_rows if row["status"] != "error"]
         labels = np.array([names.index(row["label"]) for row in mine])
         predictions = np.array([names.index(row["predicted"]) for row in mine])
         tests[name] = TestSet(
@@ -192,11 +217,12 @@ def _evaluate(model: MagicFlow, sets: Mapping[str, SliceSet], summary: Summary) 
             classification_metrics(data.volume_labels, baseline.predict(data), len(names), names),
             evaluate_bits_per_dim(model, data.images, data.labels),
             note,
+            sum(row["status"] != "ok" for row in all_rows) / len(all_rows),
         )
     return tests
 
 
-def _metrics(tests: Mapping[str, TestSet]) -> dict[str, float]:
+def _metrics(tests: Mapping[str, TestSet], distorted: Sequence[Noticed]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, test in tests.items():
         prefix = TESTS[name][0]
@@ -206,8 +232,9 @@ def _metrics(tests: Mapping[str, TestSet]) -> dict[str, float]:
             f"{prefix}histogram_accuracy": test.histogram["accuracy"],
             f"{prefix}histogram_balanced_accuracy": test.histogram["balanced_accuracy"],
             f"{prefix}bits_per_dim": test.bits_per_dim,
+            f"{prefix}flagged": test.flagged or 0.0,
         }
-    return metrics
+    return metrics | {f"flagged_{one.name}": one.share for one in distorted}
 
 
 def _details(metrics: Mapping[str, float], model: MagicFlow, seed: int, device: str) -> dict[str, Any]:
@@ -239,6 +266,7 @@ def _write_report(
     tests: Mapping[str, TestSet],
     history: Sequence[EpochRecord],
     details: Mapping[str, Any],
+    distorted: Sequence[Noticed],
 ) -> None:
     classes, shown = model.config.num_classes, 3
     images, labels = middle_slices(sets["test"])
@@ -259,4 +287,13 @@ def _write_report(
         explanations,
         history,
         details,
+        distorted=[
+            DistortedSet(
+                f"{one.name.replace('_', ' ')}: {one.text}",
+                one.count,
+                one.share,
+                ", ".join(f"{code} {count}" for code, count in sorted(one.codes.items())),
+            )
+            for one in distorted
+        ],
     )

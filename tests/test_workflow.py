@@ -7,6 +7,7 @@ import pytest
 
 from fastflow import FlowConfig, MagicFlow
 from fastflow.archive.results import read_results
+from fastflow.data.demo.distortions import DISTORTIONS
 from fastflow.data.manifest import read_manifest
 from fastflow.training.trainer import TrainConfig
 from fastflow.workflow import run_demo
@@ -43,6 +44,7 @@ def demo(tmp_path_factory):
         training=TrainConfig.demo(epochs=2, ema=0.5),
         notify=lambda stage, done, total: stages.append((stage, done, total)),
         on_epoch=epochs.append,
+        distortions=DISTORTIONS[:2],
     )
     return out, result, stages, epochs
 
@@ -62,6 +64,22 @@ def test_the_folder_holds_what_was_promised(demo):
     keys = ("accuracy", "balanced_accuracy", "histogram_balanced_accuracy", "bits_per_dim")
     assert {f"{prefix}{key}" for prefix in ("", "unseen_head_") for key in keys} | {"seconds"} <= set(metrics)
     assert MagicFlow.load(out / "model").temperature > 0
+
+
+def test_distorted_copies_are_flagged_and_good_scans_are_counted(demo):
+    out, result, _, _ = demo
+    assert [one.name for one in result.distorted] == ["z_score", "offset"]
+    for one in result.distorted:
+        # A scan of each of seven scanners.
+        assert one.count == 7 and one.share == result.metrics[f"flagged_{one.name}"] == 1.0
+        assert one.codes["unlike_training"] == 7
+    rows = list(read_results(out / "results"))
+    for test, prefix in zip(result.tests, ("", "unseen_head_"), strict=True):
+        assert test.flagged == result.metrics[f"{prefix}flagged"]
+    flagged = result.tests[0].flagged * 7 + result.tests[1].flagged * 2
+    assert round(flagged) == sum(row["status"] != "ok" for row in rows)
+    page = (out / "report.html").read_text()
+    assert "Which distortions are noticed" in page and "offset: 1000 is added" in page
 
 
 def test_results_and_metrics_agree(demo):
@@ -90,7 +108,7 @@ def test_the_report_shows_its_numbers_and_pictures(demo):
 
 def test_progress_tells_every_stage_to_its_end(demo):
     _, _, stages, epochs = demo
-    for stage in ("archive", "reading", "training", "classification"):
+    for stage in ("archive", "reading", "training", "classification", "distortions"):
         told = [(done, total) for name, done, total in stages if name == stage]
         assert told and told[-1][0] == told[-1][1]
     assert [record["epoch"] for record in epochs] == [1, 2]

@@ -53,6 +53,12 @@ def demo(
         ]
         recall.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
     results.print(table, recall, sep="\n")
+    for test in result.tests:
+        if test.flagged is not None:
+            typer.echo(f"{test.name}: {test.flagged:.1%} of these good scans are flagged")
+    if result.distorted:
+        noticed = ", ".join(f"{one.name} {one.share:.0%}" for one in result.distorted)
+        typer.echo(f"distorted copies that are flagged: {noticed}")
     typer.echo(f"{result.metrics['seconds']:.0f} s; see {out / 'report.html'}")
     if result.summary.failed:
         raise typer.Exit(FAILED)

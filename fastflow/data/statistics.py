@@ -84,7 +84,9 @@ def blank_slice(pixels: NDArray[np.uint8]) -> tuple[int, str] | None:
         level = int(counts.argmax())
         others = int(counts.sum() - counts[max(0, level - BLANK_LEVELS) : level + BLANK_LEVELS + 1].sum())
         if others < least:
-            return place, f"only {others} of its {pixels[0].size} pixels differ from grey level {level}"
+            differ = "pixels differs" if others == 1 else "pixels differ"
+            reason = f"{others} of its {pixels[0].size} {differ} from grey level {level}"
+            return place, f"{reason} by more than {BLANK_LEVELS}"
     return None
 
 

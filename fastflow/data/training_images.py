@@ -50,7 +50,8 @@ class Range:
     accepted: tuple[float, float]
 
 
-@dataclasses.dataclass(frozen=True)
+# Arrays have no equality that is true or false, so statistics are compared by their documents.
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainingImages:
     """The statistics of the images that a model was trained and validated on.
 

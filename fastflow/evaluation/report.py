@@ -31,6 +31,7 @@ class TestSet:
         histogram: of the histogram baseline, from `classification_metrics`.
         bits_per_dim: mean under the true label.
         note: a sentence on what this set tests.
+        flagged: share of the volumes that were flagged or could not be used; None where it is not known.
     """
 
     __test__ = False
@@ -40,6 +41,24 @@ class TestSet:
     histogram: Mapping[str, Any]
     bits_per_dim: float
     note: str = ""
+    flagged: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DistortedSet:
+    """Copies of held-out volumes under one distortion.
+
+    Attributes:
+        text: what was done.
+        count: number of copies.
+        share: of the copies that were flagged or could not be used.
+        codes: how many have each code, in words.
+    """
+
+    text: str
+    count: int
+    share: float
+    codes: str
 
 
 def write_report(
@@ -52,6 +71,7 @@ def write_report(
     details: Mapping[str, Any],
     title: str = "MAGIC-Flow on simulated scanners",
     provenance: str = PROVENANCE,
+    distorted: Sequence[DistortedSet] = (),
 ) -> None:
     """Write the page atomically.
 
@@ -65,6 +85,7 @@ def write_report(
         details: seed, versions, seconds and configuration of the run; nested values are shown as JSON.
         title: of the page.
         provenance: the kind of data; stands beside every number.
+        distorted: which distortions of held-out volumes were noticed.
 
     Raises:
         ValueError: there is no test set, or their class names differ.
@@ -82,6 +103,7 @@ def write_report(
         title=title,
         provenance=provenance,
         tests=tests,
+        distorted=distorted,
         class_names=names,
         confusions=[_inline(figures.confusion_figure(test.metrics["confusion"], names)) for test in tests],
         samples=_inline(figures.samples_figure(real, generated, names)),

@@ -147,11 +147,11 @@ def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_blank_images_are_error_rows(blank: Path, model: Path, tmp_path: Path) -> None:
     rows = rows_of(blank, model, tmp_path / "rows")
-    assert {
-        name: (row["status"], row["error_code"], row["predicted"]) for name, row in rows.items()
-    } == dict.fromkeys(("black", "grey", "white", "one_pixel", "elsewhere"), ("error", "blank", ""))
+    assert set(rows) == {"black", "grey", "white", "one_pixel", "elsewhere"}
+    for row in rows.values():
+        assert (row["status"], row["error_code"], row["predicted"]) == ("error", "blank", "")
     assert "slice 3 along the anterior axis is blank" in rows["elsewhere"]["error_message"]
-    assert "the image is blank: only 1 of its 210 pixels" in rows["one_pixel"]["error_message"]
+    assert "the image is blank: 1 of its 210 pixels" in rows["one_pixel"]["error_message"]
 
 
 def test_blank_images_are_left_out_of_training(blank: Path, scans: Path, tmp_path: Path) -> None:

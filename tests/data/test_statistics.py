@@ -47,7 +47,7 @@ def test_a_blank_slice_is_named_by_its_place() -> None:
     assert blank_slice(np.stack([shown, shown])) is None
     assert blank_slice(np.stack([shown, dot, dot])) == (
         1,
-        "only 1 of its 100 pixels differ from grey level 0",
+        "1 of its 100 pixels differs from grey level 0 by more than 2",
     )
 
 
