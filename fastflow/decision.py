@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 # A p-value of typicality below this one is a flag.
 ATYPICAL = 0.01
+# The range of n validation values is widened by this over n of its width.
+MARGIN_OF_FEW = 5.0
 NOT_FINITE = "the model gives the image a log-likelihood that is not finite"
 COMBINE = ("sum", "mean")
 # Priors may be given as rounded decimals.
@@ -114,6 +116,20 @@ def _doubts(log_prob: float, p_value: float | None, rule: DecisionRule) -> tuple
         f"values ({lowest:.6g} to {highest:.6g})"
     )
     return (("atypical", message),)
+
+
+def range_around(validation: Sequence[float]) -> tuple[float, float]:
+    """The log-likelihoods that are not flagged beside few validation values: `DecisionRule.accepted`.
+
+    A new value lies beyond all of n others with probability ``2 / (n + 1)``. The range from the lowest to the
+    highest is therefore widened at each end by ``5 / n`` of its width: of normal values one to two in a
+    hundred then lie outside, from n = 8 to 200, from where on p-values tell.
+
+    Args:
+        validation: sorted, nats, at least one.
+    """
+    margin = MARGIN_OF_FEW / len(validation) * (validation[-1] - validation[0])
+    return validation[0] - margin, validation[-1] + margin
 
 
 def accepted_range(validation: Mapping[str, Any]) -> tuple[float, float] | None:

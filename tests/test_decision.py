@@ -16,6 +16,7 @@ from fastflow.decision import (
     logits_of,
     margin,
     posterior,
+    range_around,
     typicality,
 )
 
@@ -103,6 +104,22 @@ def test_a_flag_names_the_likelihood_and_those_of_validation() -> None:
     # Many values have small p-values of their own.
     many = DecisionRule(validation=np.linspace(-3.0, -1.0, 999).tolist(), accepted=(-9.0, 9.0))
     assert [code for code, _ in decide(np.array([[0.0, -9.0]]), many).flags] == ["atypical"]
+
+
+@pytest.mark.parametrize("count", [8, 20, 56, 150])
+def test_hardly_any_value_like_the_others_lies_outside_of_the_range_around_them(count: int) -> None:
+    rng = np.random.default_rng(0)
+    outside = []
+    for _ in range(200):
+        low, high = range_around(np.sort(rng.normal(size=count)).tolist())
+        new = rng.normal(size=100)
+        outside.append(np.mean((new < low) | (new > high)))
+    assert 0.002 < np.mean(outside) < 0.025
+
+
+def test_the_range_around_values_by_hand() -> None:
+    assert range_around([-3.0, -2.0, -1.5, -1.0]) == (-5.5, 1.5)
+    assert range_around([7.0]) == (7.0, 7.0)
 
 
 def test_the_accepted_range_of_a_document() -> None:

@@ -21,7 +21,8 @@ from fastflow.data.listing import Listing, list_records
 from fastflow.data.manifest import Record
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import SliceSet
-from fastflow.data.training_images import TrainingImages, widened
+from fastflow.data.training_images import TrainingImages
+from fastflow.decision import range_around
 from fastflow.errors import VolumeError
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
@@ -181,7 +182,7 @@ def calibrate(model: MagicFlow, val_set: SliceSet) -> None:
     counts = np.bincount(val_set.volumes, minlength=len(val_set.paths))
     each = np.sort(log_probs.max(axis=1) / counts)
     slices = model.metadata.get("preprocess", {}).get("slices")
-    accepted = widened((float(each[0]), float(each[-1])), len(each))
+    accepted = range_around(each.tolist())
     model.metadata["validation"] = {
         "slices": slices,
         "log_prob": [round(float(value), 3) for value in each],

@@ -121,7 +121,7 @@ def test_validation_values_come_with_the_range_that_is_accepted(model: Path) -> 
     validation = MagicFlow.load(model).metadata["validation"]
     values, (low, high) = validation["log_prob"], validation["accepted"]
     assert len(values) == 4
-    margin = (0.25 + 5 / 4) * (values[-1] - values[0])
+    margin = 5 / 4 * (values[-1] - values[0])
     assert (low, high) == pytest.approx((values[0] - margin, values[-1] + margin), abs=0.01)
 
 
