@@ -50,7 +50,7 @@ class Statistic:
 
 _SHARE, _LEVEL = (0.0, 1.0), (0.0, 255.0)
 STATISTICS = {
-    # Voxels of the whole volume that the scaling clips.
+    # The scaling makes these voxels of the whole volume black.
     "negative": Statistic("share of voxels below 0", 0.005, _SHARE, True),
     "black": Statistic("share of pixels at 0", 0.005, _SHARE, True),
     "white": Statistic("share of pixels at 255", 0.005, _SHARE, True),
