@@ -40,6 +40,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.add_(0.02 * torch.randn_like(parameter))
     model.initialize(torch.rand(8, 1, 16, 16) * 2 - 1)
     model.metadata["preprocess"] = PREPROCESS
+    # Any image is within these statistics.
+    layout_of_training = {"mean": [0.0] * 64, "patterns": []}
+    model.metadata["images"] = {
+        "format": 1,
+        "volumes": 8,
+        "slices": PREPROCESS["slices"],
+        "ranges": {},
+        "layout": layout_of_training,
+    }
     model.temperature = 5.0
     folder = tmp_path_factory.mktemp("model")
     model.eval().save(folder)

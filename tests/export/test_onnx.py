@@ -18,7 +18,7 @@ import pytest
 import torch
 from fastflow.export import onnx as exporter
 from fastflow.export.graphs import GRAPHS
-from fastflow.export.onnx import export_onnx
+from fastflow.export.onnx import NOT_IN_GRAPHS, export_onnx
 
 from fastflow import MagicFlow
 from fastflow._files import temporary_name
@@ -106,6 +106,7 @@ def test_the_folder_holds_what_its_document_lists(exported, model_folder):
     )
     assert document["config"] == config["config"]
     assert document["preprocess"] == config["metadata"]["preprocess"]
+    assert document["images"] == config["metadata"]["images"] != {}
     assert document["class_names"] == ["flat", "striped"]
     assert document["temperature"] == 5.0
     assert document["prior"] == [0.5, 0.5]
@@ -130,7 +131,7 @@ def test_a_graph_says_what_it_is(exported, name):
         "file": "weights.data",
         "sha256": document["sha256"]["weights.data"],
     }
-    for key in set(document) - {"sha256", "graphs", "validation"}:
+    for key in set(document) - set(NOT_IN_GRAPHS):
         value = document[key]
         assert (found[key] if isinstance(value, str) else json.loads(found[key])) == value
     assert found.keys().isdisjoint({"sha256", "graphs", "validation"})
