@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastflow.kernels.transforms import plain_values
 from fastflow.kernels.watching import check_values
 
 
@@ -85,7 +86,8 @@ def check_label_index(label_index: Tensor, batch: int, classes: int, x: Tensor) 
     """Raise ValueError unless `label_index` is (batch,) int64 from 0 to classes - 1, on the device of `x`.
 
     The values of a tensor are looked at once, however many ops take it, since on a CUDA device the look waits
-    for the device. Values are not looked at in graphs that are compiled, exported or captured.
+    for the device; those of a tensor made under `torch.inference_mode`, whose changes nobody counts, each
+    time. Values are not looked at in graphs that are compiled, exported or captured.
     """
     if tuple(label_index.shape) != (batch,) or label_index.dtype != torch.int64:
         raise ValueError(
@@ -94,12 +96,12 @@ def check_label_index(label_index: Tensor, batch: int, classes: int, x: Tensor) 
     check_device("label_index", label_index, x)
     if batch == 0 or _is_traced(label_index):
         return
-    check_values(_check_label_values, label_index, classes)
+    check_values(_check_label_values, plain_values(label_index), classes)
 
 
 def _check_label_values(label_index: Tensor, classes: int) -> None:
-    state = _label_state(label_index, classes)
-    if getattr(label_index, "_fastflow_checked", None) == state:
+    state = None if label_index.is_inference() else _label_state(label_index, classes)
+    if state is not None and getattr(label_index, "_fastflow_checked", None) == state:
         return
     if label_index.is_cuda and torch.cuda.is_current_stream_capturing():
         return
@@ -109,14 +111,29 @@ def _check_label_values(label_index: Tensor, classes: int) -> None:
             f"label_index must lie from 0 to {classes - 1}, the rows of the tables, "
             f"got {low if low < 0 else high}"
         )
-    label_index._fastflow_checked = state  # type: ignore[attr-defined]
+    if state is not None:
+        label_index._fastflow_checked = state  # type: ignore[attr-defined]
 
 
 def mark_label_index(label_index: Tensor, classes: int) -> Tensor:
-    """Declare that `label_index` (B,) lies from 0 to classes - 1: no op waits for a device to look, then."""
-    if not _is_traced(label_index):
-        label_index._fastflow_checked = _label_state(label_index, classes)  # type: ignore[attr-defined]
+    """`label_index` (B,), declared to lie from 0 to classes - 1: no op waits for a device to look, then.
+
+    A tensor made under `torch.inference_mode` may change without a trace, so that a copy of it is returned.
+    """
+    if _is_traced(label_index):
+        return label_index
+    label_index = counted(label_index)
+    values = plain_values(label_index)
+    values._fastflow_checked = _label_state(values, classes)  # type: ignore[attr-defined]
     return label_index
+
+
+def counted(x: Tensor) -> Tensor:
+    """`x`, or a copy where it was made under `torch.inference_mode`: writes to the result are counted."""
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -124,5 +141,4 @@ def _is_traced(x: Tensor) -> bool:
 
 
 def _label_state(label_index: Tensor, classes: int) -> tuple[int, int, int]:
-    version = 0 if label_index.is_inference() else label_index._version
-    return classes, label_index.data_ptr(), version
+    return classes, label_index.data_ptr(), label_index._version

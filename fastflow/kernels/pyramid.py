@@ -203,8 +203,10 @@ class AtrousPyramid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("atrous_pyramid")
-        x, *rest = ctx.saved_tensors[: ctx.count]
-        d_x, *d_weights = _pyramid_backward(grad, x, ctx.saved_tensors[ctx.count :], rest, ctx.dilations)
+        # A checkpoint hands saved tensors out once.
+        saved = ctx.saved_tensors
+        x, weights, kept = saved[0], saved[1 : ctx.count], saved[ctx.count :]
+        d_x, *d_weights = _pyramid_backward(grad, x, kept, weights, ctx.dilations)
         return d_x, None, *d_weights
 
 

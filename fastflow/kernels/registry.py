@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from fastflow.kernels import planning
+from fastflow.kernels.transforms import is_transformed
 from fastflow.kernels.triton.launch import has_triton, interpreted
 
 BACKENDS = ("auto", "triton", "reference")
@@ -111,8 +112,21 @@ def get_backend() -> str:
 
 
 def takes_reference() -> bool:
-    """Whether public functions run the differentiable reference instead of a registered op."""
-    return _backend == "reference" or torch.compiler.is_exporting()
+    """Whether public functions run the differentiable reference instead of a registered op.
+
+    Raises:
+        RuntimeError: they do not, and a transform of `torch.func` or forward-mode differentiation asks for
+            it.
+    """
+    if _backend == "reference" or torch.compiler.is_exporting():
+        return True
+    if is_transformed():
+        raise RuntimeError(
+            "transforms of torch.func (grad, vjp, jvp, vmap, ...) and forward-mode differentiation need the "
+            f"ops' definitions, and the backend is {_backend!r}; call "
+            "fastflow.kernels.set_backend('reference') first"
+        )
+    return False
 
 
 def explain(device: str) -> tuple[str, str]:
@@ -198,13 +212,17 @@ def is_recorded(*values: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
 
 
-def refuse_second_derivative(op: str) -> None:
+_WITH_MORE = "set_backend('reference') differentiates any number of times"
+
+
+def refuse_second_derivative(op: str, way_on: str = _WITH_MORE) -> None:
     """Raise RuntimeError in a backward pass that is itself recorded.
 
     torch's `once_differentiable` would leave terms out of a second derivative without a word.
+
+    Args:
+        op: to name.
+        way_on: what has more derivatives.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{op} has one derivative here (create_graph=True asks for more); "
-            "set_backend('reference') differentiates any number of times"
-        )
+        raise RuntimeError(f"{op} has one derivative here (create_graph=True asks for more); {way_on}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastflow.kernels.transforms import is_transformed
+
 
 def on_cpu(x: Tensor) -> bool:
     """Whether `x` takes the forms that are chosen for CPUs."""
@@ -12,8 +14,12 @@ def on_cpu(x: Tensor) -> bool:
 
 
 def eager_on_cpu(x: Tensor) -> bool:
-    """Whether ATen's code for CPUs runs on `x` at once, and not in a graph that is compiled or exported."""
-    return on_cpu(x) and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    """Whether ATen's code for CPUs runs on `x` at once, and not in a graph that is compiled or exported.
+
+    Transforms of `torch.func` take plain operations too.
+    """
+    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    return on_cpu(x) and not traced and not is_transformed()
 
 
 def contiguous_planes(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastflow.kernels.triton import launch as launching
 
@@ -196,7 +197,11 @@ def getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 def must_be_seen() -> bool:
-    """Whether somebody watches launches: `recording`, or hooks that Triton calls, as for its profiler."""
+    """Whether somebody watches launches: `recording`, hooks that Triton calls, or forward-mode
+    differentiation, which no type of a tensor shows.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     runtime = _triton_settings()
     try:
         return bool(launching._records or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
