@@ -7,15 +7,18 @@ runs once, under autograd and on the passive part, which is there bit for bit; i
 half, then passes the gradient on. Log-scales and shifts are therefore those that made this output, to the
 last bit; the stream drifts by a rounding or two per step.
 
-A backward pass costs one more evaluation of every conditioner. Normalisation over the batch cannot be
+A backward pass reads weights, masks and labels again: they are held against their versions in the forward
+pass, as autograd does with what it saves, and training mode and autocast are put back to what they were.
+It costs one more evaluation of every conditioner. Normalisation over the batch cannot be
 replayed (its statistics would be updated twice) and is refused by `FlowConfig`. Sources: RevNet (Gomez et
 al., 2017), section 3; i-RevNet and Glow for invertible layers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from fastflow.kernels.registry import refuse_second_derivative
 from fastflow.models.conditioners.label_params import LabelParams, masked_input
 from fastflow.models.coupling import AffineCoupling, HalfCoupling, Seeds, draw_seeds
 from fastflow.models.step import FlowStep, Walk, condition_step, walk_forward
+from fastflow.models.versions import TensorVersions
 
 Gradients = dict[Tensor, Tensor]
 
@@ -55,7 +59,7 @@ def encode(steps: Sequence[FlowStep], x: Tensor, labels: Tensor, label_index: Te
     tapes = {
         i: tape
         for first, last in scales([step.split for step in steps])
-        for tape in [Tape(steps, labels, label_index, last, autocast)]
+        for tape in [Tape(steps, labels, label_index, last, autocast, steps[first].coupling.training)]
         for i in range(first, last)
     }
 
@@ -78,6 +82,7 @@ class Tape:
         label_index: (B,) of the samples.
         last: end of the range of steps.
         autocast: (whether it is on, its dtype), as it was in the forward pass.
+        training: whether the steps were in training mode.
         masked: forward, the next conditioner's input where a step has written it.
         stream: backward, the recovered output of the step that is inverted next.
     """
@@ -87,6 +92,7 @@ class Tape:
     label_index: Tensor
     last: int
     autocast: tuple[bool, torch.dtype]
+    training: bool
     masked: Tensor | None = None
     stream: Tensor | None = None
 
@@ -101,30 +107,63 @@ class ReversibleStep(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, tape: Tape, i: int, seeds: Seeds, parameters: list[Tensor], *_: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.tape, ctx.i, ctx.seeds, ctx.parameters = tape, i, seeds, parameters
+        ctx.tape, ctx.i, ctx.parameters = tape, i, parameters
         h, logdet, tape.masked = run_step(tape.steps, i, h, tape.masked, tape.labels, tape.label_index, seeds)
-        if i + 1 == tape.last:
-            ctx.save_for_backward(h)
+        anchor = h if i + 1 == tape.last else None
+        ctx.save_for_backward(anchor, tape.labels, tape.label_index, *seeds)
+        # They are taken after the step, as its first batch sets ActNorm.
+        ctx.versions = TensorVersions(tape.steps[i])
         return h, logdet
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_logdet: Tensor) -> tuple[Any, ...]:
-        refuse_second_derivative("a reversible model")
+        refuse_second_derivative(
+            "a reversible model",
+            "the same weights under reversible=False have any number by set_backend('reference')",
+        )
         tape: Tape = ctx.tape
         step = tape.steps[ctx.i]
-        if ctx.i + 1 == tape.last:
-            (tape.stream,) = ctx.saved_tensors
-        y, tape.stream = tape.stream, None
+        anchor, labels, label_index, *seeds = ctx.saved_tensors
+        _check_unchanged(ctx.i, ctx.versions)
+        y, tape.stream = tape.stream if anchor is None else anchor, None
         assert y is not None
         found: Gradients = {}
         enabled, dtype = tape.autocast
-        with torch.autocast(y.device.type, dtype=dtype, enabled=enabled):
-            labels, label_index = _labels_of(step, tape.labels, tape.label_index)
-            y, grad = _invert_couplings(step, y, grad, grad_logdet, labels, label_index, ctx.seeds, found)
+        with torch.autocast(y.device.type, dtype=dtype, enabled=enabled), _mode(step, tape.training):
+            labels, label_index = _labels_of(step, labels, label_index)
+            y, grad = _invert_couplings(step, y, grad, grad_logdet, labels, label_index, seeds, found)
             x, grad = _invert_mix(step, y, grad, grad_logdet, found)
         if ctx.i > 0 and not tape.steps[ctx.i - 1].split:
             tape.stream = x
         return grad, None, None, None, None, *(found.get(p) for p in ctx.parameters)
+
+
+def _check_unchanged(i: int, versions: TensorVersions) -> None:
+    """Raise RuntimeError where step i has other weights than in the forward pass.
+
+    The message has the words of autograd about a tensor that it saved.
+    """
+    change = versions.change()
+    if change is not None:
+        raise RuntimeError(
+            "one of the tensors needed for gradient computation has been modified: the backward pass of a "
+            f"reversible model computes its steps again, and step {i}'s {change} since the forward pass; "
+            "call backward before the optimizer's step or any other change of the weights"
+        )
+
+
+@contextlib.contextmanager
+def _mode(step: FlowStep, training: bool) -> Iterator[None]:
+    """A block in which the step's coupling is in training mode or not, as it was in the forward pass."""
+    before = step.coupling.training
+    if before == training:
+        yield
+        return
+    step.coupling.train(training)
+    try:
+        yield
+    finally:
+        step.coupling.train(before)
 
 
 def _labels_of(step: FlowStep, labels: Tensor, label_index: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +203,7 @@ def _invert_couplings(
     grad_logdet: Tensor,
     labels: Tensor,
     label_index: Tensor,
-    seeds: Seeds,
+    seeds: Sequence[Tensor | None],
     found: Gradients,
 ) -> tuple[Tensor, Tensor]:
     """The input of a step's coupling from its output y, and its gradient; others go to `found`."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from helpers import build, images, labels
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from fastflow import FlowConfig, kernels
 from fastflow.models.reversible import invert_half, run_step, scales
@@ -271,3 +274,144 @@ def test_the_reference_backend_is_reversible_too():
     finally:
         kernels.set_backend("auto")
     assert largest_error(got, want) < 1e-8
+
+
+# -- what changes between the passes -------------------------------------------------------------------------
+
+
+def optimize(optimizer):
+    def change(model, y):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer(model.parameters()).step()
+
+    return change
+
+
+def swap(model, y):
+    bias = model.steps[3].coupling.conditioners[0].conv2.bias
+    bias.data = bias.data + 1.0
+
+
+def replace(model, y):
+    model.steps[2].conv = copy.deepcopy(model.steps[2].conv)
+
+
+def scale_one(model, y):
+    with torch.no_grad():
+        model.steps[3].actnorm.bias[0].mul_(2.0)
+
+
+CHANGES = {
+    "an optimizer": (
+        optimize(torch.optim.SGD),
+        r"step \d's parameter .* is at version \d+, expected \d+ since",
+    ),
+    "a fused optimizer": (
+        optimize(lambda p: torch.optim.Adam(p, fused=True)),
+        r"is at version \d+, expected",
+    ),
+    "one weight": (scale_one, r"step 3's parameter actnorm.bias is at version (\d+), expected"),
+    "loaded weights": (lambda model, y: model.load_state_dict(model.state_dict()), "is at version"),
+    "swapped data": (swap, r"step 3's parameter coupling.conditioners.0.conv2.bias was moved or replaced"),
+    "a layer": (replace, "step 2's module conv was moved or replaced"),
+    "a mask": (lambda model, y: model.steps[1].coupling.mask.logical_not_(), "step 1's buffer coupling.mask"),
+    "labels": (lambda model, y: y.zero_(), "modified by an inplace operation"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_the_passes_is_named(change):
+    model = build(FlowConfig.tiny(3, reversible=True)).train()
+    x, y = images(model.config, 4), labels(model.config, 4)
+    loss = model.log_prob(x, y).sum()
+    make, words = CHANGES[change]
+    make(model, y)
+    with pytest.raises(RuntimeError, match=words):
+        loss.backward()
+
+
+def test_weights_that_a_call_put_in_are_not_there_in_the_backward_pass():
+    model = build(FlowConfig.tiny(3, reversible=True))
+    other = {name: 1.1 * value.detach() for name, value in model.named_parameters()}
+    x, y = images(model.config, 3), labels(model.config, 3)
+    _, logdet = functional_call(model, {k: v.requires_grad_() for k, v in other.items()}, (x, y))
+    with pytest.raises(RuntimeError, match="moved or replaced since the forward pass"):
+        logdet.sum().backward()
+
+
+def test_what_changes_no_weight_changes_no_gradient():
+    normal, reversible = both(FlowConfig.tiny(3, dropout=0.5), dtype=torch.float32)
+    x, y = images(normal.config, 4, dtype=torch.float32), labels(normal.config, 4)
+    found = []
+    for model in (normal, reversible):
+        losses = []
+        torch.manual_seed(2)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                losses.append(model.log_prob(x, y).sum())
+        # Evaluation and a frozen step come before both backward passes, which add up.
+        model.eval()
+        model.steps[0].requires_grad_(False)
+        for loss in losses:
+            loss.backward(retain_graph=True)
+            loss.backward()
+        model.requires_grad_(True)
+        assert not any(part.training for part in model.modules())
+        found.append([p.grad for p in model.parameters()])
+    want, got = found
+    norm = sum(float((g**2).sum()) for g in want if g is not None) ** 0.5
+    error = sum(float(((a - b) ** 2).sum()) for a, b in zip(got, want, strict=True) if a is not None) ** 0.5
+    assert error < 0.02 * norm
+    assert all(grad is None for grad in got[: len(list(reversible.steps[0].parameters()))])
+
+
+def test_training_mode_is_replayed_in_the_backward_pass():
+    """Under autocast, evaluation keeps features wide that training rounds."""
+    model = build(FlowConfig.tiny(3, dropout=0.5, reversible=True), dtype=torch.float32)
+    x, y = images(model.config, 4, dtype=torch.float32), labels(model.config, 4)
+    found = []
+    for mode in (True, False):
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.train().log_prob(x, y).sum()
+        model.train(mode).zero_grad()
+        loss.backward()
+        assert model.steps[0].coupling.training == mode
+        found.append([p.grad for p in model.parameters()])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_checkpoint_of_the_whole_model(task, reversible):
+    model = build(FlowConfig.tiny(3, task=task, reversible=reversible)).train()
+    x, y = images(model.config, 4), labels(model.config, 4)
+
+    def check(log_prob):
+        leaf = x.clone().requires_grad_()
+        model.zero_grad()
+        torch.manual_seed(3)
+        log_prob(leaf).sum().backward()
+        return [leaf.grad, *(p.grad for p in model.parameters())]
+
+    def on_the_host(leaf):
+        with torch.autograd.graph.save_on_cpu():
+            return model.log_prob(leaf, y)
+
+    want = check(lambda leaf: model.log_prob(leaf, y))
+    for way in (
+        lambda leaf: checkpoint(model.log_prob, leaf, y, use_reentrant=False),
+        lambda leaf: checkpoint(model.log_prob, leaf, y, use_reentrant=True),
+        on_the_host,
+    ):
+        got = check(way)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_labels_made_under_inference_mode_train():
+    model = build(FlowConfig.tiny(3, reversible=True)).train()
+    with torch.inference_mode():
+        few = torch.tensor([2, 0])
+    model.log_prob(images(model.config, 2), few).sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
