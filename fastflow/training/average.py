@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch.autograd.graph import increment_version
 
 from fastflow.models.magic_flow import MagicFlow
 
@@ -47,6 +48,8 @@ class WeightAverage:
         """The averaged model, with the buffers that the model has now."""
         for copied, buffer in zip(self._average.buffers(), self._source.buffers(), strict=True):
             copied.copy_(buffer)
+        # A captured step writes to the average without counting it.
+        increment_version(self._average.parameters())
         return self._average
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from fastflow.models.versions import TensorVersions
 
 WARM_UP_STEPS = 3
 
@@ -104,33 +106,44 @@ class CapturedFunction:
         self._function, self._model, self._falls_back = function, model, falls_back
         self._graph: StepGraph | None = graph
         self._warm_ups = 0
-        self._places: Places | None = None
+        self._versions: TensorVersions | None = None
 
     @property
     def captured(self) -> bool:
         """Whether the next call is a replay."""
-        return self._places is not None
+        return self._versions is not None
 
     def __call__(self) -> None:
         """Run the function, or replay it.
 
         Raises:
-            RuntimeError: a parameter was moved or replaced after the capture.
+            RuntimeError: a parameter or a buffer was moved or replaced after the capture.
         """
-        if self._graph is None:
+        graph = self._graph
+        if graph is None:
             self._function()
         elif self._warm_ups < WARM_UP_STEPS:
             self._warm_ups += 1
-            self._graph.warm_up(self._function)
-        elif self._places is not None:
-            self._places.check()
-            self._graph.replay()
-        elif self._capture(self._graph):
-            self._graph.replay()
+            graph.warm_up(self._function)
         else:
-            self._function()
+            if self._versions is None:
+                self._versions = self._capture(graph)
+            if self._versions is None:
+                self._function()
+            else:
+                self._replay(graph, self._versions)
 
-    def _capture(self, graph: StepGraph) -> bool:
+    def _replay(self, graph: StepGraph, versions: TensorVersions) -> None:
+        change = versions.moved()
+        if change is not None:
+            raise RuntimeError(
+                f"{change} after the training step was captured: make a new TrainingStep, which captures "
+                "again"
+            )
+        graph.replay()
+        versions.count_writes()
+
+    def _capture(self, graph: StepGraph) -> TensorVersions | None:
         try:
             graph.capture(self._function)
         except Exception as error:
@@ -142,38 +155,5 @@ class CapturedFunction:
                 f"training steps run eagerly, as their capture in a CUDA graph failed with {reason}",
                 stacklevel=4,
             )
-            return False
-        self._places = Places(self._model)
-        return True
-
-
-class Places:
-    """Where the parameters of a model lie, which a graph has learnt by heart.
-
-    Args:
-        model: its parameters, as they are now, are held against those of a later time.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        # The modules' own dictionaries show a parameter that was replaced, which a list of parameters hides,
-        # and reading them takes a tenth of the time of a walk through the modules.
-        self._entries: list[tuple[dict[str, Tensor | None], str, int, str]] = []
-        for prefix, module in model.named_modules():
-            entries: dict[str, Tensor | None] = vars(module)["_parameters"]
-            for name, value in entries.items():
-                if value is not None:
-                    self._entries.append((entries, name, value.data_ptr(), f"{prefix}.{name}"))
-
-    def check(self) -> None:
-        """Compare.
-
-        Raises:
-            RuntimeError: a parameter lies elsewhere; the message names the first.
-        """
-        for entries, name, address, full_name in self._entries:
-            value = entries.get(name)
-            if value is None or value.data_ptr() != address:
-                raise RuntimeError(
-                    f"parameter {full_name} was moved or replaced after the training step was captured: "
-                    "make a new TrainingStep, which captures again"
-                )
+            return None
+        return TensorVersions(self._model)

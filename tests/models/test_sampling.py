@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from changes import CHANGES
 from helpers import build, labels
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -221,18 +222,20 @@ def test_arguments_are_checked():
         sampler.inverse(torch.zeros(3, 256), y)
 
 
-def test_a_sampler_outlives_no_change_of_parameters():
-    y = torch.tensor([0, 1])
-    for change in (
-        lambda model: model.double(),
-        lambda model: model.steps[0].conv.set_weight(2 * torch.eye(1), torch.float32),
-    ):
-        model = small()
-        sampler = Sampler(model)
-        sampler(y)
-        change(model)
-        with pytest.raises(RuntimeError, match=r"moved or replaced .* make a new Sampler"):
-            sampler(y)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_sampler_outlives_no_change_of_its_model(change):
+    model, y = small(), torch.tensor([0, 1])
+    sampler = Sampler(model)
+    copied = copy.deepcopy(sampler)
+    want = sampler(y, 1.0, seeded())
+    make, words = CHANGES[change]
+    make(model)
+    for call in (lambda: sampler(y), lambda: sampler.inverse(torch.zeros(2, 256), y)):
+        with pytest.raises(RuntimeError, match=rf"{words}.* new Sampler"):
+            call()
+    assert torch.equal(copied(y, 1.0, seeded()), want)
+    with pytest.raises(RuntimeError, match=words):
+        copy.deepcopy(sampler)(y)
 
 
 def test_a_sampler_of_weights_follows_their_changes(monkeypatch):
@@ -248,12 +251,15 @@ def test_a_sampler_of_weights_follows_their_changes(monkeypatch):
     first = samplers.get(model)
     second = samplers.get(model)
     assert samplers.get(model) is second is not first and engines == ["eager", "auto"]
+    before = second(y, 0.8, seeded())
     with torch.no_grad():
         model.steps[0].actnorm.bias.add_(1.0)
     changed = samplers.get(model)
     assert changed is not second and engines == ["eager", "auto", "eager"]
-    assert torch.equal(changed(y, 0.8, seeded()), model.sample(y, 0.8, seeded()))
-    assert not torch.equal(changed(y, 0.8, seeded()), second(y, 0.8, seeded()))
+    after = changed(y, 0.8, seeded())
+    assert torch.equal(after, model.sample(y, 0.8, seeded())) and not torch.equal(after, before)
+    with pytest.raises(RuntimeError, match="make a new Sampler"):
+        second(y)
 
 
 def test_copies_of_a_model_take_no_captured_passes_along():

@@ -1,10 +1,12 @@
 """The batched scorer and what turns its output into decisions."""
 
+import copy
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from changes import CHANGES
 from helpers import build, images
 
 from fastflow import FlowConfig, MagicFlow
@@ -388,6 +390,49 @@ def test_gradients_flow_through_all_labels():
     model.zero_grad()
     model.log_prob(x, torch.tensor([1, 1])).sum().backward()
     assert torch.allclose(one, model.steps[0].coupling.conditioners[0].conv1.bias.grad, rtol=1e-9)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_scorer_outlives_no_change_of_its_model(change):
+    model = build(layout("tiny"), dtype=torch.float32)
+    x = images(model.config, 2, dtype=torch.float32)
+    scorer = LabelScorer(model)
+    copied, want = copy.deepcopy(scorer), scorer(x)
+    make, words = CHANGES[change]
+    make(model)
+    for call in (scorer, scorer.score):
+        with pytest.raises(RuntimeError, match=rf"{words}.* new LabelScorer"):
+            call(x)
+    with pytest.raises(RuntimeError, match=words):
+        scoring.score_slices(scorer, np.zeros((1, 1, 16, 16), np.uint8))
+    assert torch.equal(copied(x), want)
+    with pytest.raises(RuntimeError, match=words):
+        copy.deepcopy(scorer)(x)
+    assert LabelScorer(model.eval())(x.to(model.dtype)).isfinite().all()
+
+
+def test_folded_constants_outlive_no_change_either(uncompiled):
+    model = build(layout("batch norm"), dtype=torch.float32)
+    x = images(model.config, 2, dtype=torch.float32)
+    scorer = LabelScorer(model, engine="compile")
+    scorer(x)
+    next(value for name, value in model.named_buffers() if name.endswith("running_mean")).add_(1.0)
+    with pytest.raises(RuntimeError, match=r"buffer steps.*running_mean is at version .* new LabelScorer"):
+        scorer(x)
+
+
+def test_what_leaves_the_weights_leaves_a_scorer():
+    model = build(layout("tiny"), dtype=torch.float32)
+    x = images(model.config, 2, dtype=torch.float32)
+    scorer = LabelScorer(model)
+    want = scorer(x)
+    model.temperature, model.metadata = 3.0, {"note": 1}
+    model.requires_grad_(False).to("cpu").float().train().eval()
+    with torch.inference_mode():
+        assert torch.equal(scorer(x), want)
+    model.sample(torch.tensor([0, 1]))
+    model.log_prob(x, torch.tensor([0, 1]))
+    assert torch.equal(scorer(x), want)
 
 
 def test_slices_and_volumes():

@@ -6,6 +6,7 @@ import torch
 from training_steps import assert_same, batches, new_model, run_steps, settings
 
 from fastflow.data.slices import SliceSet
+from fastflow.models.scoring import LabelScorer
 from fastflow.training.capture import WARM_UP_STEPS, graph_for
 from fastflow.training.step import TrainingStep
 from fastflow.training.trainer import train
@@ -82,6 +83,22 @@ def test_parameters_that_moved_are_named(change):
     name = "steps.0.conv.lower" if change == "one" else "steps.0.actnorm.log_scale"
     with pytest.raises(RuntimeError, match=f"parameter {name} was moved or replaced after"):
         step(*next(batches(1)))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_scorer_sees_every_step(captured):
+    model = new_model()
+    step = run_steps(model, settings(ema=0.5), batches(4), graph=FakeGraph() if captured else None)
+    assert step.captured == captured
+    for trained in (model, step.average.model()):
+        scorer = LabelScorer(trained.eval())
+        scorer(torch.zeros(1, *model.config.input_shape))
+        model.train()
+        step(*next(batches(1)))
+        step.average.model()
+        trained.eval()
+        with pytest.raises(RuntimeError, match=r"parameter steps.0.actnorm.log_scale is at version"):
+            scorer(torch.zeros(1, *model.config.input_shape))
 
 
 def test_values_that_change_in_place_are_no_reason_to_stop():

@@ -10,6 +10,7 @@ import torch.fx.experimental._config
 from torch import Tensor
 
 from fastflow import kernels
+from fastflow.kernels.checks import mark_label_index
 from fastflow.models.flow import Flow
 from fastflow.models.inference import planes as plane_walk
 from fastflow.models.inference.fold import fold
@@ -51,6 +52,7 @@ class Eager:
     def __init__(self, model: Flow) -> None:
         config = model.config
         self.device, self.free = model.device, config.condition_from_step
+        self.classes = config.num_classes
         self.flow = model.condition(torch.arange(config.num_classes, device=model.device))
         self.constant = self.flow.mixing_logdet()
         self._label_index: dict[tuple[int, int, int], Tensor] = {}
@@ -58,11 +60,12 @@ class Eager:
     def label_index(self, batch: int, first: int, last: int) -> Tensor:
         """The label of each sample: `first` to `last` for each of `batch` images.
 
-        It is kept, since ops check the values of a tensor once.
+        It is kept, and declared to hold labels, so that no op looks at its values.
         """
         key = batch, first, last
         if key not in self._label_index:
-            self._label_index[key] = torch.arange(first, last, device=self.device).repeat(batch)
+            index = torch.arange(first, last, device=self.device).repeat(batch)
+            self._label_index[key] = mark_label_index(index, self.classes)
         return self._label_index[key]
 
     def start(self, x: Tensor) -> State:

@@ -58,6 +58,26 @@ def pick_conditioner_dtype(precision: str, dtype: torch.dtype, device: torch.dev
     return torch.float32
 
 
+def warn_if_narrow(dtype: torch.dtype, stacklevel: int) -> None:
+    """Give a `PrecisionWarning` where a whole model is float16 or bfloat16, the stream included.
+
+    Args:
+        dtype: of the model.
+        stacklevel: of `warnings.warn`, as the caller would give it.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return
+    digits = 3 if dtype == torch.float16 else 2
+    warnings.warn(
+        f"the whole model is {dtype} now: its images and latents keep {digits} digits, which moves "
+        "log-likelihoods by many nats. Keep the model in float32 and make its conditioners narrow: "
+        "torch.autocast around log_prob, LabelScorer(model, precision='mixed'), or "
+        "TrainConfig(precision='bf16-mixed')",
+        PrecisionWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a device computes products in bfloat16, and not only stores it."""
     if device.type == "cuda":

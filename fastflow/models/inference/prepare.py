@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from fastflow.errors import UninitializedModelError
 from fastflow.models.flow import Flow
 from fastflow.models.inference.precision import check_choice
+from fastflow.models.versions import TensorVersions
 
 # Samples are micro-batched so that one activation of the widest stage stays near this many elements: on CPUs,
 # more only stream more memory (measured: no gain from 28 samples of 184x184 on).
@@ -52,6 +53,27 @@ def pick_engine(model: Flow, engine: str, engines: Sequence[str], purpose: str) 
             f"engine='cuda_graph' needs a model on a CUDA device, it is on {model.device}; use {others}"
         )
     return ("cuda_graph" if on_cuda else "eager") if engine == "auto" else engine
+
+
+def check_unchanged(model: Flow, versions: TensorVersions, kind: str) -> None:
+    """Raise RuntimeError unless a model is what it was when something was made of it.
+
+    Args:
+        model: the model.
+        versions: of its tensors then.
+        kind: what was made of it, such as "LabelScorer".
+    """
+    if model.training:
+        raise RuntimeError(
+            f"the model was set to training mode after this {kind} was made; call model.eval(), and make a "
+            f"new {kind} if its weights have changed"
+        )
+    change = versions.change()
+    if change is not None:
+        raise RuntimeError(
+            f"the model has changed since this {kind} was made, which holds results of its earlier weights: "
+            f"{change}; make a new {kind}"
+        )
 
 
 def without_parametrizations(model: Flow) -> Flow:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,13 @@ from fastflow.kernels.checks import mark_label_index
 from fastflow.models.flow import Flow
 from fastflow.models.inference.graphs import GraphPerSize
 from fastflow.models.inference.precision import evaluating, pick_conditioner_dtype
-from fastflow.models.inference.prepare import default_rows, pick_engine, without_parametrizations
+from fastflow.models.inference.prepare import (
+    check_unchanged,
+    default_rows,
+    pick_engine,
+    without_parametrizations,
+)
+from fastflow.models.versions import TensorVersions
 
 SAMPLER_ENGINES = ("auto", "eager", "cuda_graph")
 
@@ -24,10 +30,10 @@ class Sampler:
     """Draws images given labels, for any number of batches.
 
     Label parameters of all labels, inverse matrices and normed weights are computed once, when the sampler is
-    made: of weights that are changed in place later it knows nothing. The latent is drawn outside of captured
-    graphs, as `MagicFlow.sample` draws it: a generator in the same state gives the same images, however they
-    are split into passes. On a CPU they have the bits of `MagicFlow.sample` where there are at least as many
-    images as labels (else label parameters come from a smaller product, a rounding apart).
+    made; a call after the model has changed is an error, see `LabelScorer`. The latent is drawn outside of
+    captured graphs, as `MagicFlow.sample` draws it: a generator in the same state gives the same images,
+    however they are split into passes. On a CPU they have the bits of `MagicFlow.sample` where there are at
+    least as many images as labels (else label parameters come from a smaller product, a rounding apart).
 
     Args:
         model: the flow, initialised and in evaluation mode.
@@ -65,7 +71,7 @@ class Sampler:
         rows = default_rows(model)
         self.max_images = 1 << (rows.bit_length() - 1) if self._graphs else rows
         self._device, self._dtype = model.device, model.dtype
-        self._read = _addresses(model)
+        self._versions = TensorVersions(model)
         sizes = [math.prod(shape) for shape in model.config.latent_shapes]
         self._ends = [0, *itertools.accumulate(sizes)]
         self._temperatures = (1.0,) * len(sizes)
@@ -97,7 +103,7 @@ class Sampler:
 
         Raises:
             ValueError: a label or a temperature does not fit.
-            RuntimeError: the model's parameters were moved or replaced since the sampler was made.
+            RuntimeError: the model has changed since the sampler was made, or is in training mode.
         """
         temperatures = self._check_temperature(temperature)
         labels = self.model.check_labels(y, y.shape[0])
@@ -117,7 +123,7 @@ class Sampler:
 
         Raises:
             ValueError: a shape or a label does not fit.
-            RuntimeError: the model's parameters were moved or replaced since the sampler was made.
+            RuntimeError: the model has changed since the sampler was made, or is in training mode.
         """
         if z.ndim != 2 or z.shape[1] != self._ends[-1]:
             raise ValueError(f"z must be (B, {self._ends[-1]}), got {tuple(z.shape)}")
@@ -137,11 +143,7 @@ class Sampler:
 
     def _passes(self, z: Tensor, labels: Tensor, temperatures: tuple[float, ...]) -> Tensor:
         """Images of checked latents and labels."""
-        if not self.reads_its_model():
-            raise RuntimeError(
-                "the model's parameters were moved or replaced since this sampler was made, which still "
-                "reads the old ones; make a new Sampler"
-            )
+        check_unchanged(self.model, self._versions, "Sampler")
         with self._context():
             z, labels = z.to(self._device), labels.to(self._device)
             self._set(temperatures)
@@ -153,18 +155,9 @@ class Sampler:
                 return z.new_zeros(0, *self.model.config.input_shape)
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def reads_its_model(self, unchanged: bool = False) -> bool:
-        """Whether the model still has the parameters that this sampler was made of, where they lay.
-
-        Args:
-            unchanged: ask whether nothing was written to them either.
-        """
-        return all(
-            found.place.get(found.name) is found.original
-            and found.original.data_ptr() == found.address
-            and not (unchanged and _version(found.original) != found.version)
-            for found in self._read
-        )
+    def reads_its_model(self) -> bool:
+        """Whether the model still is what this sampler was made of."""
+        return self._versions.change() is None
 
     def _run(self, z: Tensor, labels: Tensor) -> Tensor:
         if self._graphs is None:
@@ -173,7 +166,7 @@ class Sampler:
 
     def _decode(self, z: Tensor, labels: Tensor) -> Tensor:
         """The pass that is captured: no value is read on the host."""
-        mark_label_index(labels, self.model.config.num_classes)
+        labels = mark_label_index(labels, self.model.config.num_classes)
         shapes = self.model.config.latent_shapes
         parts = torch.split(self._deviation * z, [math.prod(shape) for shape in shapes], dim=1)
         blocks = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -211,32 +204,8 @@ class SamplerOfWeights:
             ValueError: the model is in training mode.
             UninitializedModelError: the model has seen no data.
         """
-        if self._sampler is None or not self._sampler.reads_its_model(unchanged=True):
+        if self._sampler is None or not self._sampler.reads_its_model():
             self._sampler, self._settled = Sampler(model, engine="eager"), False
         elif not self._settled:
             self._sampler, self._settled = Sampler(model), True
         return self._sampler
-
-
-class _Address(NamedTuple):
-    """A parameter or a buffer, where a module keeps it, where it lay, and how often it was written to."""
-
-    place: Mapping[str, Tensor | None]
-    name: str
-    original: Tensor
-    address: int
-    version: int
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _addresses(model: Flow) -> list[_Address]:
-    return [
-        _Address(place, name, value, value.data_ptr(), _version(value))
-        for module in model.modules()
-        for place in (module._parameters, module._buffers)
-        for name, value in place.items()
-        if value is not None
-    ]

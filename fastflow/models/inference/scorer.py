@@ -19,7 +19,13 @@ from fastflow.models.inference.precision import (
     evaluating,
     pick_conditioner_dtype,
 )
-from fastflow.models.inference.prepare import default_rows, pick_engine, without_parametrizations
+from fastflow.models.inference.prepare import (
+    check_unchanged,
+    default_rows,
+    pick_engine,
+    without_parametrizations,
+)
+from fastflow.models.versions import TensorVersions
 
 ENGINES = ("auto", "eager", "compile", "cuda_graph")
 
@@ -39,8 +45,9 @@ class Scores(NamedTuple):
 class LabelScorer:
     """Scores images under every label: log p(x|y) for all y in one batched pass.
 
-    Tables, matrices and constants are computed once, when the scorer is made: of weights that change later it
-    knows nothing.
+    Tables, matrices and constants are computed once, when the scorer is made. A call after the model has
+    changed is an error: weights or buffers that were written to, moved or replaced, and training mode. Only
+    writes through ``parameter.data`` are not seen.
 
     Args:
         model: the flow, initialised and in evaluation mode.
@@ -90,6 +97,7 @@ class LabelScorer:
         self.model, self.precision = model, precision
         self.conditioner_dtype = pick_conditioner_dtype(precision, model.dtype, model.device)
         self.max_rows = default_rows(model) if max_rows is None else max_rows
+        self._versions = TensorVersions(model)
         # Tables and matrices are computed wide whatever the precision: rounded, they would shift whole
         # labels.
         with self._context(narrow=False):
@@ -113,6 +121,7 @@ class LabelScorer:
 
         Raises:
             ValueError: the shape or dtype does not fit.
+            RuntimeError: the model has changed since the scorer was made, or is in training mode.
         """
         scores, invalid = self.score(x)
         if bool(invalid.any()):
@@ -128,6 +137,7 @@ class LabelScorer:
 
     def score(self, x: Tensor) -> Scores:
         """As calling the scorer, but invalid images are told by a flag instead of a warning."""
+        check_unchanged(self.model, self._versions, "LabelScorer")
         x = self.model.check_images(x.to(self.model.device))
         with self._context():
             invalid = ~torch.isfinite(x.flatten(1)).all(dim=1)
