@@ -8,6 +8,7 @@ from helpers import build, images
 
 from fastflow import FlowConfig, MagicFlow
 from fastflow.errors import CheckpointError
+from fastflow.models import checkpoint
 
 
 @pytest.fixture
@@ -57,9 +58,86 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path, model, monkeypatch):
     with torch.no_grad():
         model.steps[0].actnorm.bias.add_(1)
     model.metadata = {"not": {"json"}}
-    with pytest.raises(TypeError):
+    with pytest.raises(CheckpointError, match=r"metadata\['not'\] must be a JSON value"):
         model.save(tmp_path)
     assert torch.equal(MagicFlow.load(tmp_path).steps[0].actnorm.bias, before)
+
+
+class Circle(dict):
+    """Metadata that hold themselves."""
+
+    def __init__(self):
+        super().__init__(again=self)
+
+
+def spoil(name, value=float("nan")):
+    def change(model):
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[-1] = value
+
+    return change
+
+
+def with_attributes(**values):
+    return lambda model: [setattr(model, name, value) for name, value in values.items()]
+
+
+NAN, INF = float("nan"), float("inf")
+REFUSED = {
+    "NaN in a weight": (spoil("steps.1.actnorm.bias"), r"1 of its \d+ tensors .*\(steps.1.actnorm.bias\)"),
+    "infinity in a weight": (spoil("steps.0.conv.log_s", -INF), r"NaN or infinity \(steps.0.conv.log_s\)"),
+    "NaN everywhere": (
+        lambda model: [spoil(name)(model) for name, _ in model.named_parameters()],
+        r"\(steps.0.actnorm.log_scale, steps.0.actnorm.bias, steps.0.conv.lower, \.\.\.\)",
+    ),
+    "no temperature": (with_attributes(temperature=0.0), "temperature must be positive, got 0.0"),
+    "a temperature of NaN": (with_attributes(temperature=NAN), "temperature must be positive, got nan"),
+    "an infinite temperature": (with_attributes(temperature=INF), "temperature must be finite, got inf"),
+    "None as temperature": (with_attributes(temperature=None), "temperature|NoneType"),
+    "NaN in metadata": (
+        with_attributes(metadata={"a": 1, "training": {"losses": [0.5, NAN]}}),
+        r"metadata\['training'\]\['losses'\]\[1\] must be finite, got nan",
+    ),
+    "a tensor in metadata": (
+        with_attributes(metadata={"mean": torch.ones(1)}),
+        r"metadata\['mean'\] must be a JSON value .* got tensor\(",
+    ),
+    "a key of metadata": (
+        with_attributes(metadata={(1, 2): 3}),
+        r"key of metadata must be a string, got \(1, 2",
+    ),
+    "metadata in themselves": (
+        lambda model: setattr(model, "metadata", Circle()),
+        "nested in more than|itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_could_not_be_used_is_not_saved(tmp_path, model, case):
+    model.save(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    change, words = REFUSED[case]
+    with torch.no_grad():
+        model.steps[0].actnorm.bias.add_(1)
+    change(model)
+    with pytest.raises(CheckpointError, match=words) as error:
+        model.save(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    with pytest.raises(CheckpointError):
+        model.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_weights_that_are_not_finite_is_refused(tmp_path, model, monkeypatch):
+    spoil("steps.1.actnorm.bias")(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_check_finite", lambda *_: None)
+        model.save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be used: 1 of its .*steps.1.actnorm.bias") as error:
+        MagicFlow.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 def weights_of(folder):
@@ -91,6 +169,8 @@ def edit(folder, **changes):
             "one model",
         ),
         (lambda f: edit(f, temperature=None), "one model"),
+        (lambda f: edit(f, temperature=float("nan")), "temperature must be positive, got nan"),
+        (lambda f: edit(f, temperature=float("inf")), "temperature must be finite, got inf"),
     ],
 )
 def test_a_broken_folder_is_named(tmp_path, model, damage, words):
