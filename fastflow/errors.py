@@ -70,7 +70,9 @@ class InvalidImageWarning(UserWarning):
 
 
 class PrecisionWarning(UserWarning):
-    """A device cannot compute in the precision that was asked for; a wider one is used."""
+    """A device cannot compute in the precision that was asked for and a wider one is used, or a model is too
+    narrow for its likelihoods.
+    """
 
 
 class LowSpaceWarning(UserWarning):

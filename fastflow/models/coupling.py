@@ -185,14 +185,25 @@ def draw_seeds(couplings: Sequence[AffineCoupling], batch: int, device: torch.de
     counts = [net.dropouts for net in nets]
     if not any(counts):
         return [(None, None)] * len(couplings)
-    drawn = kernels.dropout_seeds(sum(counts) * batch, device).view(-1, batch).split(counts)
+    drawn = kernels.dropout_seeds(sum(counts) * batch, device).view(sum(counts), batch).split(counts)
     seeds = [part if count else None for part, count in zip(drawn, counts, strict=True)]
     return list(zip(seeds[::2], seeds[1::2], strict=True))
 
 
 def _read_mask(module: AffineCoupling, _: Any = None) -> None:
-    module.opposite = ~module.mask
+    _put(module, "opposite", ~module.mask)
     if module.ordered:
         first, second = kernels.pixel_order(module.mask), kernels.pixel_order(module.opposite)
-        module.first_order, module.second_order = first.pixels, second.pixels
+        _put(module, "first_order", first.pixels)
+        _put(module, "second_order", second.pixels)
         module.active = (first.active, second.active)
+
+
+def _put(module: AffineCoupling, name: str, value: Tensor) -> None:
+    """Write into a buffer, which captured graphs read where it lies, or replace one that does not fit."""
+    before = module._buffers.get(name)
+    fits = before is not None and before.shape == value.shape and before.device == value.device
+    if before is not None and fits and not before.is_inference():
+        before.copy_(value)
+    else:
+        setattr(module, name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fastflow.errors import UninitializedModelError
-from fastflow.kernels.checks import mark_label_index
+from fastflow.kernels.checks import counted, mark_label_index
+from fastflow.kernels.transforms import is_transformed, plain_values
 from fastflow.models import reversible
 from fastflow.models.attribution import place_on_image
 from fastflow.models.config import FlowConfig
 from fastflow.models.coupling import Seeds, draw_seeds
 from fastflow.models.grouping import FlowLabelParams
-from fastflow.models.layers import ActNorm
+from fastflow.models.layers import ActNorm, all_or_none
 from fastflow.models.masks import build_masks
 from fastflow.models.step import ConditionedStep, FlowStep, RunStep, Walk, condition_steps, walk_forward
 from fastflow.numerics import acc_dtype, normal_log_density
@@ -163,7 +165,8 @@ class Flow(nn.Module):
             y: (B,) labels; they cycle through the classes when None.
 
         Raises:
-            ValueError: a shape or a label does not fit.
+            ValueError: a shape or a label does not fit, there are no images, or their statistics are not
+                finite at some layer; no layer is set then.
         """
         x = self.check_images(x)
         if y is None:
@@ -243,7 +246,8 @@ class Flow(nn.Module):
         def run(i: int, h: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
             return *flow.steps[i].forward_with_map(h, index_at(i)), None
 
-        walk = flow.forward(x, label_index, run=run)
+        with self._setting_actnorm():
+            walk = flow.forward(x, label_index, run=run)
         densities = [normal_log_density(block) for block in walk.blocks]
         terms = place_on_image(self.config, walk.terms, normal_log_density(walk.h), densities)
         const = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -259,20 +263,34 @@ class Flow(nn.Module):
             y: (B,) int64 labels, which must lie in [0, K).
         """
         labels, label_index = self._labels_and_index(y)
-        if self.config.reversible and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            walk = reversible.encode(self.steps, x, labels, label_index)
-            mixing: Tensor | float = 0.0
-        else:
-            flow = self.condition(labels)
-            walk = flow.forward(x, label_index)
-            mixing = flow.mixing_logdet()
+        with self._setting_actnorm():
+            if self._reverses():
+                walk = reversible.encode(self.steps, x, labels, label_index)
+                mixing: Tensor | float = 0.0
+            else:
+                flow = self.condition(labels)
+                walk = flow.forward(x, label_index)
+                mixing = flow.mixing_logdet()
         z = torch.cat([block.flatten(1) for block in (walk.h, *walk.blocks)], dim=1)
         # The sum is float64, since 24 roundings at 3e4 nats would cost more than the first 24 terms.
         total = torch.stack(walk.terms).sum(dim=0, dtype=torch.float64) + mixing
         return z, total.to(acc_dtype(self.dtype))
 
+    def _setting_actnorm(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the first training batch sets ActNorm."""
+        waiting = [step.actnorm for step in self.steps if not step.actnorm.ready]
+        return all_or_none(waiting) if waiting else contextlib.nullcontext()
+
+    def _reverses(self) -> bool:
+        """Whether a pass keeps no activations; a graph that is compiled and `torch.func` take the others."""
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self.config.reversible and recorded and not is_transformed()
+
     def _labels_and_index(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Labels to condition on, and each sample's index: all classes, or the samples' own if fewer."""
+        if not torch.is_inference_mode_enabled():
+            # Autograd may have to save them.
+            y = counted(y)
         classes, batch = self.config.num_classes, y.shape[0]
         if classes <= batch:
             return torch.arange(classes, device=y.device), mark_label_index(y, classes)
@@ -300,10 +318,11 @@ class Flow(nn.Module):
         if tuple(y.shape) != (batch,) or y.is_floating_point() or y.dtype == torch.bool:
             raise ValueError(f"y must be ({batch},) integer labels, got {tuple(y.shape)} {y.dtype}")
         if not torch.compiler.is_compiling() and batch:
-            wrong = (y < 0) | (y >= self.config.num_classes)
+            values = plain_values(y)
+            wrong = (values < 0) | (values >= self.config.num_classes)
             if bool(wrong.any()):
                 last = self.config.num_classes - 1
                 raise ValueError(
-                    f"y must hold labels from 0 to {last} (num_classes), got {y[wrong][0].item()}"
+                    f"y must hold labels from 0 to {last} (num_classes), got {values[wrong][0].item()}"
                 )
         return y.to(torch.int64)

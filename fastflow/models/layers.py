@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +39,14 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set scale and bias from `x` (B, C, H, W), once: a layer that is initialised stays as it is."""
+        """Set scale and bias from `x` (B, C, H, W), once: a layer that is initialised stays as it is.
+
+        Raises:
+            ValueError: there are no images, or their statistics are not finite; the layer stays as it is.
+        """
         if self.ready:
             return
+        shape = tuple(x.shape)
         x = x.detach().double()
         count = torch.tensor(
             float(x.shape[0] * x.shape[2] * x.shape[3]), dtype=torch.float64, device=x.device
@@ -48,14 +55,55 @@ class ActNorm(nn.Module):
         deviation = x - mean[:, None, None]
         std = (_all_ranks((deviation * deviation).sum(dim=(0, 2, 3))) / total).sqrt().clamp_min(STD_FLOOR)
         scale = 1.0 / (std + 1e-6)
-        self.log_scale.copy_(scale.log())
-        self.bias.copy_(-mean * scale)
+        # They are checked as they will be stored, since a narrow dtype may not hold them.
+        log_scale, bias = scale.log().to(self.log_scale), (-mean * scale).to(self.bias)
+        # Statistics are those of all ranks, so that all ranks refuse a batch or none does.
+        _check_statistics(shape, float(total), mean, std, torch.isfinite(log_scale) & torch.isfinite(bias))
+        self.log_scale.copy_(log_scale)
+        self.bias.copy_(bias)
         self.mark_initialized()
 
     def mark_initialized(self) -> None:
         """Declare that scale and bias hold meaningful values."""
         self.initialized.fill_(True)
         self.ready = True
+
+    @torch.no_grad()
+    def unset(self, log_scale: Tensor, bias: Tensor) -> None:
+        """Take these values, and wait for a first batch again."""
+        self.log_scale.copy_(log_scale)
+        self.bias.copy_(bias)
+        self.initialized.fill_(False)
+        self.ready = False
+
+
+def _check_statistics(
+    shape: tuple[int, ...], pixels: float, mean: Tensor, std: Tensor, finite: Tensor
+) -> None:
+    """Raise ValueError unless ActNorm can be set by these statistics of images of `shape`."""
+    if not pixels:
+        raise ValueError(f"x must hold an image at least to set ActNorm, got an empty batch {shape}")
+    if bool(finite.all()):
+        return
+    channel = int((~finite).nonzero()[0, 0])
+    raise ValueError(
+        f"x must have finite statistics to set ActNorm, got mean {float(mean[channel])} and deviation "
+        f"{float(std[channel])} in channel {channel} of {shape}; no layer was set, so leave out images that "
+        "hold NaN or infinity, or scale them to [-1, 1], and give another batch"
+    )
+
+
+@contextlib.contextmanager
+def all_or_none(waiting: Sequence[ActNorm]) -> Iterator[None]:
+    """A block that sets all of these layers or, where it raises, none."""
+    before = [(layer.log_scale.detach().clone(), layer.bias.detach().clone()) for layer in waiting]
+    try:
+        yield
+    except BaseException:
+        for layer, values in zip(waiting, before, strict=True):
+            if layer.ready:
+                layer.unset(*values)
+        raise
 
 
 def _all_ranks(value: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastflow.models import checkpoint, published
 from fastflow.models.checkpoint import Checkpoint
 from fastflow.models.config import FlowConfig
 from fastflow.models.flow import Flow
+from fastflow.models.inference.precision import warn_if_narrow
 from fastflow.models.inference.sampler import SamplerOfWeights
 from fastflow.models.scoring import log_prob_all, posterior_from_log_probs
 
@@ -62,6 +63,14 @@ class MagicFlow(Flow):
         if mode:
             self._samplers = SamplerOfWeights()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MagicFlow:
+        # Conversions of all kinds end here: `half`, `to`, and those of a module around the model.
+        before = self.dtype
+        super()._apply(fn, recurse)
+        if self.dtype != before:
+            warn_if_narrow(self.dtype, stacklevel=3)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a model take no captured passes along.
@@ -153,6 +162,8 @@ class MagicFlow(Flow):
 
         Raises:
             UninitializedModelError: the model has seen no data, so its weights could not be used.
+            CheckpointError: weights or the temperature are not finite, the temperature is not positive, or
+                the metadata are no JSON. An earlier model in the folder stays.
         """
         if not self.initialized:
             raise UninitializedModelError(
@@ -165,8 +176,8 @@ class MagicFlow(Flow):
         """Read a model that `save` wrote; it comes back in evaluation mode with the same bits.
 
         Raises:
-            CheckpointError: the folder is missing, incomplete or corrupt, or the weights do not match their
-                hash.
+            CheckpointError: the folder is missing, incomplete or corrupt, the weights do not match their
+                hash, or they or the temperature are not finite.
         """
         stored = checkpoint.read(folder)
         with checkpoint.described_by(folder):
@@ -175,6 +186,7 @@ class MagicFlow(Flow):
             model = cls(stored.config, np.zeros(stored.config.input_shape[1:]))
             model.load_state_dict(stored.state, assign=True)
         model.temperature, model.metadata = stored.temperature, stored.metadata
+        warn_if_narrow(model.dtype, stacklevel=2)
         return model.to(device).eval()
 
     @classmethod

@@ -37,6 +37,32 @@ def test_actnorm_variance_survives_a_large_mean():
     assert abs(float(layer.log_scale.detach().exp()) - 1.0) < 0.05
 
 
+REFUSED = {
+    "NaN": (torch.full((2, 2, 3, 3), float("nan")), "finite statistics to set ActNorm, got mean nan"),
+    "infinity": (torch.tensor([1.0, float("-inf")]).view(1, 2, 1, 1), r"-inf and .* in channel 1 of \(1, 2,"),
+    "no images": (torch.zeros(0, 2, 3, 3), r"an image at least to set ActNorm, got an empty batch \(0, 2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_actnorm_refuses_a_batch_before_it_stores_anything(case):
+    layer = ActNorm(2)
+    x, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        layer.initialize(x)
+    assert not layer.ready and not layer.initialized
+    assert not layer.log_scale.any() and not layer.bias.any()
+    layer.initialize(torch.ones(1, 2, 1, 1))
+    assert layer.ready and torch.isfinite(layer.bias).all()
+
+
+def test_actnorm_refuses_statistics_that_its_dtype_does_not_hold():
+    layer = ActNorm(1).half()
+    with pytest.raises(ValueError, match=r"got mean 2000.0 and deviation 0.001 in channel 0"):
+        layer.initialize(torch.full((1, 1, 2, 2), 2000.0, dtype=torch.float16))
+    assert not layer.ready and not layer.bias.any()
+
+
 def test_actnorm_loaded_as_initialised_stays_so():
     source, target = ActNorm(2), ActNorm(2)
     source.initialize(torch.randn(2, 2, 4, 4) * 3)
@@ -83,8 +109,15 @@ def _rank(rank, world, folder, results):
     )
     x = torch.arange(48, dtype=torch.float64).view(4, 3, 2, 2) ** 1.5
     layer = ActNorm(3).double()
-    layer.initialize(x[rank * 2 : rank * 2 + 2] if world > 1 else x)
-    torch.save(layer.log_scale, f"{results}/{rank}.pt")
+    spoilt = x.clone()
+    spoilt[0, 1, 0, 0] = float("nan")
+    refused = False
+    try:
+        layer.initialize(spoilt[rank * 2 : rank * 2 + 2])
+    except ValueError:
+        refused = not layer.ready
+    layer.initialize(x[rank * 2 : rank * 2 + 2])
+    torch.save((layer.log_scale, refused), f"{results}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -94,7 +127,9 @@ def test_actnorm_takes_its_statistics_from_all_ranks(tmp_path):
     alone = ActNorm(3).double()
     alone.initialize(torch.arange(48, dtype=torch.float64).view(4, 3, 2, 2) ** 1.5)
     for rank in range(2):
-        assert torch.allclose(torch.load(tmp_path / f"{rank}.pt"), alone.log_scale, atol=1e-12)
+        log_scale, refused = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(log_scale, alone.log_scale, atol=1e-12)
+        assert refused, "one rank's batch is refused by all"
 
 
 @pytest.mark.parametrize("step", [0, 1, 6])

@@ -1,6 +1,7 @@
 """The properties of a flow: exact inverse and log-determinant for random layouts; errors of bad input."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastflow import FlowConfig, MagicFlow
-from fastflow.errors import UninitializedModelError
+from fastflow.errors import PrecisionWarning, UninitializedModelError
 from fastflow.models.config import MASKS
 
 
@@ -169,6 +170,76 @@ def test_initialize_keeps_the_mode_and_standardises():
     assert all(module.training for module in model.modules())
     h = model.steps[0].mix(x)
     assert abs(float(h.mean())) < 1e-4 and abs(float(h.std()) - 1) < 1e-2
+
+
+def spoil(model, step):
+    """Let the activations after a step overflow."""
+    with torch.no_grad():
+        model.steps[step].coupling.conditioners[0].scale.label_out.bias.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("way", ["initialize", "first step", "reversible", "attribution"])
+@pytest.mark.parametrize("case", ["images", "activations", "empty"])
+def test_a_batch_sets_all_layers_or_none(way, case):
+    config = FlowConfig.tiny(2, reversible=way == "reversible")
+    torch.manual_seed(0)
+    model = MagicFlow(config, application_mask(16, 16)).train(way != "initialize")
+    calls = {"initialize": model.initialize, "attribution": model.attribution}
+    call = calls.get(way, model.log_prob)
+    x, y = images(config, 4, dtype=torch.float32), labels(config, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bad = x.clone()
+    if case == "images":
+        bad[1, 0, 3, 3] = float("nan")
+    elif case == "activations":
+        spoil(model, 2)
+    else:
+        bad, y = bad[:0], y[:0]
+    with pytest.raises(ValueError, match="to set ActNorm, got"):
+        call(bad, y)
+    assert not model.initialized and not any(step.actnorm.ready for step in model.steps)
+    for name, value in model.state_dict().items():
+        assert ".actnorm." not in name or torch.equal(value, before[name])
+    model.load_state_dict(before)
+    call(x, labels(config, 4))
+    assert model.initialized and model.eval().log_prob_all(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.half(),
+        lambda model: model.bfloat16(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: torch.nn.ModuleList([model]).to(dtype=torch.float16),
+    ],
+)
+def test_a_model_that_is_narrow_as_a_whole_gets_a_warning(convert):
+    model = build(FlowConfig.tiny(2), dtype=torch.float32)
+    with pytest.warns(
+        PrecisionWarning, match=r"whole model is torch.*float16 now.*torch.autocast.*mixed"
+    ) as w:
+        convert(model)
+    assert len(w) == 1
+
+
+def test_other_conversions_get_none(tmp_path):
+    model = build(FlowConfig.tiny(2), dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.double().float().to("cpu").float()
+    with pytest.warns(PrecisionWarning) as found:
+        model.half()
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.half().to("cpu")
+    model.save(tmp_path)
+    with pytest.warns(PrecisionWarning, match="whole model is torch.float16"):
+        MagicFlow.load(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.float()
 
 
 def test_constant_padding_gives_finite_densities():
