@@ -79,6 +79,14 @@ def nan_filled_memory() -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+@pytest.fixture(autouse=True)
+def settled_files() -> None:
+    """Read files at once that a test has just written: nobody changes them within a step of the clock."""
+    opening = sys.modules.get("fastflow.data._opening")
+    if opening is not None:
+        opening._CLOCK_STEP_NS = 0
+
+
 CLASSES = ("flat", "striped")
 
 

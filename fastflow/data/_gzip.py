@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
+import io
 import zlib
 from typing import cast
 
-# A corrupt stream raises one of these; a stream that ends early raises EOFError.
-CORRUPT: tuple[type[Exception], ...] = (zlib.error, gzip.BadGzipFile)
+from fastflow.data._kinds import GZIP_MAGIC
+
+# A stream that cannot be inflated to its end raises one of these.
+BROKEN: tuple[type[Exception], ...] = (zlib.error, gzip.BadGzipFile, EOFError)
 GzipFile: type[gzip.GzipFile] = gzip.GzipFile
 
 try:
@@ -17,23 +19,57 @@ except ImportError:
     pass
 else:
     GzipFile = igzip.IGzipFile
-    CORRUPT += (cast(type[Exception], isal_zlib.error),)
+    BROKEN += (cast(type[Exception], isal_zlib.error),)
 
 # A deflate stream cannot hold more than 258 bytes per two bits.
 MAX_RATIO = 1032
 _CHUNK_BYTES = 1 << 20
 
 
-def has_garbage(name: str) -> bool:
-    """Whether a stream that seems to end early has a corrupt part.
+def find_fault(file: io.FileIO, promised: int) -> tuple[str, str]:
+    """Why a file could not be inflated to its end.
 
-    ISA-L takes a few bytes of garbage for a stream that was cut short; the standard library tells the two
-    apart.
+    ISA-L and the standard library name the faults of a stream by different errors, so zlib walks over it.
+
+    Args:
+        file: of one or more gzip members, between and after which zeros may stand.
+        promised: bytes that it should hold inflated.
+
+    Returns:
+        `(code, message)`: ``truncated`` where the stream ends early, ``too_long`` where anything else follows
+        a stream that is whole, ``crc`` where it is corrupt.
     """
-    with contextlib.suppress(EOFError, OSError), gzip.open(name) as stream:
+    file.seek(0)
+    inflated, member, block = 0, None, b""
+    while True:
+        block = block or file.read(_CHUNK_BYTES)
+        if not block:
+            return ("truncated", "the gzip stream ends early") if member else _UNKNOWN
+        if member is None:
+            block = block.lstrip(b"\0")
+            if not block:
+                continue
+            if block[: len(GZIP_MAGIC)] != GZIP_MAGIC[: len(block)]:
+                return _after_the_stream(file, len(block), inflated >= promised)
+            member = zlib.decompressobj(31)
         try:
-            while stream.read(_CHUNK_BYTES):
-                pass
-        except CORRUPT:
-            return True
-    return False
+            inflated += len(member.decompress(block, _CHUNK_BYTES))
+        except zlib.error as error:
+            return "crc", f"the gzip stream is corrupt: {error}"
+        block = member.unused_data if member.eof else member.unconsumed_tail
+        member = None if member.eof else member
+
+
+_UNKNOWN = "crc", "the gzip stream is corrupt"
+
+
+def _after_the_stream(file: io.FileIO, left: int, whole: bool) -> tuple[str, str]:
+    """The fault of a file in which something else follows a gzip member, `left` bytes before the place."""
+    end = file.tell() - left
+    if whole:
+        rest = file.seek(0, io.SEEK_END) - end
+        return "too_long", (
+            f"{rest} bytes that are not gzip follow the stream, whose checksum is right: "
+            f"keep the first {end} bytes of the file"
+        )
+    return "crc", f"the gzip stream is corrupt: from byte {end} on, before all voxels came, it is not gzip"

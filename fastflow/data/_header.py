@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import math
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel import affines, orientations
 from nibabel.freesurfer.mghformat import MGHHeader
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from fastflow.data._intensity import Scaling
+from fastflow.data._kinds import HEAD_BYTES, wrong_kind
+from fastflow.data._opening import Readable, read_up_to
+from fastflow.data._orientation import PARSING, Place, check_forms, orient
+from fastflow.data._orientation import Flag as Flag
 from fastflow.data.endings import ending_of
 from fastflow.errors import VolumeError
 
@@ -26,52 +28,13 @@ MAX_PLANE_VOXELS = 2048**2
 MAX_FRAMES = 1000
 # Scan parameters and tags follow the voxels of MGH files.
 MAX_FOOTER_BYTES = 16 << 20
-# The limits are an angle in degrees and a distance in mm.
-MAX_OBLIQUITY = 15.0
-MAX_DISAGREEMENT = 2.0
-
-FLAG_CODES = {
-    "oblique": (
-        f"the axes lie more than {MAX_OBLIQUITY:g} degrees off the scanner's; slices follow the voxels"
-    ),
-    "forms_disagree": (
-        f"sform and qform place a corner of the volume more than {MAX_DISAGREEMENT:g} mm apart; "
-        "the sform is used"
-    ),
-    "no_orientation": "the header states no orientation; the format's default is assumed",
-    "orientation_code": "sform_code or qform_code is none of NIfTI's",
-}
-
+# Tapes and block devices fill their last block with zeros.
+MAX_PADDING_BYTES = 4096
+MAX_EXTENSION_BYTES = 16 << 20
 _NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _MGH_HEADER, _MGH_OFFSET = 90, 284
-_PARSING = (
-    HeaderDataError,
-    ValueError,
-    KeyError,
-    ArithmeticError,
-    np.linalg.LinAlgError,
-    orientations.OrientationError,
-)
-
-
-class Readable(Protocol):
-    """A file or a stream."""
-
-    def read(self, size: int, /) -> bytes:
-        """At most `size` bytes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """A doubt about a file that is used nevertheless.
-
-    Attributes:
-        code: a short stable identifier, one of `FLAG_CODES`.
-        message: what was found.
-    """
-
-    code: str
-    message: str
+# The codes of lengths in a NIfTI header's xyzt_units, and their size in mm.
+_UNITS = {1: ("metres", 1e3), 2: ("mm", 1.0), 3: ("microns", 1e-3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +47,14 @@ class Header:
         dtype: of the stored values, in the file's byte order.
         offset: byte at which the voxels begin.
         read: bytes of the header that have been read.
-        footer: bytes that may follow the voxels in a compressed file.
+        footer: bytes that may follow the voxels.
+        padded: whether those must be zeros.
+        hidden_frames: frames that a NIfTI's dim[4] names where dim[0] leaves it out.
         scaling: from stored values to intensities.
         axes: for each of the file's axes, the nearest canonical axis and the direction along it, 1 or -1.
         affine: (4, 4), voxel indices of the canonical volume to scanner millimetres.
         spacing: voxel size along the canonical axes in mm.
+        unit: of the lengths in the file; None where it names none, and mm are assumed.
         flags: doubts about the orientation.
     """
 
@@ -98,10 +64,13 @@ class Header:
     offset: int
     read: int
     footer: int
+    padded: bool
+    hidden_frames: int
     scaling: Scaling
     axes: tuple[tuple[int, int], ...]
     affine: NDArray[np.float64]
     spacing: tuple[float, float, float]
+    unit: str | None
     flags: tuple[Flag, ...]
 
     @property
@@ -125,73 +94,149 @@ class Header:
         return [axis for axis, _ in self.axes].index(canonical)
 
 
-def read_header(name: str, stream: Readable, max_voxels: int) -> Header:
+def read_header(name: str, stream: Readable, max_voxels: int, packed: bool) -> Header:
     """Read and check the header at the beginning of a stream.
+
+    Args:
+        name: of the file.
+        stream: at its beginning.
+        max_voxels: refuse headers that promise more, frames included.
+        packed: whether the stream is inflated from gzip, for messages.
 
     Raises:
         VolumeError: the header cannot be parsed, or promises more than is accepted.
     """
-    return (
-        _read_mgh(name, stream, max_voxels)
-        if ending_of(name) in (".mgh", ".mgz")
-        else _read_nifti(name, stream, max_voxels)
-    )
+    read = _read_mgh if ending_of(name) in (".mgh", ".mgz") else _read_nifti
+    try:
+        return read(name, stream, max_voxels)
+    except _UnlikeHeader as unlike:
+        head = unlike.start + read_up_to(stream, HEAD_BYTES - len(unlike.start))
+        raise wrong_kind(name, head, packed) or VolumeError(name, "header", unlike.message) from None
+
+
+class _UnlikeHeader(Exception):
+    """A stream begins unlike the header of the format that its name promises.
+
+    Attributes:
+        start: the bytes that were read.
+        message: what is wrong with them, should they be of no kind that is known.
+    """
+
+    def __init__(self, start: bytes, message: str) -> None:
+        self.start, self.message = start, message
 
 
 def _read_nifti(name: str, stream: Readable, max_voxels: int) -> Header:
-    first = stream.read(4)
+    first = read_up_to(stream, 4)
     sizes = {int.from_bytes(first, order) for order in ("little", "big")} & set(_NIFTI)
     if len(first) < 4 or not sizes:
-        raise VolumeError(name, "header", "does not start with a NIfTI-1 or NIfTI-2 header")
+        raise _UnlikeHeader(first, "does not start with a NIfTI-1 or NIfTI-2 header")
     size = sizes.pop()
-    block = first + stream.read(size - 4)
+    block = first + read_up_to(stream, size - 4)
     if len(block) < size:
         raise VolumeError(name, "truncated", f"has {len(block)} of the header's {size} bytes")
     try:
         header = _NIFTI[size].from_fileobj(io.BytesIO(block), check=False)
-    except _PARSING as error:
+    except PARSING as error:
         raise VolumeError(name, "header", f"the header cannot be parsed: {error}") from error
     if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
-        raise VolumeError(
-            name, "header", f"magic is {bytes(header['magic'])!r}, not that of a single-file NIfTI"
+        raise _UnlikeHeader(
+            block, f"magic is {bytes(header['magic'])!r}, not that of a single-file NIfTI: n+1 or n+2"
         )
     count = int(header["dim"][0])
-    dims = [int(n) for n in header["dim"][1 : max(1, min(count, 7)) + 1]]
+    dims = [int(n) for n in header["dim"][1:]]
     if not 3 <= count <= 7:
         raise VolumeError(name, "dims", f"dim[0] is {count}; three dimensions are accepted")
-    shape, frames = _check_dims(name, dims, max_voxels)
+    shape, frames = _check_dims(name, dims[:count], max_voxels)
     dtype = _check_dtype(name, header, "datatype")
-    offset = float(header["vox_offset"])
-    if not size <= offset <= size + (1 << 24) or offset != int(offset):
-        raise VolumeError(name, "header", f"vox_offset is {offset}")
+    offset = _voxel_offset(name, float(header["vox_offset"]), size + 4)
+    flags = _settle_pixdim(header)
+    unit, mm = _UNITS.get(int(header["xyzt_units"]) & 7, (None, 1.0))
+    place = orient(name, header, shape, mm)
+    return Header(
+        shape=shape,
+        frames=frames,
+        dtype=dtype,
+        offset=offset,
+        read=size,
+        # A whole volume more is never padding, however small it is.
+        footer=min(MAX_PADDING_BYTES, math.prod(shape) * dtype.itemsize - 1),
+        padded=True,
+        hidden_frames=max(1, dims[3]) if count == 3 else 1,
+        scaling=Scaling.of_header(float(header["scl_slope"]), float(header["scl_inter"])),
+        axes=place.axes,
+        affine=place.affine,
+        spacing=place.spacing,
+        unit=unit,
+        flags=(*place.flags, *check_forms(name, header, shape, mm), *flags),
+    )
+
+
+def _voxel_offset(name: str, stored: float, least: int) -> int:
+    """The byte at which the voxels of a single-file NIfTI begin; an offset of 0 stands for the least.
+
+    Raises:
+        VolumeError: it lies inside the header, is no whole number, or is absurdly far away.
+    """
+    if stored == 0:
+        return least
+    if not least <= stored <= least + MAX_EXTENSION_BYTES:
+        raise VolumeError(
+            name,
+            "header",
+            f"vox_offset is {stored:g}; voxels begin between byte {least} and {least + MAX_EXTENSION_BYTES}",
+        )
+    if stored != int(stored):
+        raise VolumeError(name, "header", f"vox_offset is {stored:g}, which is no whole number of bytes")
+    return int(stored)
+
+
+def _settle_pixdim(header: Any) -> list[Flag]:
+    """Repair the voxel sizes of a header as nibabel does when it loads one, and name a doubt that is left."""
     if header["pixdim"][0] != -1:
         # The standard reads a qfac of 0 as 1; nibabel's lenient loading does so with any other value.
         header["pixdim"][0] = 1
-    scaling = Scaling.of_header(float(header["scl_slope"]), float(header["scl_inter"]))
-    place = _orient(name, header, shape)
-    flags = (*place[-1], *_check_forms(name, header, shape))
-    return Header(shape, frames, dtype, int(offset), size, 0, scaling, *place[:-1], flags)
+    sizes = header["pixdim"][1:4].copy()
+    header["pixdim"][1:4] = np.abs(sizes)
+    if int(header["sform_code"]) != 0 or not (sizes < 0).any():
+        return []
+    return [
+        Flag("negative_spacing", f"pixdim is {', '.join(f'{n:g}' for n in sizes)}, and there is no sform")
+    ]
 
 
 def _read_mgh(name: str, stream: Readable, max_voxels: int) -> Header:
-    block = stream.read(_MGH_HEADER)
+    block = read_up_to(stream, _MGH_HEADER)
+    if int.from_bytes(block[:4]) != 1:
+        raise _UnlikeHeader(block, "does not start with an MGH header of version 1")
     if len(block) < _MGH_HEADER:
         raise VolumeError(name, "truncated", f"has {len(block)} of the header's {_MGH_HEADER} bytes")
-    if int.from_bytes(block[:4]) != 1:
-        raise VolumeError(name, "header", "does not start with an MGH header of version 1")
     try:
         header = MGHHeader(block, check=False)
-    except _PARSING as error:
+    except PARSING as error:
         raise VolumeError(name, "header", f"the header cannot be parsed: {error}") from error
     shape, frames = _check_dims(name, [int(n) for n in header["dims"]], max_voxels)
     dtype = _check_dtype(name, header, "type")
-    place = _orient(name, header, shape)
-    flags: tuple[Flag, ...] = place[-1]
+    place: Place = orient(name, header, shape)
+    flags = place.flags
     # nibabel fills in the default orientation and sets the flag, so the stored bytes are looked at.
     if not any(block[28:30]):
         flags = (*flags, Flag("no_orientation", "goodRASFlag is 0; a coronal volume is assumed"))
     return Header(
-        shape, frames, dtype, _MGH_OFFSET, _MGH_HEADER, MAX_FOOTER_BYTES, Scaling(), *place[:-1], flags
+        shape=shape,
+        frames=frames,
+        dtype=dtype,
+        offset=_MGH_OFFSET,
+        read=_MGH_HEADER,
+        footer=MAX_FOOTER_BYTES,
+        padded=False,
+        hidden_frames=1,
+        scaling=Scaling(),
+        axes=place.axes,
+        affine=place.affine,
+        spacing=place.spacing,
+        unit="mm",
+        flags=flags,
     )
 
 
@@ -242,74 +287,3 @@ def _check_dtype(name: str, header: Any, field: str) -> np.dtype[Any]:
             name, "dtype", f"voxels are {dtype}; integers and real floats of up to 64 bits are accepted"
         )
     return dtype
-
-
-Place = tuple[tuple[tuple[int, int], ...], NDArray[np.float64], tuple[float, float, float], tuple[Flag, ...]]
-
-
-def _orient(name: str, header: Any, shape: tuple[int, int, int]) -> Place:
-    """(axes, affine, spacing, flags) of a `Header`."""
-    try:
-        with np.errstate(all="ignore"):
-            affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-            codes = _axes(affine)
-            tilt = np.degrees(np.nanmax(affines.obliquity(affine)))
-            affine = affine @ orientations.inv_ornt_aff(codes, shape)
-            spacing = tuple(float(n) for n in np.sqrt((affine[:3, :3] ** 2).sum(axis=0)))
-        if not np.isfinite([*spacing, *affine.flat]).all():
-            raise ValueError("not finite")
-    except _PARSING as error:
-        raise VolumeError(name, "affine", f"the affine gives no orientation: {error}") from error
-    flags = (
-        (Flag("oblique", f"an axis is {tilt:.0f} degrees off the scanner's"),) if tilt > MAX_OBLIQUITY else ()
-    )
-    return (
-        tuple((int(axis), int(flip)) for axis, flip in codes),
-        affine,
-        (spacing[0], spacing[1], spacing[2]),
-        flags,
-    )
-
-
-def _axes(affine: NDArray[np.float64]) -> NDArray[Any]:
-    if not np.isfinite(affine).all() or not 1e-12 <= abs(np.linalg.det(affine[:3, :3])) < np.inf:
-        raise ValueError("singular or not finite")
-    codes = np.asarray(orientations.io_orientation(affine))
-    if np.isnan(codes).any():
-        raise ValueError("an axis has no direction")
-    return codes
-
-
-def _check_forms(name: str, header: Any, shape: tuple[int, int, int]) -> list[Flag]:
-    """Doubts about sform and qform.
-
-    Raises:
-        VolumeError: the two forms name different axes.
-    """
-    codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
-    said = " and ".join(f"{form}_code is {code}" for form, code in codes.items())
-    flags = [] if all(0 <= code <= 5 for code in codes.values()) else [Flag("orientation_code", said)]
-    if not any(codes.values()):
-        flags.append(Flag("no_orientation", said))
-    if not all(codes.values()):
-        return flags
-    sform = np.asarray(header.get_sform(), dtype=np.float64)
-    try:
-        with np.errstate(all="ignore"):
-            qform = np.asarray(header.get_qform(), dtype=np.float64)
-            agree = np.array_equal(_axes(sform), _axes(qform))
-    except _PARSING as error:
-        return [*flags, Flag("forms_disagree", f"the qform cannot be computed: {error}")]
-    if not agree:
-        names = ["".join(nib.aff2axcodes(form)) for form in (sform, qform)]
-        raise VolumeError(
-            name, "orientation_conflict", f"axes are {names[0]} by the sform, {names[1]} by the qform"
-        )
-    corners = np.array(
-        [[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape))], dtype=np.float64
-    )
-    with np.errstate(all="ignore"):
-        apart = float(np.linalg.norm((corners @ (sform - qform).T)[:, :3], axis=1).max())
-    if not apart <= MAX_DISAGREEMENT:
-        flags.append(Flag("forms_disagree", f"sform and qform are up to {apart:.3g} mm apart"))
-    return flags

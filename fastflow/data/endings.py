@@ -9,31 +9,31 @@ VOLUME_ENDINGS = (".nii", ".nii.gz", ".mgz", ".mgh")
 IMAGE_ENDINGS = (".png",)
 ENDINGS = (*VOLUME_ENDINGS, *IMAGE_ENDINGS)
 
-_CONVERT = "convert it to .nii.gz"
-_GREY_PNG = "save it as an 8-bit grey .png"
+CONVERT = "convert it to .nii.gz"
+GREY_PNG = "save it as an 8-bit grey .png"
 # Files with these endings may hold images, and are counted where they are passed over.
 HINTS = {
-    ".hdr": f"half of a .hdr/.img pair: {_CONVERT}",
-    ".img": f"half of a .hdr/.img pair: {_CONVERT}",
-    ".hdr.gz": f"half of a .hdr/.img pair: {_CONVERT}",
-    ".img.gz": f"half of a .hdr/.img pair: {_CONVERT}",
+    ".hdr": f"half of a .hdr/.img pair: {CONVERT}",
+    ".img": f"half of a .hdr/.img pair: {CONVERT}",
+    ".hdr.gz": f"half of a .hdr/.img pair: {CONVERT}",
+    ".img.gz": f"half of a .hdr/.img pair: {CONVERT}",
     ".nii.bz2": "compressed by bzip2: decompress it, or compress it with gzip",
     ".nii.zst": "compressed by Zstandard: decompress it, or compress it with gzip",
     ".nii.xz": "compressed by xz: decompress it, or compress it with gzip",
     ".nii.zip": "a ZIP archive: unpack it",
-    ".dcm": f"DICOM: {_CONVERT}, for example with dcm2niix",
-    ".ima": f"DICOM: {_CONVERT}, for example with dcm2niix",
-    ".mnc": f"MINC: {_CONVERT}",
-    ".nrrd": f"NRRD: {_CONVERT}",
-    ".mha": f"MetaImage: {_CONVERT}",
-    ".mhd": f"MetaImage: {_CONVERT}",
-    ".jpg": f"JPEG loses detail: {_GREY_PNG}",
-    ".jpeg": f"JPEG loses detail: {_GREY_PNG}",
-    ".tif": f"TIFF: {_GREY_PNG}",
-    ".tiff": f"TIFF: {_GREY_PNG}",
-    ".bmp": f"BMP: {_GREY_PNG}",
-    ".npy": f"a NumPy array: {_CONVERT}",
-    ".npz": f"NumPy arrays: {_CONVERT}",
+    ".dcm": f"DICOM: {CONVERT}, for example with dcm2niix",
+    ".ima": f"DICOM: {CONVERT}, for example with dcm2niix",
+    ".mnc": f"MINC: {CONVERT}",
+    ".nrrd": f"NRRD: {CONVERT}",
+    ".mha": f"MetaImage: {CONVERT}",
+    ".mhd": f"MetaImage: {CONVERT}",
+    ".jpg": f"JPEG, which loses detail: {GREY_PNG}",
+    ".jpeg": f"JPEG, which loses detail: {GREY_PNG}",
+    ".tif": f"TIFF: {GREY_PNG}",
+    ".tiff": f"TIFF: {GREY_PNG}",
+    ".bmp": f"BMP: {GREY_PNG}",
+    ".npy": f"a NumPy array: {CONVERT}",
+    ".npz": f"NumPy arrays: {CONVERT}",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflow.data._header import Flag, Header
+from fastflow.data._opening import read_png
 from fastflow.data.endings import is_image
 from fastflow.data.preprocess import Preprocess, check_not_blank, pad_evenly, without_padding
 from fastflow.data.preprocess import coronal_slices as coronal_slices
 from fastflow.data.statistics import measure
-from fastflow.data.volume import check_file, open_scan
+from fastflow.data.volume import open_scan
 from fastflow.errors import VolumeError
 
 if TYPE_CHECKING:
@@ -158,7 +160,7 @@ def read_image(path: str, preprocess: Preprocess) -> LoadedImage:
         return LoadedImage(pad_evenly(pixels, preprocess.size)[None, None], (), (height, width))
     with open_scan(path) as scan:
         header = scan.header
-        indices = preprocess.locate(path, header.canonical_shape, header.spacing)
+        indices = _locate(path, preprocess, header)
         width, _, height = header.canonical_shape
         if header.frames > 1:
             images, negative = preprocess.take(scan.volume())
@@ -170,6 +172,17 @@ def read_image(path: str, preprocess: Preprocess) -> LoadedImage:
             intensities.add(chunk)
         images = preprocess.render(path, slices.canonical(), header.scaling, intensities, indices)
         return LoadedImage(images, header.flags, (height, width), intensities.negative_share)
+
+
+def _locate(path: str, preprocess: Preprocess, header: Header) -> list[int]:
+    """Indices of the slices; a volume on another grid is told with the unit that its file states."""
+    try:
+        return preprocess.locate(path, header.canonical_shape, header.spacing)
+    except VolumeError as error:
+        if error.code != "grid_mismatch" or header.unit == "mm":
+            raise
+        message = f"{error.message}; the file states its lengths in {header.unit or 'no unit, taken for mm'}"
+        raise VolumeError(path, error.code, message) from error
 
 
 class _StoredSlices:
@@ -215,19 +228,19 @@ def load_image(path: str, preprocess: Preprocess) -> NDArray[np.uint8]:
 
 def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
     """The pixels of a PNG, (h, w), not larger than `size`."""
-    check_file(path)
+    content = read_png(path)
     try:
         # Volumes are read without Pillow, so that only PNG files need it.
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise VolumeError(
             path, "unsupported_format", "is a PNG image, which Pillow reads: pip install pillow"
         ) from error
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             # Only `verify` reads the checksums; afterwards the image must be opened again.
             image.verify()
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             mode, width, height = image.mode, image.width, image.height
             if height > size[0] or width > size[1]:
                 message = f"is {height} x {width}, larger than the model's {size[0]} x {size[1]}"
@@ -237,6 +250,8 @@ def _load_png(path: str, size: tuple[int, int]) -> NDArray[np.uint8]:
         raise
     except MemoryError as error:
         raise VolumeError(path, "too_large", "needs more memory than there is") from error
+    except UnidentifiedImageError as error:
+        raise VolumeError(path, "image", "cannot be read as a PNG image: its header is damaged") from error
     # Pillow's readers let through whatever a broken chunk causes.
     except Exception as error:
         raise VolumeError(path, "image", f"cannot be read as a PNG image: {error}") from error

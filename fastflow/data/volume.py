@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import mmap
+import io
 import os
 from collections.abc import Iterator
 from os import PathLike
-from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,13 @@ from nibabel import orientations
 from numpy.typing import NDArray
 
 from fastflow.data import _gzip
-from fastflow.data._header import FLAG_CODES as FLAG_CODES
 from fastflow.data._header import MAX_VOXELS as MAX_VOXELS
-from fastflow.data._header import Flag as Flag
-from fastflow.data._header import Header, Readable, read_header
-from fastflow.data.endings import VOLUME_ENDINGS, ending_of
+from fastflow.data._header import Header, read_header
+from fastflow.data._kinds import GZIP_MAGIC, HEAD_BYTES, wrong_kind
+from fastflow.data._opening import Readable, check_ending, opened, read_up_to
+from fastflow.data._orientation import FLAG_CODES as FLAG_CODES
+from fastflow.data._orientation import Flag as Flag
+from fastflow.data.endings import VOLUME_ENDINGS
 from fastflow.errors import VolumeError
 
 # Chunks fit into half a processor's cache, so that inflated bytes are looked at while they are in it.
@@ -35,6 +36,9 @@ ERROR_CODES = {
     "not_a_file": "the path is a folder or a device",
     "unreadable": "the operating system refuses to read it",
     "empty": "the file has no bytes",
+    "pointer": "the file stands for another one, whose content was not fetched (Git LFS, git-annex)",
+    "wrong_kind": "the file is something else than its name says",
+    "changed": "another program changed the file while it was read",
     "unsupported_format": "none of .nii, .nii.gz, .mgh, .mgz and .png",
     "header": "the header cannot be parsed or contradicts itself",
     "dims": "the volume is not three-dimensional, or a dimension is not positive",
@@ -44,7 +48,7 @@ ERROR_CODES = {
     "affine": "the affine is singular or not finite, so there is no orientation",
     "orientation_conflict": "sform and qform name different axes",
     "truncated": "there are fewer bytes than the header promises",
-    "too_long": "there are more bytes than the header promises",
+    "too_long": "there are more bytes than the header promises, or than the gzip stream has",
     "crc": "the gzip stream is corrupt (checksum, length or deflate error)",
     "non_finite": "a voxel is NaN or infinite",
     "constant": "all voxels are equal: there is nothing to scale",
@@ -160,56 +164,37 @@ def open_scan(name: str, max_voxels: int = MAX_VOXELS) -> Iterator[Scan]:
     Raises:
         VolumeError: the file cannot be used; its code is one of `ERROR_CODES`.
     """
-    if ending_of(name) not in VOLUME_ENDINGS:
-        raise VolumeError(name, "unsupported_format", f"is none of {', '.join(VOLUME_ENDINGS)}")
-    check_file(name)
-    with contextlib.ExitStack() as stack:
+    check_ending(name, VOLUME_ENDINGS)
+    with opened(name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if not name.lower().endswith("z"):
+            header = read_header(name, file, max_voxels, packed=False)
+            _check_size(name, header, size)
+            yield Scan(name, header, _chunks(name, header, file))
+            return
+        promised = 0
         try:
-            raw = stack.enter_context(open(name, "rb", buffering=0))
-            size = os.fstat(raw.fileno()).st_size
-            if name.lower().endswith("z"):
-                stream = stack.enter_context(_gzip.GzipFile(fileobj=raw, mode="rb"))
-                header = read_header(name, stream, max_voxels)
+            with _inflating(name, file) as stream:
+                header = read_header(name, stream, max_voxels, packed=True)
+                promised = header.offset + header.bytes
                 _check_size(name, header, size * _gzip.MAX_RATIO)
-                chunks = _inflated(name, header, stream)
-            else:
-                header = read_header(name, raw, max_voxels)
-                _check_size(name, header, size)
-                chunks = _mapped(header, _map(name, raw.fileno(), header.offset + header.bytes))
-            yield Scan(name, header, chunks)
-        except _gzip.CORRUPT as error:
-            raise VolumeError(name, "crc", f"the gzip stream is corrupt: {error}") from error
-        except EOFError as error:
-            if _gzip.has_garbage(name):
-                raise VolumeError(
-                    name, "crc", "the gzip stream is corrupt: garbage where a stream should begin"
-                ) from error
-            raise VolumeError(name, "truncated", "the gzip stream ends early") from error
-        except OSError as error:
-            raise VolumeError(name, "unreadable", f"cannot be read: {error.strerror or error}") from error
-        except MemoryError as error:
-            raise VolumeError(name, "too_large", "needs more memory than there is") from error
+                yield Scan(name, header, _chunks(name, header, stream))
+        except _gzip.BROKEN as error:
+            raise VolumeError(name, *_gzip.find_fault(file, promised)) from error
 
 
-def check_file(name: str) -> int:
-    """Size in bytes of a regular file.
+def _inflating(name: str, file: io.FileIO) -> Any:
+    """A gzip file as a stream of its content.
 
     Raises:
-        VolumeError: it is missing, empty, or a folder, a pipe or a device, which would block its reader.
+        VolumeError: it is something else.
     """
-    try:
-        stat = os.stat(name)
-    except FileNotFoundError:
-        raise VolumeError(name, "missing", "there is no such file") from None
-    except OSError as error:
-        raise VolumeError(name, "unreadable", f"cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise VolumeError(name, "unreadable", f"is no file name: {error}") from error
-    if not S_ISREG(stat.st_mode):
-        raise VolumeError(name, "not_a_file", "is not a regular file")
-    if stat.st_size == 0:
-        raise VolumeError(name, "empty", "the file is empty")
-    return stat.st_size
+    head = read_up_to(file, HEAD_BYTES)
+    file.seek(0)
+    if head[: len(GZIP_MAGIC)] == GZIP_MAGIC[: len(head)]:
+        return _gzip.GzipFile(fileobj=file, mode="rb")
+    message = f"is not compressed by gzip, and of no kind that is known: it begins with {head[:8]!r}"
+    raise wrong_kind(name, head) or VolumeError(name, "wrong_kind", message)
 
 
 def _check_size(name: str, header: Header, most: int) -> None:
@@ -227,47 +212,31 @@ def _planes(header: Header) -> Iterator[int]:
             yield min(most, header.shape[2] - first)
 
 
-def _map(name: str, file: int, length: int) -> mmap.mmap:
-    try:
-        return mmap.mmap(file, length, access=mmap.ACCESS_READ)
-    except ValueError as error:
-        # The file was long enough a moment ago, so another program has cut it.
-        raise VolumeError(name, "truncated", f"became shorter while it was opened: {error}") from error
-
-
-def _mapped(header: Header, mapped: mmap.mmap) -> Iterator[NDArray[Any]]:
-    """Chunks of an uncompressed file, read where they are looked at; bytes after the voxels are ignored."""
-    offset = header.offset
-    for planes in _planes(header):
-        count = planes * header.shape[1] * header.shape[0]
-        yield np.frombuffer(mapped, header.dtype, count, offset).reshape(
-            planes, header.shape[1], header.shape[0]
-        )
-        offset += count * header.dtype.itemsize
-
-
-def _inflated(name: str, header: Header, stream: Readable) -> Iterator[NDArray[Any]]:
-    """Chunks of a compressed file; the last step checks the end of the stream."""
+def _chunks(name: str, header: Header, stream: Readable) -> Iterator[NDArray[Any]]:
+    """Chunks of voxels; the last step reads on to the end, which also makes gzip check CRC and length."""
     skip = header.offset - header.read
     while skip > 0:
         skip -= len(_read(name, stream, min(skip, _CHUNK_BYTES)))
     for planes in _planes(header):
+        # Each chunk has memory of its own, as frames and slices keep some for longer.
         block = _read(name, stream, planes * header.shape[1] * header.shape[0] * header.dtype.itemsize)
         yield np.frombuffer(block, header.dtype).reshape(planes, header.shape[1], header.shape[0])
-    # Only reading on to the end makes the stream check the CRC and the length.
     left = header.footer
     while block := stream.read(min(left + 1, _CHUNK_BYTES)):
         left -= len(block)
-        if left < 0:
-            raise VolumeError(
-                name,
-                "too_long",
-                f"holds more than the {header.bytes} bytes of voxels that its header promises",
-            )
+        if left < 0 or (header.padded and block.strip(b"\0")):
+            raise VolumeError(name, "too_long", _too_long(header))
+
+
+def _too_long(header: Header) -> str:
+    message = f"holds more than the {header.bytes} bytes of voxels that its header promises"
+    if header.hidden_frames == 1:
+        return message
+    return f"{message}: dim[0] is 3, but dim[4] is {header.hidden_frames}, as in a series of volumes"
 
 
 def _read(name: str, stream: Readable, size: int) -> bytes:
-    block = stream.read(size)
+    block = read_up_to(stream, size)
     if len(block) < size:
         raise VolumeError(name, "truncated", "ends before all of its voxels")
     return block

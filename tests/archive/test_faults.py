@@ -80,8 +80,8 @@ def faults(root: Path, good: bytes) -> dict[str, set[str]]:
         "crc.nii.gz": (good[:-8] + bytes([good[-8] ^ 1]) + good[-7:], {"crc"}),
         "empty.nii.gz": (b"", {"empty"}),
         "empty.nii": (b"", {"empty"}),
-        "text.nii.gz": (b"not a scan", {"crc", "truncated"}),
-        "text.nii": (b"not a scan", {"header"}),
+        "text.nii.gz": (b"not a scan", {"wrong_kind"}),
+        "text.nii": (b"not a scan", {"wrong_kind"}),
         "bomb.nii.gz": (gzip.compress(plain[:352]) + bomb, {"too_long"}),
         "promised_bomb.nii.gz": (
             gzip.compress(with_bytes(plain, 40, promise)[:352]) + bomb,

@@ -171,9 +171,9 @@ def test_png_files_that_cannot_be_used(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     expected = {
         "high": "size",
-        "photo": "image",
+        "photo": "wrong_kind",
         "empty": "empty",
-        "text": "image",
+        "text": "wrong_kind",
         "folder": "not_a_file",
         "none": "missing",
     }
@@ -495,7 +495,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert [(e.path, e.code, str(e)) for e in parallel_errors] == [
         (e.path, e.code, str(e)) for e in serial_errors
     ]
-    assert [e.code for e in serial_errors] == ["crc", "missing"]
+    assert [e.code for e in serial_errors] == ["wrong_kind", "missing"]
     assert serial_progress == parallel_progress == list(range(1, 10))
 
 

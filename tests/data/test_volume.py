@@ -222,7 +222,7 @@ def test_mgh_without_an_orientation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "content"),
     [
-        ("header", lambda: nifti()),
+        ("wrong_kind", lambda: nifti()),
         ("header", lambda: mgh(changes={0: b"\0\0\0\2"})),
         ("truncated", lambda: mgh()[:60]),
         ("truncated", lambda: mgh()[:300]),
@@ -350,9 +350,9 @@ def _with(data: np.ndarray, value: float) -> np.ndarray:
 SINGULAR = {"srow_x": [0, 0, 0, 1], "srow_y": [0, 2, 0, 0], "srow_z": [0, 0, 2, 0]}
 BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
     "empty": ("empty", lambda: b""),
-    "text": ("header", lambda: b"this is a letter, not a scan" * 100),
+    "text": ("wrong_kind", lambda: b"this is a letter, not a scan" * 100),
     "three bytes": ("header", lambda: b"\x5c\x01\x00"),
-    "detached header": ("header", lambda: nifti(magic=b"ni1")),
+    "detached header": ("wrong_kind", lambda: nifti(magic=b"ni1")),
     "header only": ("truncated", lambda: nifti()[:352]),
     "part of the header": ("truncated", lambda: nifti()[:200]),
     "NIfTI-2, part of the header": ("truncated", lambda: nifti(version=2)[:400]),
@@ -362,7 +362,7 @@ BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
     "zero dimension": ("dims", lambda: nifti(dim=[3, 5, 0, 3, 1, 1, 1, 1])),
     "negative dimensions": ("dims", lambda: nifti(dim=[3, -5, -4, 3, 1, 1, 1, 1])),
     "time series": ("four_dimensional", lambda: nifti(np.zeros((5, 4, 3, 2), dtype=np.int16))),
-    "MGH named NIfTI": ("header", lambda: nib.MGHImage(DATA, AFFINE).to_bytes()),
+    "MGH named NIfTI": ("wrong_kind", lambda: nib.MGHImage(DATA, AFFINE).to_bytes()),
     "large plane": ("too_large", lambda: nifti(dim=[3, 4096, 2048, 1, 1, 1, 1, 1])),
     "largest dimensions": ("too_large", lambda: nifti(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1])),
     "other axes by the qform": ("orientation_conflict", lambda: nifti(qform_code=1, quatern_b=np.sqrt(0.5))),
@@ -414,11 +414,6 @@ def test_bad_paths(tmp_path: Path) -> None:
     assert code_of(store(tmp_path, b"", "scan.nii") / "inside.nii") == "unreadable"
 
 
-def test_plain_file_named_gz(tmp_path: Path) -> None:
-    (tmp_path / "scan.nii.gz").write_bytes(nifti())
-    assert code_of(tmp_path / "scan.nii.gz") == "crc"
-
-
 @pytest.mark.parametrize("back", range(1, 9))
 def test_every_trailer_byte_counts(tmp_path: Path, back: int) -> None:
     path = store(tmp_path, nifti(), "scan.nii.gz")
@@ -426,13 +421,6 @@ def test_every_trailer_byte_counts(tmp_path: Path, back: int) -> None:
     content[-back] ^= 1
     path.write_bytes(content)
     assert code_of(path) == "crc"
-
-
-@pytest.mark.parametrize("garbage", [b"g", b"garbage", b"garbage" * 3, b"\x1f\x8b\x08" + bytes(20)])
-def test_garbage_after_the_gzip_stream(tmp_path: Path, garbage: bytes) -> None:
-    path = store(tmp_path, nifti(), "scan.nii.gz")
-    path.write_bytes(path.read_bytes() + garbage)
-    assert code_of(path) in ("crc", "truncated") if garbage[:1] == b"\x1f" else ("crc",)
 
 
 def test_bomb_is_not_inflated(tmp_path: Path) -> None:
