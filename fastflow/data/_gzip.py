@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import zlib
 from typing import cast
 
-from fastflow.data._kinds import GZIP_MAGIC
+from fastflow.data._kinds import GZIP_MAGIC, HEAD_BYTES
 
 # A stream that cannot be inflated to its end raises one of these.
 BROKEN: tuple[type[Exception], ...] = (zlib.error, gzip.BadGzipFile, EOFError)
@@ -26,36 +27,52 @@ MAX_RATIO = 1032
 _CHUNK_BYTES = 1 << 20
 
 
-def find_fault(file: io.FileIO, promised: int) -> tuple[str, str]:
-    """Why a file could not be inflated to its end.
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Why a file cannot be inflated to its end.
 
-    ISA-L and the standard library name the faults of a stream by different errors, so zlib walks over it.
+    Attributes:
+        code: ``truncated`` where the stream ends early, ``crc`` where it is corrupt, ``too_long`` where
+            something else follows a gzip member.
+        message: the same in words.
+        inflated: bytes that come out before the fault.
+        start: the first of them, `HEAD_BYTES` where there are so many.
+    """
+
+    code: str
+    message: str
+    inflated: int
+    start: bytes
+
+
+def find_fault(file: io.FileIO) -> Fault:
+    """Walk over a file from its beginning to its fault.
+
+    ISA-L and the standard library name the faults of a stream by different errors, and read ahead to
+    different places; this walk by zlib does not depend on either.
 
     Args:
         file: of one or more gzip members, between and after which zeros may stand.
-        promised: bytes that it should hold inflated.
-
-    Returns:
-        `(code, message)`: ``truncated`` where the stream ends early, ``too_long`` where anything else follows
-        a stream that is whole, ``crc`` where it is corrupt.
     """
     file.seek(0)
-    inflated, member, block = 0, None, b""
+    inflated, start, member, block = 0, b"", None, b""
     while True:
         block = block or file.read(_CHUNK_BYTES)
         if not block:
-            return ("truncated", "the gzip stream ends early") if member else _UNKNOWN
+            code, message = ("truncated", "the gzip stream ends early") if member else _UNKNOWN
+            return Fault(code, message, inflated, start)
         if member is None:
             block = block.lstrip(b"\0")
             if not block:
                 continue
             if block[: len(GZIP_MAGIC)] != GZIP_MAGIC[: len(block)]:
-                return _after_the_stream(file, len(block), inflated >= promised)
+                return Fault("too_long", _rest(file, file.tell() - len(block)), inflated, start)
             member = zlib.decompressobj(31)
         try:
-            inflated += len(member.decompress(block, _CHUNK_BYTES))
+            content = member.decompress(block, _CHUNK_BYTES)
         except zlib.error as error:
-            return "crc", f"the gzip stream is corrupt: {error}"
+            return Fault("crc", f"the gzip stream is corrupt: {error}", inflated, start)
+        inflated, start = inflated + len(content), start + content[: HEAD_BYTES - len(start)]
         block = member.unused_data if member.eof else member.unconsumed_tail
         member = None if member.eof else member
 
@@ -63,13 +80,8 @@ def find_fault(file: io.FileIO, promised: int) -> tuple[str, str]:
 _UNKNOWN = "crc", "the gzip stream is corrupt"
 
 
-def _after_the_stream(file: io.FileIO, left: int, whole: bool) -> tuple[str, str]:
-    """The fault of a file in which something else follows a gzip member, `left` bytes before the place."""
-    end = file.tell() - left
-    if whole:
-        rest = file.seek(0, io.SEEK_END) - end
-        return "too_long", (
-            f"{rest} bytes that are not gzip follow the stream, whose checksum is right: "
-            f"keep the first {end} bytes of the file"
-        )
-    return "crc", f"the gzip stream is corrupt: from byte {end} on, before all voxels came, it is not gzip"
+def _rest(file: io.FileIO, end: int) -> str:
+    return (
+        f"{file.seek(0, io.SEEK_END) - end} bytes that are not gzip follow the stream, whose checksum is "
+        f"right: keep the first {end} bytes of the file"
+    )

@@ -125,7 +125,7 @@ def _text_kind(head: bytes) -> Kind | None:
         text = head[:-3].decode() if len(head) >= HEAD_BYTES else head.decode()
     except UnicodeDecodeError:
         return None
-    if re.search(r"[^\t\n\f\r -\x7e\x80-\U0010ffff]", text):
+    if len(text) < 4 or re.search(r"[^\t\n\f\r -\x7e\x80-\U0010ffff]", text):
         return None
     text = text.lstrip("\ufeff \t\r\n").lower()
     if ".git/annex/objects/" in text[:1024] or text.startswith("/annex/objects/"):

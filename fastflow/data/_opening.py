@@ -182,13 +182,11 @@ def _check_unchanged(name: str, file: int, before: tuple[int, int], error: Volum
     now = _state(file)
     if now == before:
         return
-    if now[0] < before[0] and error is not None and error.code == "truncated":
-        message = f"was cut from {before[0]} to {now[0]} bytes while it was read: {error.message}"
+    if now[0] < before[0]:
+        message = f"was cut from {before[0]} to {now[0]} bytes while it was read: try it again"
         raise VolumeError(name, "truncated", message) from error
-    size = f"has now {now[0]} bytes instead of {before[0]}" if now[0] != before[0] else "keeps its size"
-    raise VolumeError(
-        name, "changed", f"was changed by another program while it was read, and {size}: try it again"
-    ) from error
+    size = f"has now {now[0]} bytes instead of {before[0]}" if now[0] != before[0] else "kept its size"
+    raise VolumeError(name, "changed", f"was changed while it was read, and {size}: try it again") from error
 
 
 def read_png(name: str) -> bytes:

@@ -172,15 +172,23 @@ def open_scan(name: str, max_voxels: int = MAX_VOXELS) -> Iterator[Scan]:
             _check_size(name, header, size)
             yield Scan(name, header, _chunks(name, header, file))
             return
-        promised = 0
         try:
             with _inflating(name, file) as stream:
                 header = read_header(name, stream, max_voxels, packed=True)
-                promised = header.offset + header.bytes
                 _check_size(name, header, size * _gzip.MAX_RATIO)
                 yield Scan(name, header, _chunks(name, header, stream))
         except _gzip.BROKEN as error:
-            raise VolumeError(name, *_gzip.find_fault(file, promised)) from error
+            raise _broken(name, _gzip.find_fault(file), max_voxels) from error
+
+
+def _broken(name: str, fault: _gzip.Fault, max_voxels: int) -> VolumeError:
+    """The error of a gzip stream; bytes after it are too many only if all voxels came before them."""
+    if fault.code == "too_long":
+        header = read_header(name, io.BytesIO(fault.start), max_voxels, packed=True)
+        if fault.inflated < header.offset + header.bytes:
+            message = "the gzip stream is corrupt: before all voxels came, it goes on as something else"
+            return VolumeError(name, "crc", message)
+    return VolumeError(name, fault.code, fault.message)
 
 
 def _inflating(name: str, file: io.FileIO) -> Any:
