@@ -48,7 +48,7 @@ ERROR_CODES = {
     "affine": "the affine is singular or not finite, so there is no orientation",
     "orientation_conflict": "sform and qform name different axes",
     "truncated": "there are fewer bytes than the header promises",
-    "too_long": "there are more bytes than the header promises, or than the gzip stream has",
+    "too_long": "there are more bytes than the header promises, or something else follows the gzip stream",
     "crc": "the gzip stream is corrupt (checksum, length or deflate error)",
     "non_finite": "a voxel is NaN or infinite",
     "constant": "all voxels are equal: there is nothing to scale",
