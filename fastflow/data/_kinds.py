@@ -162,7 +162,8 @@ def _message(name: str, kind: Kind, packed: bool) -> str:
     if kind.endings[1] is None:
         what = f"a {kind.text}"
     else:
-        what = f"a {kind.text} compressed by gzip" if packed else f"an uncompressed {kind.text}"
+        article = "an" if kind is _MGH else "a"
+        what = f"{article} {kind.text} compressed by gzip" if packed else f"an uncompressed {kind.text}"
     ending = kind.endings[packed]
     if ending is None:
         return f"is compressed by gzip, and its content is {what}: decompress it"

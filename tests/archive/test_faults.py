@@ -82,6 +82,15 @@ def faults(root: Path, good: bytes) -> dict[str, set[str]]:
         "empty.nii": (b"", {"empty"}),
         "text.nii.gz": (b"not a scan", {"wrong_kind"}),
         "text.nii": (b"not a scan", {"wrong_kind"}),
+        "plain.nii.gz": (plain, {"wrong_kind"}),
+        "packed.nii": (good, {"wrong_kind"}),
+        "lfs.nii.gz": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", {"pointer"}),
+        "garbage.nii.gz": (good + b"garbage", {"too_long"}),
+        "garbage.nii": (plain + b"garbage", {"too_long"}),
+        # dim[4] is at byte 48 of a NIfTI-1 header.
+        "hidden.nii": (with_bytes(plain, 48, b"\2\0") + plain[352:], {"too_long"}),
+        "hidden.nii.gz": (gzip.compress(with_bytes(plain, 48, b"\2\0") + plain[352:]), {"too_long"}),
+        "scan.png": (good, {"wrong_kind"}),
         "bomb.nii.gz": (gzip.compress(plain[:352]) + bomb, {"too_long"}),
         "promised_bomb.nii.gz": (
             gzip.compress(with_bytes(plain, 40, promise)[:352]) + bomb,
@@ -228,5 +237,5 @@ def test_manifests_name_what_is_not_there(scans: Path, model_folder: Path, tmp_p
     )
     (tmp_path / f"m.{kind}").write_text(content + "\n")
     summary = classify([], model_folder, tmp_path / "r", manifest=tmp_path / f"m.{kind}")
-    assert [row["error_code"] for row in rows_of(tmp_path / "r")] == ["", "missing", "unsupported_format", ""]
-    assert summary.codes == {"missing": 1, "unsupported_format": 1}
+    assert [row["error_code"] for row in rows_of(tmp_path / "r")] == ["", "missing", "not_a_file", ""]
+    assert summary.codes == {"missing": 1, "not_a_file": 1}

@@ -72,7 +72,7 @@ CONTENTS: dict[str, tuple[Callable[[], bytes], str, str, str | None]] = {
     "packed MGH": (
         lambda: gzip.compress(mgh()),
         "wrong_kind",
-        "is a MGH volume compressed by gzip: rename it to .mgz",
+        "is an MGH volume compressed by gzip: rename it to .mgz",
         ".mgz",
     ),
     "PNG": (lambda: picture("PNG"), "wrong_kind", "is a PNG image: rename it to .png", ".png"),
