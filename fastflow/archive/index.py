@@ -86,8 +86,10 @@ def write_index(
     found = list_records(source, label)
     records = found.records
     have = [record.split is not None for record in records]
+    empty: list[str] = []
     if resplit or not any(have):
         records = split_by_subject(records, fractions, seed)
+        empty = empty_splits(records, fractions)
     elif not all(have):
         missing = records[have.index(False)].path
         raise ManifestError(
@@ -98,7 +100,7 @@ def write_index(
     write_manifest(records, out)
     counts = json.dumps({"source": os.path.abspath(source), **found.inventory.to_dict()}, indent=1)
     write_text(f"{out}{INVENTORY_ENDING}", counts + "\n")
-    warnings = [*found.warnings, *unused_splits(records), *missing_classes(records)]
+    warnings = [*found.warnings, *empty, *unused_splits(records), *missing_classes(records)]
     if found.other_columns:
         warnings.append(f"{out} does not keep the columns {', '.join(found.other_columns)}")
     return Listing(records, found.inventory, tuple(warnings))
@@ -129,6 +131,16 @@ def count_classes(records: Sequence[Record]) -> tuple[list[str | None], ClassCou
     splits = {split for row in counts.values() for split in row}
     ordered = sorted(splits, key=lambda name: (name is None, usual.get(name or "", len(usual)), name or ""))
     return ordered, {label: counts[label] for label in sorted(counts, key=lambda name: (name is None, name))}
+
+
+def empty_splits(records: Sequence[Record], fractions: Mapping[str, float]) -> list[str]:
+    """A sentence on each split that should have a share of the subjects and has none."""
+    there = {record.split for record in records}
+    return [
+        f"no subject fell to the split {name!r}: each class has too few subjects for a share of {share:g}"
+        for name, share in fractions.items()
+        if share > 0 and name not in there
+    ]
 
 
 def unused_splits(records: Sequence[Record]) -> list[str]:

@@ -60,7 +60,8 @@ NoLock = Annotated[
 Inputs = Annotated[
     list[Path],
     typer.Argument(
-        help="Files (.nii, .nii.gz, .png), folders of them, or manifests (.csv, .jsonl).", show_default=False
+        help="Files (.nii, .nii.gz, .png), folders of them, or manifests (.csv, .tsv, .jsonl).",
+        show_default=False,
     ),
 ]
 

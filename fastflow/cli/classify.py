@@ -68,7 +68,7 @@ class ClassifyCommand:
         list[Path] | None,
         typer.Argument(
             help="Files (.nii, .nii.gz, .mgz, .png), folders of them, BIDS datasets, "
-            "or manifests (.csv, .jsonl).",
+            "or manifests (.csv, .tsv, .jsonl).",
             show_default=False,
         ),
     ] = None
@@ -79,7 +79,9 @@ class ClassifyCommand:
         ),
     ] = Path("model")
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write results into.")] = Path("results")
-    manifest: Annotated[Path | None, typer.Option(help="A manifest (.csv, .jsonl), as an input.")] = None
+    manifest: Annotated[Path | None, typer.Option(help="A manifest (.csv, .tsv, .jsonl), as an input.")] = (
+        None
+    )
     split: Annotated[str | None, typer.Option(help="Take only this split of manifests.")] = None
     shard: Annotated[
         str | None, typer.Option(help="i/N: the i-th of N parts, into a folder of its own below --out.")

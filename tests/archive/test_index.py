@@ -129,6 +129,14 @@ def test_warnings_name_what_training_will_miss(tmp_path: Path) -> None:
     assert "does not keep the columns age" in text
 
 
+def test_splits_that_no_subject_fell_to_are_named(tmp_path: Path) -> None:
+    listing = write_index(touch(tmp_path / "d", "A/a.nii", "B/b.nii"), tmp_path / "m.csv", FRACTIONS)
+    assert [message[:32] for message in listing.warnings] == [
+        "no subject fell to the split 'va",
+        "no subject fell to the split 'te",
+    ]
+
+
 def test_table_of_classes_and_splits() -> None:
     records = [
         *[Record(f"{i}", "flat", "s", "val") for i in range(12)],

@@ -18,7 +18,7 @@ from fastflow.data.manifest import (
 from fastflow.data.words import class_name, split_name
 from fastflow.errors import ManifestError
 
-FORMATS = (".csv", ".jsonl")
+FORMATS = (".csv", ".tsv", ".jsonl")
 
 
 def touch(root: Path, *names: str) -> None:
