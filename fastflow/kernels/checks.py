@@ -130,7 +130,7 @@ def mark_label_index(label_index: Tensor, classes: int) -> Tensor:
 
 def counted(x: Tensor) -> Tensor:
     """`x`, or a copy where it was made under `torch.inference_mode`: writes to the result are counted."""
-    if not x.is_inference():
+    if _is_traced(x) or not x.is_inference():
         return x
     with torch.inference_mode(False):
         return x.clone()

@@ -288,9 +288,8 @@ class Flow(nn.Module):
 
     def _labels_and_index(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Labels to condition on, and each sample's index: all classes, or the samples' own if fewer."""
-        if not torch.is_inference_mode_enabled():
-            # Autograd may have to save them.
-            y = counted(y)
+        # Autograd saves no tensor that was made under inference mode.
+        y = counted(y)
         classes, batch = self.config.num_classes, y.shape[0]
         if classes <= batch:
             return torch.arange(classes, device=y.device), mark_label_index(y, classes)

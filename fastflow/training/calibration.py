@@ -45,13 +45,19 @@ def fit_temperature(
         A temperature between 0.01 and 1e6.
 
     Raises:
-        ValueError: there are no samples, or shapes do not fit.
+        ValueError: there are no samples, shapes do not fit, or log-likelihoods are not finite.
     """
     from scipy.optimize import minimize_scalar
 
     if log_probs.ndim != 2 or labels.shape != (len(log_probs),) or len(labels) == 0:
         raise ValueError(
             f"log_probs (N, K) and labels (N,) must fit, N > 0; got {log_probs.shape} and {labels.shape}"
+        )
+    wrong = np.flatnonzero(~np.isfinite(log_probs).all(axis=1))
+    if len(wrong):
+        raise ValueError(
+            f"log_probs must be finite, but {len(wrong)} of {len(log_probs)} rows are not, the first is row "
+            f"{wrong[0]}: {log_probs[wrong[0]].tolist()}; leave such samples out, or look at the model"
         )
     bounds = (np.log(MIN_TEMPERATURE), np.log(MAX_TEMPERATURE))
     # The loss may have flat stretches far from its minimum, so a coarse scan brackets it first.

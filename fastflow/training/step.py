@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
 from fastflow.models.magic_flow import MagicFlow
@@ -46,6 +46,14 @@ class Totals(NamedTuple):
     bits_per_dim: float
     samples: int
     skipped_steps: int
+
+
+def _statistics(model: MagicFlow) -> list[Tensor]:
+    """What forward passes in training write to: the running statistics of batch norms."""
+    if model.config.norm != "batch":
+        return []
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    return [value for norm in norms for value in norm.buffers()]
 
 
 class TrainingStep:
@@ -140,7 +148,8 @@ class TrainingStep:
         Raises:
             FloatingPointError: ``config.max_skipped`` steps in a row were not finite. The weights are those
                 that the last finite step left.
-            RuntimeError: a parameter was moved or replaced after the step was captured.
+            RuntimeError: a parameter or a buffer was moved or replaced after the step was captured.
+            ValueError: ActNorm cannot be set from the first batch; no layer is, and the next batch sets it.
         """
         wrong = self._draw_wrong(labels) if self._capturable else None
         if self._stages and self._staging is None:
@@ -178,6 +187,9 @@ class TrainingStep:
         """The step as a function of tensors on the device, which waits for none of them.
 
         The first call also sets ActNorm and copies the model for its average; that one may wait.
+
+        Raises:
+            ValueError: the first batch has no finite statistics at some layer; the next one sets ActNorm.
         """
         model = self._model
         x = self._augmented(batch.images)
@@ -187,10 +199,15 @@ class TrainingStep:
         if self._pairs and wrong is None:
             wrong = self._drawn = self._draw_wrong(batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
+        statistics = _statistics(model)
+        before = [value.clone() for value in statistics]
         with parametrize.cached() if self._capturable else contextlib.nullcontext():
             loss, log_probs, logistic = self._loss(x, batch.labels, wrong)
         loss.backward()
         finite = self._update(loss.detach())
+        # The forward pass has taken a step that is skipped into the running statistics.
+        for value, earlier in zip(statistics, before, strict=True):
+            value.copy_(torch.where(finite, value, earlier))
         bits = objectives.bits_per_dim(log_probs.detach(), model.config.num_dims).double().sum()
         zero = torch.zeros_like(bits)
         # A choice, unlike a product with 0, keeps the NaN of a skipped step out of the totals.

@@ -37,6 +37,11 @@ def test_it_refuses_what_does_not_fit():
         fit_temperature(np.zeros((0, 3)), np.zeros(0, dtype=int))
     with pytest.raises(ValueError, match="fit"):
         fit_temperature(np.zeros((2, 3)), np.zeros(3, dtype=int))
+    for value in (np.nan, np.inf, -np.inf):
+        log_probs = np.zeros((4, 2))
+        log_probs[2, 1] = value
+        with pytest.raises(ValueError, match=r"log_probs must be finite, but 1 of 4 rows are not, .* row 2"):
+            fit_temperature(log_probs, np.zeros(4, dtype=int))
 
 
 @given(st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=50), st.floats(-2e5, 2e5))

@@ -78,6 +78,46 @@ def test_buffers_of_the_average_are_those_of_the_model():
     assert any("running_mean" in name for name, _ in model.named_buffers())
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_that_is_skipped_leaves_running_statistics(capturable):
+    model = new_model(task="generation", norm="batch")
+    step = run_steps(model, settings(max_skipped=5), batches(2), capturable=capturable)
+    weight = model.steps[0].coupling.conditioners[0].conv1.bias
+    good = weight.detach().clone()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    step(*next(batches(1)))
+    with torch.no_grad():
+        weight.copy_(good)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    step(*next(batches(1)))
+    assert step.take_totals().skipped_steps == 1
+    assert any(
+        "running_mean" in name and not torch.equal(value, before[name])
+        for name, value in model.state_dict().items()
+    )
+
+
+def test_the_batch_after_one_that_is_refused_sets_actnorm():
+    model = new_model()
+    head = model.steps[1].coupling.conditioners[0].scale.label_out.bias
+    good = head.detach().clone()
+    step = TrainingStep(model, settings(ema=0.5), torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        head.fill_(float("nan"))
+    with pytest.raises(ValueError, match="x must have finite statistics to set ActNorm"):
+        step(*next(batches(1)))
+    assert not model.initialized and step.average is None
+    assert not any(part.actnorm.ready for part in model.steps)
+    with torch.no_grad():
+        head.copy_(good)
+    step(*next(batches(1)))
+    totals = step.take_totals()
+    assert model.initialized and totals.samples == BATCH and totals.skipped_steps == 0
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_function_that_a_gpu_captures_computes_the_same(objective):
     """In float64, where the order of sums is all that differs; nothing is drawn on the device here."""
