@@ -145,6 +145,8 @@ class Flow(nn.Module):
     def condition(self, labels: Tensor, inverse: bool = False) -> ConditionedFlow:
         """The flow given `labels`: everything that no image changes, computed once for any number of images.
 
+        It holds results of the weights as they are now, and takes no notice of later changes.
+
         Args:
             labels: (R,) int64 labels in [0, K).
             inverse: prepare the inverse direction instead of the forward one.
