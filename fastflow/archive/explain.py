@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from fastflow._files import write_bytes, write_text
 from fastflow._places import Kind, check_place, held, telling_what_stays, without_mark
-from fastflow.archive.inputs import gather
+from fastflow.archive.inputs import gather_listing
 from fastflow.archive.names import files_in_table, replace_files, stem_of, unique_names, write_table
 from fastflow.archive.options import pick_device
 from fastflow.archive.rows import class_names, preprocess_of
 from fastflow.data.inventory import Inventory
 from fastflow.data.listing import Listing
 from fastflow.data.slices import iterate_images
+from fastflow.data.words import class_indices, find_class
 from fastflow.errors import VolumeError
 from fastflow.evaluation.figures import Explanation, attribution_figure, png
 from fastflow.models.magic_flow import MagicFlow
@@ -163,9 +164,7 @@ def explain_inputs(
         OSError: `out` cannot be written, or the disk is full. What was written stays.
     """
     model = MagicFlow.load(model_folder, pick_device(device))
-    classes = class_names(model)
-    if label is not None and label not in classes:
-        raise ValueError(f"label must be one of {', '.join(classes)}, got {label!r}")
+    chosen = None if label is None else find_class(label, class_names(model))
     listing = _listed(inputs, limit)
     result = Explained(_first_rows(listing), [], listing.inventory, listing.inventory.details())
     folder = Path(out)
@@ -179,7 +178,7 @@ def explain_inputs(
         # The table comes first: it says whose the files are, also of a run that is killed.
         _write_tables(folder, result)
         try:
-            _explain_all(model, listing, label, folder, result, progress)
+            _explain_all(model, listing, chosen, folder, result, progress)
         except BaseException:
             with contextlib.suppress(OSError):
                 _write_tables(folder, result)
@@ -190,8 +189,8 @@ def explain_inputs(
 
 def _listed(inputs: Iterable[str | PathLike[str]], limit: int | None) -> Listing:
     """The inputs, of which those beyond a limit are left out."""
-    records = gather(inputs)
-    inventory = Inventory(used=len(records))
+    listing = gather_listing(inputs)
+    records, inventory = listing.records, listing.inventory
     for record in records[len(records) if limit is None else limit :]:
         inventory.drop("limit", record.path)
     return Listing(records[:limit], inventory)
@@ -214,13 +213,14 @@ def _first_rows(listing: Listing) -> list[dict[str, Any]]:
 def _explain_all(
     model: MagicFlow,
     listing: Listing,
-    label: str | None,
+    label: int | None,
     folder: Path,
     result: Explained,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Explain all inputs, and fill in their rows."""
     classes, records = class_names(model), listing.records
+    known = class_indices(classes)
     images = iterate_images([record.path for record in records], preprocess_of(model))
     # Rows of what is left out come last.
     explained = zip(records, result.rows, images, strict=False)
@@ -230,9 +230,8 @@ def _explain_all(
             listing.inventory.drop(image.code, record.path)
             row |= {"status": "error", "error_code": image.code, "error_message": image.message}
         else:
-            truth = classes.index(record.label) if record.label in classes else None
-            chosen = None if label is None else classes.index(label)
-            explanation = explain_slice(model, image[len(image) // 2], chosen, truth, row["name"])
+            truth = known.get(record.label or "")
+            explanation = explain_slice(model, image[len(image) // 2], label, truth, row["name"])
             _write(folder, row["name"], explanation, classes)
             row |= {"status": "ok", "predicted": classes[int(explanation.log_probs.argmax())]}
         if progress is not None:

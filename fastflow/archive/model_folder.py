@@ -65,8 +65,6 @@ def model_folder(folder: str | PathLike[str], overwrite: bool = False, lock: boo
             except BaseException:
                 if _is_worthless(work):
                     shutil.rmtree(work, ignore_errors=True)
-                    if is_new:
-                        (path / LOCK).unlink(missing_ok=True)
                 raise
             _publish(work, path)
     finally:

@@ -19,6 +19,7 @@ from fastflow.archive.names import clean_stem, files_in_table, replace_files, un
 from fastflow.archive.options import pick_device
 from fastflow.archive.rows import class_names
 from fastflow.data.preprocess import to_uint8
+from fastflow.data.words import find_class
 from fastflow.evaluation.figures import grid_figure, png
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.sampling import Sampler
@@ -122,9 +123,7 @@ def sample(
     model = MagicFlow.load(model_folder, pick_device(device))
     names = class_names(model)
     wanted = list(labels) if labels else list(names)
-    unknown = [name for name in wanted if name not in names]
-    if unknown:
-        raise ValueError(f"label must be one of {', '.join(names)}, got {unknown[0]!r}")
+    wanted = [names[find_class(name, names)] for name in wanted]
     check_counts(wanted, count)
     stems = unique_names([_stem(name) for name in wanted], "_")
     rows = [

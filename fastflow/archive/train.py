@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -173,13 +174,24 @@ def calibrate(model: MagicFlow, val_set: SliceSet) -> None:
     """Fit `model.temperature` on whole volumes, as `classify` scores them; of one class, it stays as it is.
 
     Their likelihoods are kept in the model's metadata: they tell what is typical of volumes that
-    are prepared alike.
+    are prepared alike. A volume whose likelihood is not finite is left out, with a warning.
+
+    Raises:
+        FloatingPointError: no volume has a finite one.
     """
     log_probs = volume_log_probs(score_slices(model, val_set.images), val_set.volumes)
+    finite = np.asarray(np.isfinite(log_probs).all(axis=1))
+    if not finite.all():
+        name = val_set.paths[int(np.flatnonzero(~finite)[0])]
+        bad = f"{np.count_nonzero(~finite)} of {len(finite)} validation volumes, such as {name}"
+        if not finite.any():
+            raise FloatingPointError(f"{bad}: log-likelihoods are not finite; lower the learning rate")
+        warnings.warn(f"{bad}, have no finite log-likelihood, and calibrate nothing", stacklevel=2)
+        log_probs = log_probs[finite]
     # The posterior of one class is 1 at any temperature.
     if model.config.num_classes > 1:
-        model.temperature = fit_temperature(log_probs, val_set.volume_labels)
-    counts = np.bincount(val_set.volumes, minlength=len(val_set.paths))
+        model.temperature = fit_temperature(log_probs, val_set.volume_labels[finite])
+    counts = np.bincount(val_set.volumes, minlength=len(val_set.paths))[finite]
     each = np.sort(log_probs.max(axis=1) / counts)
     slices = model.metadata.get("preprocess", {}).get("slices")
     accepted = range_around(each.tolist())

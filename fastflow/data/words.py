@@ -115,11 +115,14 @@ def find_columns(names: Sequence[str], label: str | None = None) -> dict[str, in
     found: dict[str, int] = {}
     for i, name in enumerate(names):
         column = column_name(name) if label is None else _with_label(name, label)
-        if column in found:
-            first = names[found[column]]
-            raise ValueError(f"the columns {first!r} and {name!r} both mean {column!r}: keep one of them")
-        if column is not None:
+        if column is None:
+            continue
+        first = names[found[column]] if column in found else None
+        if first is None or (name == column != key_of_word(first)):
+            # The name that manifests are written with goes before its synonyms.
             found[column] = i
+        elif first != column or key_of_word(name) == column:
+            raise ValueError(f"the columns {first!r} and {name!r} both mean {column!r}: keep one of them")
     if label is not None and "label" not in found:
         raise ValueError(f"no column {label!r}; there are {', '.join(filter(None, names))}")
     for column in COLUMN_NAMES.keys() - found.keys():
@@ -157,6 +160,19 @@ def class_indices(names: Sequence[str]) -> dict[str, int]:
     """The place of each class name, which is looked up by what `class_name` makes of a label."""
     read = {name: i for i, text in reversed(list(enumerate(names))) if (name := class_name(text)) is not None}
     return read | {name: i for i, name in enumerate(names)}
+
+
+def find_class(label: str, names: Sequence[str]) -> int:
+    """The place of a class that a user names.
+
+    Raises:
+        ValueError: it is none of them; the message lists them.
+    """
+    known = class_indices(names)
+    found = known.get(label, known.get(class_name(label) or ""))
+    if found is None:
+        raise ValueError(f"label must be one of {', '.join(names)}, got {label!r}")
+    return found
 
 
 def alike(names: Iterable[str], key: Callable[[str], str] = key_of_word) -> list[tuple[str, str]]:

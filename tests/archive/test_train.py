@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from fastflow import MagicFlow
+from fastflow.archive import train as train_module
 from fastflow.archive.classify import classify
 from fastflow.archive.results import read_results
-from fastflow.archive.train import Trained, preprocess_like, read_records, recipe, train_on_archive
+from fastflow.archive.train import Trained, calibrate, preprocess_like, read_records, recipe, train_on_archive
 from fastflow.archive.training_data import UsableFiles
 from fastflow.data.listing import list_records
 from fastflow.data.manifest import Record, index_folder, split_by_subject, write_manifest
+from fastflow.data.preprocess import Preprocess
+from fastflow.data.slices import load_slices
 from fastflow.errors import ManifestError, OutputFolderError
 from fastflow.training.trainer import TrainConfig
 
@@ -221,6 +224,26 @@ def test_one_class_with_validation_is_a_density_model(scans: Path, tmp_path: Pat
         assert row["typicality"]
     with pytest.raises(ManifestError, match="a model of one class needs its name as a label too"):
         train_once([dataclasses.replace(r, label=None) for r in records], tmp_path / "n")
+
+
+def test_volumes_without_a_finite_likelihood_calibrate_nothing(
+    scans: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MagicFlow.load(model_folder)
+    preprocess = Preprocess.from_dict(model.metadata["preprocess"])
+    names = ("flat", "striped")
+    records = [r for r in records_of(scans) if r.split == "val"]
+    data, _ = load_slices(records, preprocess, names)
+    scores = np.random.default_rng(0).normal(size=(len(data), 2))
+    monkeypatch.setattr(train_module, "score_slices", lambda model, images: scores)
+    scores[data.volumes == 1, 0] = np.nan
+    with pytest.warns(UserWarning, match="1 of .* validation volumes, such as .*, have no finite log-lik"):
+        calibrate(model, data)
+    values = model.metadata["validation"]["log_prob"]
+    assert len(values) == len(records) - 1 and np.isfinite([*values, model.temperature]).all()
+    scores[:] = np.inf
+    with pytest.raises(FloatingPointError, match="log-likelihoods are not finite"):
+        calibrate(model, data)
 
 
 def test_recipes() -> None:

@@ -117,6 +117,8 @@ def test_columns_are_found_and_others_are_not_read() -> None:
     names = ["Age", "Subject ID", "FILE_NAME", "class", "", "Set", "age"]
     assert find_columns(names) == {"subject": 1, "path": 2, "label": 3, "split": 5}
     assert find_columns(["path", "dx", "label"], "DX") == {"path": 0, "label": 1}
+    # The name that is written into manifests goes before its synonyms.
+    assert find_columns(["image", "path", "label", "class"]) == {"path": 1, "label": 2}
     # Short words are near to many others.
     assert find_columns(["path", "sex", "age", "part", "pat", "level"]) == {"path": 0}
 
@@ -132,6 +134,8 @@ def test_columns_are_found_and_others_are_not_read() -> None:
         (["path", "Spilt"], None, "'Spilt' is nearly 'split'"),
         (["path", "participants_id"], None, "nearly 'subject'"),
         (["path", "age"], "dx", "no column 'dx'; there are path, age"),
+        (["path", "Label", "label"], None, "the columns 'Label' and 'label' both mean 'label'"),
+        (["path", "path"], None, "the columns 'path' and 'path' both mean 'path'"),
         (["path", "dx", "DX"], "dx", "both mean 'label'"),
     ],
 )

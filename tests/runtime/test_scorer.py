@@ -228,7 +228,7 @@ def test_files_that_cannot_be_used_are_volume_errors(
     for path, code in (
         (tmp_path / "gone.nii", "missing"),
         (tmp_path / "cut.nii.gz", "truncated"),
-        (tmp_path, "unsupported_format"),
+        (tmp_path, "not_a_file"),
     ):
         with pytest.raises(VolumeError) as caught:
             scorer.classify_volume(path)
