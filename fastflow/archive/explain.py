@@ -20,10 +20,10 @@ from fastflow._places import Kind, check_place, held, telling_what_stays, withou
 from fastflow.archive.inputs import gather_listing
 from fastflow.archive.names import files_in_table, replace_files, stem_of, unique_names, write_table
 from fastflow.archive.options import pick_device
-from fastflow.archive.rows import class_names, preprocess_of
+from fastflow.archive.rows import class_names, images_of, preprocess_of
 from fastflow.data.inventory import Inventory
 from fastflow.data.listing import Listing
-from fastflow.data.slices import iterate_images
+from fastflow.data.slices import iterate_measured
 from fastflow.data.words import class_indices, find_class
 from fastflow.errors import VolumeError
 from fastflow.evaluation.figures import Explanation, attribution_figure, png
@@ -221,7 +221,8 @@ def _explain_all(
     """Explain all inputs, and fill in their rows."""
     classes, records = class_names(model), listing.records
     known = class_indices(classes)
-    images = iterate_images([record.path for record in records], preprocess_of(model))
+    preprocess, training = preprocess_of(model), images_of(model)
+    images = iterate_measured([record.path for record in records], preprocess)
     # Rows of what is left out come last.
     explained = zip(records, result.rows, images, strict=False)
     for done, (record, row, image) in enumerate(explained, start=1):
@@ -231,9 +232,13 @@ def _explain_all(
             row |= {"status": "error", "error_code": image.code, "error_message": image.message}
         else:
             truth = known.get(record.label or "")
-            explanation = explain_slice(model, image[len(image) // 2], label, truth, row["name"])
+            slices, measured = image
+            explanation = explain_slice(model, slices[len(slices) // 2], label, truth, row["name"])
             _write(folder, row["name"], explanation, classes)
             row |= {"status": "ok", "predicted": classes[int(explanation.log_probs.argmax())]}
+            flags = () if training is None else training.flags(measured, record.path, preprocess.slices)
+            for code, message in flags:
+                row |= {"status": "flagged", "error_code": code, "error_message": message}
         if progress is not None:
             progress(done, len(records))
 
@@ -243,7 +248,7 @@ def _files(names: Iterable[str]) -> list[str]:
 
 
 def _what_stays(result: Explained) -> str:
-    done = sum(row["status"] == "ok" for row in result.rows)
+    done = sum(row["status"] in ("ok", "flagged") for row in result.rows)
     return f"{done} of {result.inventory.found} inputs are explained, and their files stay"
 
 

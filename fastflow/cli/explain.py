@@ -43,4 +43,7 @@ def explain(
     typer.echo(done.inventory.line())
     for line in done.left_out:
         warn(line)
+    for row in done.rows:
+        if row["status"] == "flagged":
+            warn(f"{row['input']}: {row['error_message']} [{row['error_code']}]")
     report_errors(done.errors)

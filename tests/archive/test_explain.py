@@ -173,12 +173,12 @@ def test_the_folder_is_tried_before_a_volume_is_read(
     def write(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("fastflow.archive.explain.iterate_images", read)
+    monkeypatch.setattr("fastflow.archive.explain.iterate_measured", read)
     monkeypatch.setattr(os, "write", write)
     with pytest.raises(OSError, match=f"No space left on device; free some space.*'{tmp_path}/out'"):
         explain([scans], model_folder, tmp_path / "out")
     monkeypatch.undo()
-    monkeypatch.setattr("fastflow.archive.explain.iterate_images", read)
+    monkeypatch.setattr("fastflow.archive.explain.iterate_measured", read)
     with locked(tmp_path / "out"), pytest.raises(OutputFolderError, match="another run is writing here"):
         explain([scans], model_folder, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

@@ -13,6 +13,7 @@ import pytest
 
 from fastflow import MagicFlow
 from fastflow.archive.classify import classify
+from fastflow.archive.explain import explain_inputs
 from fastflow.archive.results import read_results
 from fastflow.archive.rows import images_of
 from fastflow.archive.train import train_on_archive
@@ -99,6 +100,18 @@ def test_exports_flag_the_same_scans(inputs: Path, model: Path, tmp_path: Path) 
         flags = [message for code, message in scorer.classify_volume(path).flags if code == "unlike_training"]
         assert bool(flags) == ("unlike_training" in rows[name]["error_code"]) == (path.parent.name != "good")
         assert by_export[name]["error_message"] == "; ".join(flags)
+
+
+def test_explanations_say_so(inputs: Path, model: Path, tmp_path: Path) -> None:
+    found = explain_inputs(
+        [inputs / "distorted" / "flat-offset.nii.gz", inputs / "good" / "flat0.nii.gz"],
+        model,
+        tmp_path / "out",
+    )
+    distorted, good = found.rows
+    assert (distorted["status"], distorted["error_code"]) == ("flagged", "unlike_training")
+    assert distorted["error_message"].startswith("unlike the training images: ")
+    assert good["status"] == "ok" and found.inventory.used == 2
 
 
 def test_a_model_without_statistics_flags_nothing(inputs: Path, model: Path, tmp_path: Path) -> None:
