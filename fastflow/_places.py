@@ -20,7 +20,7 @@ LOW_SPACE_BYTES = 8 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a command leaves in a folder of its own, in the words of messages.
+    """The words in which messages name the things that a command leaves in a folder of its own.
 
     Attributes:
         earlier: what is there after the command, such as "an earlier export".

@@ -23,7 +23,7 @@ MAX_COPIES = 200
 
 @dataclasses.dataclass(frozen=True)
 class Noticed:
-    """What became of the copies of one distortion.
+    """The statuses and codes that the copies of one distortion were given.
 
     Attributes:
         name: of the distortion.

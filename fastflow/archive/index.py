@@ -68,7 +68,7 @@ def write_index(
     label: str | None = None,
     overwrite: bool = False,
 ) -> Listing:
-    """What `index_archive` does; gives the count of what was found and the warnings beside the records.
+    """Write a manifest as `index_archive` does, and give its counts and warnings beside its records.
 
     Raises:
         ManifestError: see `index_archive`, which tells the arguments too.

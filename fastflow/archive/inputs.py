@@ -252,7 +252,7 @@ def gather(inputs: Iterable[str | PathLike[str]], split: str | None = None) -> l
 
 
 def gather_listing(inputs: Iterable[str | PathLike[str]], split: str | None = None) -> Listing:
-    """What `gather` gives, and the count of what was found beside it.
+    """List files as `gather` does, and count everything that was found.
 
     Raises:
         ManifestError: as `gather` does.

@@ -17,7 +17,8 @@ from os import PathLike
 from pathlib import Path
 
 from fastflow._files import sync_folder, write_bytes
-from fastflow.archive.locks import LOCK, is_temporary, locked
+from fastflow._places import make_folder, names_in
+from fastflow.archive.locks import LOCK, locked
 from fastflow.archive.output_folder import RUN
 from fastflow.errors import OutputFolderError
 from fastflow.models.checkpoint import CONFIG
@@ -51,7 +52,7 @@ def model_folder(folder: str | PathLike[str], overwrite: bool = False, lock: boo
         OSError: it cannot be written into.
     """
     path = Path(folder)
-    is_new = _make(path)
+    is_new = make_folder(path)
     if not is_new and not (path / LOCK).exists():
         # No run is at work here, and a refusal leaves no file behind.
         _check(path, overwrite)
@@ -74,21 +75,6 @@ def model_folder(folder: str | PathLike[str], overwrite: bool = False, lock: boo
                 path.rmdir()
 
 
-def _make(folder: Path) -> bool:
-    """Make a folder where it is missing. Returns whether it was.
-
-    Raises:
-        OutputFolderError: it is a file.
-    """
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise OutputFolderError(f"{folder}: must be a folder, it is a file") from None
-        return False
-    return True
-
-
 def _is_worthless(work: Path) -> bool:
     """Whether an inner folder holds no epoch and no model."""
     return not (work / HISTORY).exists() and not (work / CONFIG).exists()
@@ -96,7 +82,7 @@ def _is_worthless(work: Path) -> bool:
 
 def _check(folder: Path, overwrite: bool) -> None:
     """Raise OutputFolderError where no model may be written into the folder."""
-    here = sorted(path.name for path in folder.iterdir() if path.name != LOCK and not is_temporary(path.name))
+    here = names_in(folder)
     for name, kind in _OTHERS.items():
         if name in here:
             raise OutputFolderError(

@@ -147,7 +147,7 @@ class UsableFiles:
     listed: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """What was found, the grid, and for each split ``train: 20 of 21 files can be used (A 9, B 11)``."""
+        """Lines on all files, the grid and each split: ``train: 20 of 21 files can be used (A 9, B 11)``."""
         grid = [] if self.grid is None else [f"grid: {self.grid}"]
         return [self.inventory.line(), *grid, *(_line(name, split) for name, split in self.splits.items())]
 

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, where it is not what its name says."""
+"""Kinds of files, which are told by first bytes where a name promises something else."""
 
 from __future__ import annotations
 

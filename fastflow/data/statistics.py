@@ -1,4 +1,4 @@
-"""What the model sees, in a few numbers for each slice as it reaches the model, without its padding."""
+"""A few numbers that describe a slice as it reaches the model, without its padding."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Totals(NamedTuple):
 
 
 def _statistics(model: MagicFlow) -> list[Tensor]:
-    """What forward passes in training write to: the running statistics of batch norms."""
+    """The running statistics of batch norms, which forward passes in training write to."""
     if model.config.norm != "batch":
         return []
     norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
