@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from fastflow import __version__
-from fastflow.cli import classify, demo, demo_data, doctor, explain, export, index, sample, train
+from fastflow.cli import (
+    benchmark_scanners,
+    classify,
+    demo,
+    demo_data,
+    doctor,
+    explain,
+    export,
+    index,
+    sample,
+    train,
+)
 from fastflow.cli._console import Commands
 
 app = typer.Typer(
@@ -50,6 +61,7 @@ def main(
 
 app.command("demo")(demo.demo)
 app.command("demo-data")(demo_data.demo_data)
+app.command("benchmark-scanners")(benchmark_scanners.benchmark_scanners)
 app.command("index")(index.index)
 app.command("train")(train.train)
 app.command("classify")(classify.classify)

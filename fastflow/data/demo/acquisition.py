@@ -12,9 +12,11 @@ import functools
 import numpy as np
 from numpy.random import Generator
 
-from fastflow.data.anatomy import GRID, FloatArray
+from fastflow.data.anatomy import GRID, FloatArray, warp
 from fastflow.data.demo._filters import apply_matrices, resize
 from fastflow.data.demo.scanners import Scanner
+
+STRETCH_VARIATION = 0.003
 
 
 def bias_field(scanner: Scanner, rng: Generator) -> FloatArray:
@@ -33,6 +35,25 @@ def _ramps() -> tuple[FloatArray, ...]:
     """Coordinates from -1 to 1 along each axis, shaped to broadcast over the grid."""
     ramps = [np.linspace(-1.0, 1.0, n, dtype=np.float32) for n in GRID]
     return tuple(ramp.reshape([-1 if i == j else 1 for j in range(3)]) for i, ramp in enumerate(ramps))
+
+
+def distort(scanner: Scanner, image: FloatArray, rng: Generator) -> FloatArray:
+    """The geometry of a scanner: an image (91, 109, 91) stretched along the axes and distorted radially.
+
+    Stretches vary by 0.3 % from scan to scan. A scanner without distortion returns the image as it is, and
+    draws nothing.
+    """
+    if scanner.distortion == (0.0, 0.0) and scanner.stretch == (1.0, 1.0, 1.0):
+        return image
+    radial = np.float32(rng.uniform(*scanner.distortion))
+    stretch = np.asarray(scanner.stretch) * np.exp(STRETCH_VARIATION * rng.standard_normal(3))
+    squared = sum(np.square(ramp) for ramp in _ramps())
+    # An image larger than the head shows, at each voxel, a place nearer to the centre.
+    displacement = [
+        np.float32((n - 1) / 2.0) * ramp * (np.float32(1.0 / s - 1.0) - radial * squared)
+        for ramp, n, s in zip(_ramps(), GRID, stretch, strict=True)
+    ]
+    return warp(image, np.stack([np.broadcast_to(part, GRID) for part in displacement]))
 
 
 def g_factor_map(scanner: Scanner) -> FloatArray:
@@ -76,7 +97,7 @@ def acquire(scanner: Scanner, image: FloatArray, rng: Generator) -> FloatArray:
     """
 
     def vary(share: float) -> float:
-        return float(np.clip(share + 0.02 * rng.standard_normal(), 0.3, 1.0)) if share < 1 else 1.0
+        return float(np.clip(share + scanner.jitter * rng.standard_normal(), 0.3, 1.0)) if share < 1 else 1.0
 
     ghosts = (0.0, 0.0, float(rng.uniform(*scanner.ghost)))
     taper = float(np.clip(scanner.taper + 0.05 * rng.standard_normal(), 0.0, 1.0))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fastflow._files import write_bytes, write_text
 from fastflow.data.anatomy import AFFINE, asset_path
-from fastflow.data.demo.acquisition import acquire, bias_field
+from fastflow.data.demo.acquisition import acquire, bias_field, distort
 from fastflow.data.demo.scanners import SCANNERS, Scanner, tissue_signals
 from fastflow.data.demo.subjects import TRAINING_HEADS, UNSEEN_HEAD, Subject, draw_signal, draw_subject
 from fastflow.data.manifest import Record, write_manifest
@@ -47,15 +47,19 @@ class Scan:
 
     Attributes:
         subject: BIDS name.
-        scanner: index into `SCANNERS`.
-        split: a key of ``SIZES["demo"]``.
+        scanner: index into the archive's scanners, `SCANNERS` for the demo.
+        split: the archive's word for the set that it belongs to; ``unseen_head`` is made from the unseen head.
         seed: of the random stream that makes it.
+        anatomy: seed of the subject's anatomy, which several scans may share; drawn from `seed` when None.
+        session: BIDS name of the session; None where a subject is scanned once.
     """
 
     subject: str
     scanner: int
     split: str
-    seed: tuple[int, int]
+    seed: tuple[int, ...]
+    anatomy: tuple[int, ...] | None = None
+    session: str | None = None
 
 
 def plan_archive(size: str | Mapping[str, Sequence[int]] = "demo", seed: int = 0) -> list[Scan]:
@@ -112,13 +116,24 @@ def build_archive(
     Raises:
         ValueError: the size is not understood.
     """
+    return write_archive(folder, plan_archive(size, seed), SCANNERS, seed, workers, progress)
+
+
+def write_archive(
+    folder: str | PathLike[str],
+    scans: Sequence[Scan],
+    scanners: Sequence[Scanner],
+    seed: int,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Record]:
+    """Make scans and write them, as `build_archive` does; see there."""
     folder = Path(folder)
-    scans = plan_archive(size, seed)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_earlier_archive(folder)
     _write_json(folder / "dataset_description.json", _description(seed))
     records: list[Record] = []
-    jobs = [(scan, str(folder)) for scan in scans]
+    jobs = [(scan, scanners[scan.scanner], str(folder)) for scan in scans]
     context = multiprocessing.get_context("spawn")
     with _single_threaded(), ProcessPoolExecutor(workers, mp_context=context) as pool:
         for done, record in enumerate(pool.map(_write_scan, jobs, chunksize=2), start=1):
@@ -152,13 +167,19 @@ def _single_threaded() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def make_scan(scan: Scan) -> tuple[NDArray[np.int16], dict[str, Any]]:
-    """The voxels (91, 109, 91) of one scan and its sidecar."""
+def make_scan(scan: Scan, scanner: Scanner | None = None) -> tuple[NDArray[np.int16], dict[str, Any]]:
+    """The voxels (91, 109, 91) of one scan and its sidecar.
+
+    Args:
+        scan: what to make.
+        scanner: that makes it; the demo's scanner of that index when None.
+    """
     rng = np.random.default_rng(scan.seed)
-    scanner = SCANNERS[scan.scanner]
-    subject = draw_subject(rng, (UNSEEN_HEAD,) if scan.split == "unseen_head" else TRAINING_HEADS)
-    ideal = draw_signal(subject, tissue_signals(scanner, rng)) * bias_field(scanner, rng)
-    magnitudes = acquire(scanner, ideal, rng)
+    scanner = scanner or SCANNERS[scan.scanner]
+    anatomy = rng if scan.anatomy is None else np.random.default_rng(scan.anatomy)
+    subject = draw_subject(anatomy, (UNSEEN_HEAD,) if scan.split == "unseen_head" else TRAINING_HEADS)
+    signal = distort(scanner, draw_signal(subject, tissue_signals(scanner, rng)), rng)
+    magnitudes = acquire(scanner, signal * bias_field(scanner, rng), rng)
     gain = rng.uniform(350.0, 650.0)
     voxels = np.clip(np.rint(magnitudes * gain), 0, 32767).astype(np.int16)
     return voxels, _sidecar(scan, scanner, subject)
@@ -196,11 +217,13 @@ def _description(seed: int) -> dict[str, Any]:
     }
 
 
-def _write_scan(job: tuple[Scan, str]) -> Record:
-    scan, folder = job
-    scanner = SCANNERS[scan.scanner].name
-    voxels, sidecar = make_scan(scan)
-    stem = Path(folder) / scan.subject / "anat" / f"{scan.subject}_acq-{scanner}_T1w"
+def _write_scan(job: tuple[Scan, Scanner, str]) -> Record:
+    scan, scanner, folder = job
+    voxels, sidecar = make_scan(scan, scanner)
+    place, name = Path(folder) / scan.subject, scan.subject
+    if scan.session is not None:
+        place, name = place / scan.session, f"{name}_{scan.session}"
+    stem = place / "anat" / f"{name}_acq-{scanner.name}_T1w"
     stem.parent.mkdir(parents=True, exist_ok=True)
     path = stem.with_name(stem.name + ".nii.gz")
     image = nib.Nifti1Image(voxels, AFFINE)
@@ -208,7 +231,7 @@ def _write_scan(job: tuple[Scan, str]) -> Record:
     # Equal seeds must give equal bytes, so the gzip header holds no time and no name.
     write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
     _write_json(stem.with_name(stem.name + ".json"), sidecar)
-    return Record(str(path), scanner, scan.subject, scan.split)
+    return Record(str(path), scanner.name, scan.subject, scan.split)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

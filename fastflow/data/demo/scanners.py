@@ -53,6 +53,11 @@ class Scanner:
         bias_centre: brightening of the middle of the head (dielectric effect at high field); negative as
             under a surface coil.
         ghost: amplitude of the half-field ghost along the superior axis.
+        jitter: standard deviation, from scan to scan, of the shares of k-space below 1.
+        distortion: radial distortion (gradient non-linearity): share by which a point at a face of the grid
+            lies too far out; negative pulls it in.
+        stretch: length of the head in the image over its true length along (right, anterior, superior), as of
+            gradients that are calibrated a little wrong.
     """
 
     name: str
@@ -70,10 +75,14 @@ class Scanner:
     bias_axis: tuple[float, float, float]
     bias_centre: float
     ghost: tuple[float, float]
+    jitter: float = 0.02
+    distortion: tuple[float, float] = (0.0, 0.0)
+    stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
-def _load_scanners() -> tuple[Scanner, ...]:
-    table = json.loads(asset_path("scanners.json").read_text(encoding="utf-8"))
+def load_scanners(name: str) -> tuple[Scanner, ...]:
+    """The scanners of a table among the assets, such as ``"scanners.json"``."""
+    table = json.loads(asset_path(name).read_text(encoding="utf-8"))
 
     def scanner(row: dict[str, Any]) -> Scanner:
         values: dict[str, Any] = table["shared"] | row
@@ -84,7 +93,7 @@ def _load_scanners() -> tuple[Scanner, ...]:
     return tuple(scanner(row) for row in table["scanners"])
 
 
-SCANNERS = _load_scanners()
+SCANNERS = load_scanners("scanners.json")
 
 
 def tissue_signals(scanner: Scanner, rng: Generator) -> FloatArray:

@@ -54,7 +54,7 @@ class Pool(ThreadPoolExecutor):
 
 def test_a_smaller_archive_leaves_no_volume_of_the_larger_one(tmp_path, monkeypatch):
     monkeypatch.setattr(archive_module, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(archive_module, "make_scan", lambda scan: (np.zeros((2, 2, 2), np.int16), {}))
+    monkeypatch.setattr(archive_module, "make_scan", lambda scan, scanner: (np.zeros((2, 2, 2), np.int16), {}))
     keep = tmp_path / "sub-0002-notes.txt"
     demo.build_archive(tmp_path, size={"test": (1, 1, 0, 0, 0, 0, 0)}, workers=1)
     keep.write_text("mine")
