@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from os import PathLike
 
 
@@ -77,3 +79,15 @@ class PrecisionWarning(UserWarning):
 
 class LowSpaceWarning(UserWarning):
     """A folder will be written in which little space is free."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names as a question, ``", did you mean 'epochs'?"``; empty where none is near.
+
+    Args:
+        name: that is not known; compared without regard to case, ``-`` and ``_``.
+        known: all names that are accepted.
+    """
+    plain = {other.lower().replace("-", "_"): other for other in known}
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1, cutoff=0.5)
+    return f", did you mean {plain[near[0]]!r}?" if near else ""

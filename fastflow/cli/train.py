@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from fastflow.cli._options import Device, DeviceOption, NoLock, Seed, Workers, t
 
 if TYPE_CHECKING:
     from fastflow.archive.training_data import UsableFiles
+    from fastflow.training.phases import Phase
 
 
 class Preset(StrEnum):
@@ -38,6 +41,14 @@ class Objective(StrEnum):
     likelihood = "likelihood"
     pairwise = "pairwise"
     hybrid = "hybrid"
+
+
+class Select(StrEnum):
+    """The rules that choose the epoch."""
+
+    accuracy = "accuracy"
+    loss = "loss"
+    both = "both"
 
 
 class Augment(StrEnum):
@@ -84,6 +95,20 @@ class TrainOptions:
     warmup: Annotated[float | None, typer.Option(min=0.0, help="Epochs of linear warm-up.")] = None
     objective: Annotated[
         Objective | None, typer.Option(help="What to minimise; all but likelihood ask for more passes.")
+    ] = None
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Objectives in turn, each with its share of the steps and what else it needs: "
+            "likelihood:0.8,hybrid:0.2:weight=0.1:temperature=10:rivals=3:ramp=0.25"
+        ),
+    ] = None
+    select: Annotated[
+        Select | None,
+        typer.Option(
+            help="What chooses the epoch on the split val: accuracy, bits/dim (loss), or the accuracy of those "
+            "with nearly the best bits/dim (both)."
+        ),
     ] = None
     augment: Annotated[Augment | None, typer.Option(help="How training images are varied.")] = None
     dequantize: Annotated[
@@ -143,13 +168,21 @@ def train(options: TrainOptions) -> None:
     """
     from fastflow.archive.train import recipe, train_on_archive
     from fastflow.data.listing import list_records
+    from fastflow.training.phases import describe, parse_schedule
 
+    if options.schedule is not None and options.objective is not None:
+        raise ValueError(
+            f"--schedule and --objective {options.objective.value} exclude each other: name the objective in "
+            "the schedule"
+        )
     given = {
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "learning_rate": options.lr,
         "warmup_epochs": options.warmup,
         "objective": options.objective and options.objective.value,
+        "schedule": options.schedule and parse_schedule(options.schedule),
+        "select": options.select and options.select.value,
         "augment": options.augment and options.augment.value,
     }
     config = recipe(
@@ -179,7 +212,7 @@ def train(options: TrainOptions) -> None:
             options.device.value,
             reading,
             print_epoch,
-            _print_usable,
+            partial(_print_usable, config.phases),
             options.overwrite,
             lock=not options.no_lock,
         )
@@ -191,7 +224,8 @@ def train(options: TrainOptions) -> None:
     report_errors(trained.errors)
 
 
-def _print_usable(usable: UsableFiles) -> None:
+def _print_usable(phases: Sequence[Phase], usable: UsableFiles) -> None:
+    typer.echo(describe(phases, len(usable.splits["train"])))
     for line in usable.lines():
         typer.echo(line)
     for line in usable.warnings():

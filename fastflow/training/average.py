@@ -43,6 +43,14 @@ class WeightAverage:
                 torch._foreach_copy_(averages, weights)
         self._started = True
 
+    def restart(self) -> None:
+        """Begin anew with the weights of the model as they are now.
+
+        They are copied here and not in the next update, which may be a replay of one that was captured.
+        """
+        self._started = False
+        self.update()
+
     @torch.no_grad()
     def model(self) -> MagicFlow:
         """The averaged model, with the buffers that the model has now."""

@@ -31,6 +31,9 @@ class StepGraph(Protocol):
     def replay(self) -> None:
         """Launch what was recorded."""
 
+    def successor(self) -> StepGraph:
+        """A graph that has recorded nothing, for another function that takes the place of this one's."""
+
 
 class CudaStepGraph:
     """A `StepGraph` by `torch.cuda.graph`.
@@ -41,11 +44,12 @@ class CudaStepGraph:
 
     Args:
         device: a CUDA device.
+        stream: of the device, for warm-up and capture; a new one when None.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream or torch.cuda.Stream(device)
         self._graph = torch.cuda.CUDAGraph()
 
     def warm_up(self, function: Function) -> None:
@@ -73,6 +77,10 @@ class CudaStepGraph:
 
     def replay(self) -> None:
         self._graph.replay()
+
+    def successor(self) -> CudaStepGraph:
+        # One stream serves both, for the sake of the gradients' streams.
+        return CudaStepGraph(self._device, self._stream)
 
 
 def graph_for(engine: str, device: torch.device) -> StepGraph | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
+from fastflow.errors import did_you_mean
 from fastflow.training import objective as objectives
 from fastflow.training.augment import AUGMENTS
+from fastflow.training.phases import Moment, Phase, check_schedule, moment, phase_from_dict
 
-Choice = Literal["accuracy", "loss"]
+Choice = Literal["accuracy", "loss", "both"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +29,14 @@ class TrainConfig:
         objective: ``"likelihood"``, ``"pairwise"`` or ``"hybrid"`` (see `fastflow.training.objective`).
         contrast_weight: weight of the discriminative term of the last two.
         contrast_temperature: nats of log-odds that count as one logit in it.
+        schedule: objectives in turn, in place of `objective`, each for a share of the steps; ``()`` is one
+            phase of `objective`. `contrast_weight` and `contrast_temperature` hold where a phase has none.
         augment: ``"paper"``, ``"shift"`` (whole pixels only) or ``"none"``.
         sampler: ``"shuffle"``, or ``"balanced"`` to draw every class equally often.
         ema: decay of the exponential average of the weights that is evaluated and kept; 0 keeps the weights.
-        select: which best checkpoint becomes the model: ``"accuracy"`` or ``"loss"`` on the validation set;
-            of one class, the loss decides.
+        select: which best checkpoint becomes the model: ``"accuracy"``, ``"loss"`` or ``"both"`` on the
+            validation set (see `fastflow.training.selection`); of one class, the loss decides.
+        select_tolerance: of ``"both"``, bits/dim above the lowest that are accepted, as a share of it.
         precision: ``"32-true"`` is float32 throughout: on a CUDA device, neither convolutions nor matrix
             products use TF32. ``"tf32"`` allows both to. ``"bf16-mixed"`` computes conditioners in bfloat16
             and the rest as ``"32-true"``; ``"64-true"`` computes in float64.
@@ -55,10 +61,12 @@ class TrainConfig:
     objective: str = "likelihood"
     contrast_weight: float = 1.0
     contrast_temperature: float = 1.0
+    schedule: tuple[Phase, ...] = ()
     augment: str = "paper"
     sampler: str = "shuffle"
     ema: float = 0.0
     select: Choice = "accuracy"
+    select_tolerance: float = 0.01
     precision: str = "32-true"
     engine: str = "auto"
     max_skipped: int = 10
@@ -66,11 +74,13 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", tuple(self.schedule))
+        check_schedule(self.schedule)
         for name, allowed in (
             ("objective", objectives.OBJECTIVES),
             ("augment", tuple(AUGMENTS)),
             ("sampler", ("shuffle", "balanced")),
-            ("select", ("accuracy", "loss")),
+            ("select", ("accuracy", "loss", "both")),
             ("precision", ("32-true", "tf32", "bf16-mixed", "64-true")),
             ("engine", ("auto", "eager", "cuda_graph")),
         ):
@@ -82,6 +92,7 @@ class TrainConfig:
             ("max_skipped", 1),
             ("warmup_epochs", 0),
             ("contrast_weight", 0),
+            ("select_tolerance", 0),
         ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)!r}")
@@ -100,6 +111,42 @@ class TrainConfig:
         floor = min(1.0, self.min_learning_rate / self.learning_rate)
         done = min(1.0, (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9))
         return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the training, each with its weight and temperature."""
+        return tuple(
+            dataclasses.replace(
+                phase,
+                weight=self.contrast_weight if phase.weight is None else phase.weight,
+                temperature=self.contrast_temperature if phase.temperature is None else phase.temperature,
+            )
+            for phase in self.schedule or (Phase(self.objective),)
+        )
+
+    def moment(self, step: int, steps: int) -> Moment:
+        """What a step, counted from 0, of so many steps of the whole training does."""
+        return moment(self.phases, step, steps)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Settings from the JSON form of `dataclasses.asdict`.
+
+        Raises:
+            ValueError: a key is unknown, for which the nearest is offered, or a field is out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(
+                    f"{name!r} is no setting of training{did_you_mean(name, known)}; there are "
+                    f"{', '.join(known)}"
+                )
+        phases = [
+            phase if isinstance(phase, Phase) else phase_from_dict(phase)
+            for phase in values.get("schedule", ())
+        ]
+        return cls(**{**values, "schedule": tuple(phases)})
 
     @classmethod
     def demo(cls, **changes: Any) -> TrainConfig:

@@ -14,6 +14,7 @@ from fastflow.data.slices import SliceSet
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import from_uint8
 from fastflow.training import objective as objectives
+from fastflow.training.calibration import fit_temperature, negative_log_posterior
 
 # So many slices are scored at once; each takes the memory of K, one for each label.
 ACCURACY_BATCH_SIZE = 32
@@ -95,9 +96,38 @@ def evaluate_accuracy(model: MagicFlow, images: NDArray[Any], labels: NDArray[An
         labels: (N,) integers.
         fabric: whose ranks each evaluate a part.
     """
-    mean = SampleMean(fabric)
+    return evaluate_labels(model, images, labels, fabric)["accuracy"]
+
+
+@torch.no_grad()
+def evaluate_labels(
+    model: MagicFlow, images: NDArray[Any], labels: NDArray[Any], fabric: Fabric
+) -> dict[str, float]:
+    """How well the likelihoods of 8-bit slices tell their labels.
+
+    Args:
+        model: the flow, in evaluation mode.
+        images: (N, C, H, W) uint8.
+        labels: (N,) integers.
+        fabric: on whose device the slices are scored.
+
+    Returns:
+        ``accuracy``: share of the slices whose likeliest label is their own. ``balanced_accuracy``: mean of
+        that share over the classes that occur. ``nll``: mean negative log-posterior of the own label in nats,
+        at the temperature that makes it least, as the posterior of a finished model is calibrated; so it
+        compares epochs however large their log-odds are. It is NaN where a likelihood is not finite.
+    """
     batches = -(-len(images) // ACCURACY_BATCH_SIZE)
-    for part, y in zip(np.array_split(images, batches), np.array_split(labels, batches), strict=True):
-        x = from_uint8(torch.from_numpy(part).to(fabric.device))
-        mean.update(model.log_prob_all(x).argmax(dim=1).cpu() == torch.from_numpy(y))
-    return mean.compute()
+    log_probs = np.concatenate(
+        [
+            model.log_prob_all(from_uint8(torch.from_numpy(part).to(fabric.device))).cpu().double().numpy()
+            for part in np.array_split(images, batches)
+        ]
+    )
+    right = log_probs.argmax(axis=1) == labels
+    count = np.bincount(labels)
+    recall = np.bincount(labels, weights=right)[count > 0] / count[count > 0]
+    nll = float("nan")
+    if np.isfinite(log_probs).all():
+        nll = negative_log_posterior(log_probs, labels, fit_temperature(log_probs, labels))
+    return {"accuracy": float(right.mean()), "balanced_accuracy": float(recall.mean()), "nll": nll}

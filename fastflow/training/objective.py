@@ -1,9 +1,10 @@
 """The objectives of training, and the unit in which likelihoods are reported.
 
 ``likelihood`` is the published objective. ``pairwise`` adds, for one wrong label drawn per image, the
-logistic loss of the log-odds between right and wrong; ``hybrid`` adds the cross-entropy over all labels. Both
-cost extra passes (one; K - 1) and make the conditioners learn to separate the classes, which likelihood alone
-does late: a class gap is a few nats of thousands.
+logistic loss of the log-odds between right and wrong; ``hybrid`` adds the cross-entropy over all labels, or
+over the right one and R wrong ones that are drawn by how hard they are. They cost extra passes (one; K - 1; R)
+and make the conditioners learn to separate the classes, which likelihood alone does late: a class gap is a few
+nats of thousands.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def likelihood_loss(flow: Flow, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pairwise_loss(
-    flow: Flow, x: Tensor, y: Tensor, wrong: Tensor, weight: float, temperature: float
+    flow: Flow, x: Tensor, y: Tensor, wrong: Tensor, weight: float | Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bits/dim of the right label plus the logistic loss against one wrong label per image.
 
@@ -70,7 +71,7 @@ def pairwise_loss(
         x: (B, C, H, W).
         y: (B,) right labels.
         wrong: (B,) labels, each another than the right one.
-        weight: of the logistic term.
+        weight: of the logistic term; a tensor of no dimensions where a captured step must see it change.
         temperature: nats of log-odds that count as one logit.
 
     Returns:
@@ -83,8 +84,42 @@ def pairwise_loss(
     return loss, lp.detach(), logistic.detach()
 
 
+def rivals_loss(
+    flow: Flow, x: Tensor, y: Tensor, wrong: Tensor, weight: float | Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits/dim of the right label plus the cross-entropy over it and R wrong labels of each image.
+
+    The cross-entropy over these R + 1 labels is at most the one over all K, and it is that one for R = K - 1.
+    What is left out is what the labels that were not drawn would add; those are the easy ones. No correction
+    for the draw is made: it would give an easy label that was drawn by chance the weight of all that were not,
+    and so the largest share of the gradient's variance.
+
+    Args:
+        flow: maps (x, y) to (z, logdet).
+        x: (B, C, H, W).
+        y: (B,) right labels.
+        wrong: (B, R) labels, each another than the right one and than those beside it.
+        weight: of the cross-entropy, as in `pairwise_loss`.
+        temperature: nats of log-odds that count as one logit.
+
+    Returns:
+        `(loss, log p(x|y) (B,), logistic losses (B, R) of the single pairs)`; the last two carry no gradient.
+
+    Source: sampled softmax, Jean et al., 2015, without its correction.
+    """
+    labels = torch.cat((y[:, None], wrong), dim=1)
+    count = labels.shape[1]
+    lps = log_prob(flow, x.repeat_interleave(count, dim=0), labels.flatten()).view(-1, count)
+    lp, lp_wrong = lps[:, 0], lps[:, 1:]
+    cross_entropy = -F.log_softmax(lps / temperature, dim=1)[:, 0].mean()
+    loss = bits_per_dim(lp, x[0].numel()).mean() + weight * cross_entropy
+    with torch.no_grad():
+        logistic = F.softplus((lp_wrong - lp[:, None]) / temperature)
+    return loss, lp.detach(), logistic
+
+
 def hybrid_loss(
-    flow: Flow, x: Tensor, y: Tensor, classes: int, weight: float, temperature: float
+    flow: Flow, x: Tensor, y: Tensor, classes: int, weight: float | Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Bits/dim of the right label plus the cross-entropy over all labels.
 
@@ -93,7 +128,7 @@ def hybrid_loss(
         x: (B, C, H, W).
         y: (B,) right labels.
         classes: K.
-        weight: of the cross-entropy.
+        weight: of the cross-entropy, as in `pairwise_loss`.
         temperature: nats of log-odds that count as one logit.
 
     Returns:
@@ -126,17 +161,37 @@ class HardNegatives:
         self.memory, self.floor = memory, floor
         self.losses = 1.0 - torch.eye(classes)
 
-    def draw(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One wrong label (B,) per sample with right labels y (B,)."""
-        weights = self.losses + self.floor * self.losses.mean()
+    def draw(self, y: Tensor, generator: torch.Generator | None = None, count: int | None = None) -> Tensor:
+        """Wrong labels for samples with right labels y (B,).
+
+        Args:
+            y: (B,) right labels.
+            generator: of the host.
+            count: R, at most K - 1, different labels for each sample, drawn without replacement; None draws
+                one.
+
+        Returns:
+            (B, R) int64 on the device of y; (B,) where `count` is None.
+
+        Raises:
+            ValueError: there are fewer wrong labels than `count`.
+        """
+        classes = len(self.losses)
+        if count is not None and not 1 <= count < classes:
+            raise ValueError(f"count must lie between 1 and K - 1 = {classes - 1}, got {count}")
+        # Losses that have all become 0 would leave nothing to draw from.
+        weights = (self.losses + self.floor * self.losses.mean()).clamp_min(torch.finfo(torch.float32).tiny)
         weights.fill_diagonal_(0.0)
-        return torch.multinomial(weights[y.cpu()], 1, generator=generator).squeeze(1).to(y.device)
+        drawn = torch.multinomial(weights[y.cpu()], count or 1, generator=generator).to(y.device)
+        return drawn.squeeze(1) if count is None else drawn
 
     def update(self, y: Tensor, wrong: Tensor, losses: Tensor) -> None:
-        """Take in the logistic losses (B,) of the pairs (y, wrong)."""
-        index = (y.cpu(), wrong.cpu())
-        count = torch.zeros_like(self.losses).index_put_(index, torch.ones(len(y)), accumulate=True)
-        total = torch.zeros_like(self.losses).index_put_(index, losses.float().cpu(), accumulate=True)
+        """Take in the logistic losses, (B,) or (B, R) as `wrong` is, of the pairs of y (B,) and wrong."""
+        y = y if wrong.ndim == 1 else y[:, None].expand_as(wrong)
+        index = (y.flatten().cpu(), wrong.flatten().cpu())
+        values = losses.float().cpu().flatten()
+        count = torch.zeros_like(self.losses).index_put_(index, torch.ones_like(values), accumulate=True)
+        total = torch.zeros_like(self.losses).index_put_(index, values, accumulate=True)
         seen = self.memory * self.losses + (1.0 - self.memory) * total / count.clamp_min(1.0)
         self.losses = torch.where(count > 0, seen, self.losses)
 

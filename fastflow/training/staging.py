@@ -17,8 +17,9 @@ class Batch(NamedTuple):
     Attributes:
         images: (B, C, H, W) uint8.
         labels: (B,) int64.
-        wrong: (B,) int64, labels to tell apart from the right ones; None where the step draws them itself.
-        report: (2 + B,) float64: the loss, the number of steps in a row that were skipped, and the logistic
+        wrong: (B,) or (B, R) int64, labels to tell apart from the right ones; None where the step draws them
+            itself.
+        report: (2 + B R) float64: the loss, the number of steps in a row that were skipped, and the logistic
             losses of the pairs of labels.
     """
 
@@ -28,9 +29,9 @@ class Batch(NamedTuple):
     report: Tensor
 
 
-def empty_report(batch_size: int, device: torch.device) -> Tensor:
-    """A report (2 + B,) of a batch, all zero."""
-    return torch.zeros(FIRST_LOGISTIC + batch_size, dtype=torch.float64, device=device)
+def empty_report(batch_size: int, device: torch.device, rivals: int = 1) -> Tensor:
+    """A report (2 + B R) of a batch with R rivals for each image, all zero."""
+    return torch.zeros(FIRST_LOGISTIC + batch_size * rivals, dtype=torch.float64, device=device)
 
 
 class Staging:
@@ -42,22 +43,23 @@ class Staging:
     Args:
         shape: (B, C, H, W) of the images.
         device: where the batch lies.
+        rivals: R of wrong labels (B, R); None of (B,).
 
     Attributes:
         batch: on the device.
     """
 
-    def __init__(self, shape: torch.Size, device: torch.device) -> None:
-        self._places = _empty(shape, device)
-        self.batch = Batch(*self._places, empty_report(shape[0], device))
+    def __init__(self, shape: torch.Size, device: torch.device, rivals: int | None = None) -> None:
+        self._places = _empty(shape, device, rivals)
+        self.batch = Batch(*self._places, empty_report(shape[0], device, rivals or 1))
         self._on_cuda = device.type == "cuda"
         host, turns = torch.device("cpu"), 2 if self._on_cuda else 0
-        self._pages = [_empty(shape, host, pinned=True) for _ in range(turns)]
+        self._pages = [_empty(shape, host, rivals, pinned=True) for _ in range(turns)]
         self._copied = [torch.cuda.Event() for _ in range(turns)]
         self._turn = 0
 
     def load(self, images: Tensor, labels: Tensor, wrong: Tensor | None) -> Batch:
-        """Write images (B, C, H, W) uint8, labels (B,) and wrong labels (B,), tensors of the host."""
+        """Write images (B, C, H, W) uint8, labels (B,) and wrong labels (B,) or (B, R), tensors of the host."""
         values = (images, labels, wrong)
         if not self._on_cuda:
             return self._copy(values)
@@ -80,11 +82,14 @@ class Staging:
         return self.batch
 
 
-def _empty(shape: torch.Size, device: torch.device, pinned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (B, C, H, W) uint8, labels (B,) and wrong labels (B,), all zero."""
+def _empty(
+    shape: torch.Size, device: torch.device, rivals: int | None, pinned: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (B, C, H, W) uint8, labels (B,) and wrong labels (B,) or (B, R), all zero."""
     images = torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
     labels, wrong = (
-        torch.zeros(shape[0], dtype=torch.int64, device=device, pin_memory=pinned) for _ in range(2)
+        torch.zeros(size, dtype=torch.int64, device=device, pin_memory=pinned)
+        for size in ((shape[0],), (shape[0],) if rivals is None else (shape[0], rivals))
     )
     return images, labels, wrong
 
@@ -95,7 +100,7 @@ class HostReport(NamedTuple):
     Attributes:
         values: of `Batch.report`.
         labels: (B,) of the batch.
-        wrong: (B,), or None where the objective takes none.
+        wrong: (B,) or (B, R), or None where the objective takes none.
     """
 
     values: Tensor
@@ -121,9 +126,9 @@ class Reports:
         """Fetch a report, and hand out the latest one that has arrived for certain.
 
         Args:
-            report: (2 + B,) on the device.
+            report: (2 + B R) on the device.
             labels: (B,) on the host.
-            wrong: (B,) on the host.
+            wrong: (B,) or (B, R) on the host.
         """
         before = self._pending
         self._pending = self._fetch(report, labels, wrong)

@@ -18,10 +18,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import from_uint8
 from fastflow.training import objective as objectives
+from fastflow.training import phases
 from fastflow.training.augment import AUGMENTS
 from fastflow.training.average import WeightAverage
 from fastflow.training.capture import CapturedFunction, StepGraph, graph_for
 from fastflow.training.config import TrainConfig
+from fastflow.training.phases import Moment, Phase
 from fastflow.training.staging import (
     FIRST_LOGISTIC,
     LOSS,
@@ -61,7 +63,7 @@ class TrainingStep:
 
     On a CUDA device the first steps run eagerly on a side stream and are real steps; then the function is
     captured once, for the shape of the first batch, and replayed. A batch of another shape runs it eagerly,
-    with the same kernels.
+    with the same kernels. Each phase of ``config.phases`` is a function of its own; `set_moment` changes over.
 
     Args:
         model: in training mode, on its device; ActNorm is set from the first batch where it is not.
@@ -72,13 +74,15 @@ class TrainingStep:
         capturable: ask a CPU for the function that a CUDA device captures: numbers are drawn on the device,
             the weights of weight-normalised convolutions are made once for both halves of a coupling,
             gradients are clipped inside of Adam, and reports are read late. A CPU gains nothing by it.
-        graph: what captures the function, in place of what ``config.engine`` asks for.
+        graph: what captures the function of the first phase, in place of what ``config.engine`` asks for; its
+            successors capture those of the other phases.
 
     Raises:
         ValueError: ``config.engine`` is ``"cuda_graph"`` and the model is on no CUDA device.
 
     Attributes:
-        negatives: hard negatives of the objective ``"pairwise"``.
+        negatives: hard negatives of ``"pairwise"``, and of ``"hybrid"`` over some rivals; all phases share
+            them.
         average: of the weights; None before the first step, and where ``config.ema`` is 0.
         optimizer: fused Adam; its learning rate is a tensor.
     """
@@ -107,7 +111,10 @@ class TrainingStep:
         # PyTorch would warn that the first steps are not captured, which is as intended.
         self.optimizer._warned_capturable_if_run_uncaptured = True
         self._clips_in_adam = self._capturable and model.dtype == torch.float32
-        self._pairs = config.objective == "pairwise" and model.config.num_classes > 1
+        # What ramps up must be a tensor, which a replay reads anew.
+        self._weight = torch.zeros(
+            (), dtype=torch.float64 if model.dtype == torch.float64 else torch.float32, device=device
+        )
         self.negatives = objectives.HardNegatives(model.config.num_classes)
         self.average: WeightAverage | None = None
         self._ready = False
@@ -116,27 +123,51 @@ class TrainingStep:
         self._skipped = torch.zeros((), dtype=torch.float64, device=device)
         self._reports = Reports(device, late=self._capturable)
         self._last_report: HostReport | None = None
-        self._staging: Staging | None = None
-        self._stages = on_cuda or graph is not None
-        falls_back = config.engine == "auto"
-        self._captured = (
-            None if graph is None else CapturedFunction(self._run_staged, graph, model, falls_back)
-        )
         self._drawn: Tensor | None = None
+        self._enter(0, graph)
+        self._weight.fill_(self._phase.weight)
+
+    def _enter(self, index: int, graph: StepGraph | None) -> None:
+        """Make the function of a phase that of the next steps; the memory of an earlier capture is freed."""
+        self._index, self._graph = index, graph
+        self._phase: Phase = self._config.phases[index]
+        self._draws = self._phase.drawn(self._model.config.num_classes)
+        self._staging: Staging | None = None
+        self._captured: CapturedFunction | None = None
+        if graph is not None:
+            falls_back = self._config.engine == "auto"
+            self._captured = CapturedFunction(self._run_staged, graph, self._model, falls_back)
 
     @property
     def captured(self) -> bool:
-        """Whether a batch of the shape of the first one is a replay."""
+        """Whether a batch of the shape of the phase's first one is a replay."""
         return self._captured is not None and self._captured.captured
 
     @property
     def staged(self) -> Batch | None:
-        """The tensors that a captured step reads and writes; None before the first step, and on a CPU."""
+        """The tensors that a captured step reads and writes; None before its phase, and on a CPU."""
         return None if self._staging is None else self._staging.batch
+
+    @property
+    def passes(self) -> int:
+        """Passes through the flow that a step makes for each image."""
+        return phases.passes(self._phase.objective, self._model.config.num_classes, self._phase.rivals)
 
     def set_learning_rate(self, value: float) -> None:
         """Take steps with this learning rate from now on."""
         self._rate.fill_(value)
+
+    def set_moment(self, moment: Moment) -> None:
+        """Take steps of this phase, with this weight of the discriminative term, from now on.
+
+        Without a call, steps are those of the first phase with its full weight. Where the average begins anew,
+        this call copies the weights as they are into it.
+        """
+        if moment.phase != self._index:
+            self._enter(moment.phase, None if self._graph is None else self._graph.successor())
+        self._weight.fill_(moment.weight)
+        if moment.restarts_average and self.average is not None:
+            self.average.restart()
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Take a step.
@@ -152,8 +183,9 @@ class TrainingStep:
             ValueError: ActNorm cannot be set from the first batch; no layer is, and the next batch sets it.
         """
         wrong = self._draw_wrong(labels) if self._capturable else None
-        if self._stages and self._staging is None:
-            self._staging = Staging(images.shape, self._device)
+        rivals = self._draws if self._phase.objective == "hybrid" and self._draws else None
+        if (self._device.type == "cuda" or self._captured is not None) and self._staging is None:
+            self._staging = Staging(images.shape, self._device, rivals)
         if self._staging is not None and self._staging.batch.images.shape == images.shape:
             batch = self._staging.load(images, labels, wrong)
             if self._captured is None:
@@ -163,7 +195,7 @@ class TrainingStep:
         else:
             to = self._device
             placed = None if wrong is None else wrong.to(to)
-            batch = Batch(images.to(to), labels.to(to), placed, empty_report(len(labels), to))
+            batch = Batch(images.to(to), labels.to(to), placed, empty_report(len(labels), to, rivals or 1))
             self.run(batch)
         wrong = wrong if self._capturable else self._drawn
         self._take_in(self._reports.push(batch.report, labels, wrong))
@@ -196,7 +228,7 @@ class TrainingStep:
         if not self._ready:
             self._prepare(x, batch.labels)
         wrong = batch.wrong
-        if self._pairs and wrong is None:
+        if self._draws and wrong is None:
             wrong = self._drawn = self._draw_wrong(batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
         statistics = _statistics(model)
@@ -218,7 +250,7 @@ class TrainingStep:
         batch.report[LOSS].copy_(loss.detach())
         batch.report[SKIPPED].copy_(self._skipped)
         if logistic is not None:
-            batch.report[FIRST_LOGISTIC:].copy_(logistic)
+            batch.report[FIRST_LOGISTIC:].copy_(logistic.flatten())
 
     def _run_staged(self) -> None:
         assert self._staging is not None
@@ -245,15 +277,17 @@ class TrainingStep:
             return self._model.encode(x.to(self._model.dtype), y)
 
     def _loss(self, x: Tensor, y: Tensor, wrong: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The loss, log p(x|y) (B,), and the logistic losses (B,) of pairs of labels or None."""
-        c, classes = self._config, self._model.config.num_classes
-        weight, temperature = c.contrast_weight, c.contrast_temperature
-        if self._pairs:
-            assert wrong is not None
-            return objectives.pairwise_loss(self._flow, x, y, wrong, weight, temperature)
-        if c.objective == "hybrid" and classes > 1:
+        """The loss, log p(x|y) (B,), and the logistic losses (B,) or (B, R) of pairs of labels or None."""
+        phase, classes = self._phase, self._model.config.num_classes
+        weight, temperature = self._weight, phase.temperature
+        assert temperature is not None
+        if classes < 2 or phase.objective == "likelihood":
+            return *objectives.likelihood_loss(self._flow, x, y), None
+        if not self._draws:
             return *objectives.hybrid_loss(self._flow, x, y, classes, weight, temperature), None
-        return *objectives.likelihood_loss(self._flow, x, y), None
+        assert wrong is not None
+        loss = objectives.pairwise_loss if phase.objective == "pairwise" else objectives.rivals_loss
+        return loss(self._flow, x, y, wrong, weight, temperature)
 
     def _update(self, loss: Tensor) -> Tensor:
         """Clip the gradients, step, and average the weights; returns whether all was finite, else no step."""
@@ -279,7 +313,10 @@ class TrainingStep:
     # -- the host --------------------------------------------------------------------------------------------
 
     def _draw_wrong(self, labels: Tensor) -> Tensor | None:
-        return self.negatives.draw(labels, self._generator) if self._pairs else None
+        if not self._draws:
+            return None
+        count = self._draws if self._phase.objective == "hybrid" else None
+        return self.negatives.draw(labels, self._generator, count)
 
     def _take_in(self, report: HostReport | None) -> None:
         if report is None:
@@ -287,7 +324,8 @@ class TrainingStep:
         self._last_report = report
         skipped = int(report.values[SKIPPED])
         if skipped == 0 and report.wrong is not None:
-            self.negatives.update(report.labels, report.wrong, report.values[FIRST_LOGISTIC:])
+            losses = report.values[FIRST_LOGISTIC:].view(report.wrong.shape)
+            self.negatives.update(report.labels, report.wrong, losses)
         if skipped >= self._config.max_skipped:
             raise self._not_finite(report)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +25,10 @@ from fastflow.models.magic_flow import MagicFlow
 from fastflow.numerics import float32_products
 from fastflow.training.batches import iterate_batches
 from fastflow.training.config import TrainConfig as TrainConfig
-from fastflow.training.metrics import SampleMean, evaluate_accuracy
+from fastflow.training.metrics import SampleMean, evaluate_labels
 from fastflow.training.metrics import evaluate_bits_per_dim as evaluate_bits_per_dim
 from fastflow.training.metrics import middle_slices as middle_slices
+from fastflow.training.selection import Selection
 from fastflow.training.step import TrainingStep
 
 EpochRecord = dict[str, float]
@@ -54,15 +54,17 @@ def train(
         val_set: labelled slices of other subjects that choose the checkpoint; None keeps the last epoch.
         config: how to train.
         folder: receives the model, ``history.jsonl`` (one JSON object per epoch) and, under ``checkpoints/``,
-            the best epoch by validation loss and, of more than one class, by validation accuracy.
+            the best epoch by validation loss and, of more than one class, by validation accuracy and by both.
         watch: further sets whose bits/dim are recorded each epoch and never influence anything.
         progress: called after each epoch with its record.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        One record per epoch: ``epoch``, ``seconds``, ``learning_rate``, ``train_bits_per_dim``, and with a
-        validation set ``val_bits_per_dim`` and, of more than one class, ``val_accuracy`` (of single slices);
-        ``<name>_bits_per_dim`` for each watched set. ``skipped_steps`` counts the steps of an epoch that
+        One record per epoch: ``epoch``, ``seconds``, ``learning_rate``, ``train_bits_per_dim``, ``phase`` (the
+        number of the phase that it ends in, from 1), ``passes`` (mean number of passes through the flow that
+        its steps made for each image), and with a validation set ``val_bits_per_dim`` and, of more than one
+        class, ``val_accuracy``, ``val_balanced_accuracy`` and ``val_nll`` (of single slices, see
+        `evaluate_labels`); ``<name>_bits_per_dim`` for each watched set. ``skipped_steps`` counts the steps of an epoch that
         were not finite, where there are any; they change no weight and are in no mean.
 
     Raises:
@@ -117,8 +119,7 @@ class _Run:
         self.fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
         self.generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)
-        self.best = {"accuracy": -math.inf, "loss": math.inf}
-        self.kept = {"accuracy": 0, "loss": 0}
+        self.selection = Selection(config.select_tolerance)
         # The model itself is placed and cast; the wrapper is not called, as it would round images to the
         # dtype of conditioners.
         self.fabric.setup_module(model)
@@ -153,17 +154,23 @@ class _Run:
 
     def _rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, with so many steps in an epoch."""
-        return self.config.learning_rate * self.config.rate(step / steps)
+        factor = self.config.moment(step, self.config.epochs * steps).rate
+        return factor * self.config.learning_rate * self.config.rate(step / steps)
 
     def _train_epoch(self, data: SliceSet, epoch: int, steps: int) -> EpochRecord:
         self.model.train()
+        made = 0
         for i, batch in enumerate(iterate_batches(data, steps, self.config, self.generator)):
+            moment = self.config.moment(epoch * steps + i, self.config.epochs * steps)
+            self.step.set_moment(moment)
+            made += self.step.passes
             self.step.set_learning_rate(self._rate(epoch * steps + i, steps))
             self.step(*batch)
         totals = self.step.take_totals()
         mean = SampleMean(self.fabric)
         mean.add(totals.bits_per_dim, totals.samples)
-        record: EpochRecord = {"train_bits_per_dim": mean.compute()}
+        record: EpochRecord = {"phase": moment.phase + 1, "passes": made / steps}
+        record["train_bits_per_dim"] = mean.compute()
         if totals.skipped_steps:
             record["skipped_steps"] = totals.skipped_steps
         return record
@@ -183,24 +190,14 @@ class _Run:
             record[f"{name}_bits_per_dim"] = evaluate_bits_per_dim(model, *middle_slices(data))
         # One class is always the likeliest, so its accuracy would say nothing.
         if val_set is not None and self.model.config.num_classes > 1:
-            record["val_accuracy"] = evaluate_accuracy(model, *middle_slices(val_set), self.fabric)
+            figures = evaluate_labels(model, *middle_slices(val_set), self.fabric)
+            record |= {f"val_{name}": value for name, value in figures.items()}
         return record
 
     def _keep(self, record: EpochRecord) -> None:
-        """Save the epoch where it is the best so far; among equal accuracies the lower loss is the better."""
-        checkpoints = self.folder / CHECKPOINTS
-        loss = record.get("val_bits_per_dim")
-        if loss is None:
-            return
-        if loss < self.best["loss"]:
-            self.best["loss"], self.kept["loss"] = loss, int(record["epoch"])
-            self.candidate.save(checkpoints / "loss")
-        if "val_accuracy" not in record:
-            return
-        score = record["val_accuracy"] - 1e-6 * loss
-        if score > self.best["accuracy"]:
-            self.best["accuracy"], self.kept["accuracy"] = score, int(record["epoch"])
-            self.candidate.save(checkpoints / "accuracy")
+        """Save the epoch for every rule by which it is the best so far."""
+        for rule in self.selection.take(record):
+            self.candidate.save(self.folder / CHECKPOINTS / rule)
 
     def _write_history(self, history: list[EpochRecord]) -> None:
         write_text(self.folder / HISTORY, "".join(json.dumps(record) + "\n" for record in history))
@@ -208,7 +205,7 @@ class _Run:
     def finish(self) -> None:
         """Put the selected epoch into the model and into the folder."""
         select = self.config.select if self.model.config.num_classes > 1 else "loss"
-        kept = self.kept[select]
+        kept = self.selection.kept[select]
         chosen = self.folder / CHECKPOINTS / select
         self.model.load_state_dict(
             MagicFlow.load(chosen).state_dict() if kept else self.candidate.state_dict()
