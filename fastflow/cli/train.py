@@ -106,7 +106,7 @@ class TrainOptions:
     select: Annotated[
         Select | None,
         typer.Option(
-            help="What chooses the epoch on the split val: accuracy, bits/dim (loss), or the accuracy of those "
+            help="What chooses the epoch on the split val: accuracy, bits/dim (loss), or accuracy among those "
             "with nearly the best bits/dim (both)."
         ),
     ] = None
@@ -168,7 +168,7 @@ def train(options: TrainOptions) -> None:
     """
     from fastflow.archive.train import recipe, train_on_archive
     from fastflow.data.listing import list_records
-    from fastflow.training.phases import describe, parse_schedule
+    from fastflow.training.phases import parse_schedule
 
     if options.schedule is not None and options.objective is not None:
         raise ValueError(
@@ -225,6 +225,8 @@ def train(options: TrainOptions) -> None:
 
 
 def _print_usable(phases: Sequence[Phase], usable: UsableFiles) -> None:
+    from fastflow.training.phases import describe
+
     typer.echo(describe(phases, len(usable.splits["train"])))
     for line in usable.lines():
         typer.echo(line)

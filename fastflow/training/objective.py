@@ -2,9 +2,9 @@
 
 ``likelihood`` is the published objective. ``pairwise`` adds, for one wrong label drawn per image, the
 logistic loss of the log-odds between right and wrong; ``hybrid`` adds the cross-entropy over all labels, or
-over the right one and R wrong ones that are drawn by how hard they are. They cost extra passes (one; K - 1; R)
-and make the conditioners learn to separate the classes, which likelihood alone does late: a class gap is a few
-nats of thousands.
+over the right one and R wrong ones that are drawn by how hard they are. They cost extra passes (one; K - 1;
+R) and make the conditioners learn to separate the classes, which likelihood alone does late: a class gap is a
+few nats of thousands.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def rivals_loss(
 
     The cross-entropy over these R + 1 labels is at most the one over all K, and it is that one for R = K - 1.
     What is left out is what the labels that were not drawn would add; those are the easy ones. No correction
-    for the draw is made: it would give an easy label that was drawn by chance the weight of all that were not,
-    and so the largest share of the gradient's variance.
+    for the draw is made: it would give an easy label that was drawn by chance the weight of all that were
+    not, and so the largest share of the gradient's variance.
 
     Args:
         flow: maps (x, y) to (z, logdet).

@@ -28,8 +28,8 @@ class Phase:
         weight: of the discriminative term; None takes `TrainConfig.contrast_weight`.
         temperature: nats of log-odds that count as one logit in it; None takes
             `TrainConfig.contrast_temperature`.
-        rivals: R, wrong labels that ``"hybrid"`` compares the right one with, drawn by how hard they are; None
-            and K - 1 or more take all.
+        rivals: R, wrong labels that ``"hybrid"`` compares the right one with, drawn by how hard they are;
+            None and K - 1 or more take all.
         ramp: share of the phase over which the weight grows linearly to its value, in [0, 1].
         rate: factor of the learning rate.
         restart_average: whether the average of the weights begins anew with the phase.

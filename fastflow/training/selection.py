@@ -1,15 +1,16 @@
 """Which epoch of a training becomes the model, decided while it goes on or from its history alike.
 
-``"accuracy"`` is the highest validation accuracy, and of equal ones the lowest bits/dim; ``"loss"`` the lowest
-validation bits/dim. ``"both"`` asks for classes that are told apart by a likelihood that is hardly worse than
-the best one: likelihood training that goes on lowers bits/dim and accuracy alike, and a discriminative term
-raises both.
+``"accuracy"`` is the highest validation accuracy, and of equal ones the lowest bits/dim; ``"loss"`` the
+lowest validation bits/dim. ``"both"`` asks for classes that are told apart by a likelihood that is hardly
+worse than the best one: likelihood training that goes on lowers bits/dim and may lower the accuracy, and a
+discriminative term may raise both.
 
-``"both"`` is this rule over the epochs in their order. An epoch is admitted if its bits/dim exceed the lowest so
-far, its own included, by no more than the tolerance. It replaces the kept one if that is no longer admitted, or
-if it has the higher balanced accuracy; of equal ones the lower negative log-likelihood of the labels decides,
-then the lower bits/dim, then the earlier epoch. So no epoch has to be kept that may be needed later: where a
-much better likelihood arrives, the epoch that brings it is kept, and not an earlier one that was admitted too.
+``"both"`` is this rule over the epochs in their order. An epoch is admitted if its bits/dim exceed the lowest
+so far, its own included, by no more than the tolerance. It replaces the kept one if that is no longer
+admitted, or if it has the higher balanced accuracy; of equal ones the lower negative log-likelihood of the
+labels decides, then the lower bits/dim, then the earlier epoch. So no epoch has to be kept that may be needed
+later: where a much better likelihood arrives, the epoch that brings it is kept, and not an earlier one that
+was admitted too.
 
 The negative log-likelihood stands before bits/dim, since a validation set of some dozen volumes has few
 different accuracies, and it says how far apart the classes are.

@@ -59,7 +59,7 @@ class Staging:
         self._turn = 0
 
     def load(self, images: Tensor, labels: Tensor, wrong: Tensor | None) -> Batch:
-        """Write images (B, C, H, W) uint8, labels (B,) and wrong labels (B,) or (B, R), tensors of the host."""
+        """Write images (B, C, H, W) uint8, labels (B,) and wrong labels, (B,) or (B, R), of the host."""
         values = (images, labels, wrong)
         if not self._on_cuda:
             return self._copy(values)

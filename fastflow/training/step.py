@@ -63,7 +63,8 @@ class TrainingStep:
 
     On a CUDA device the first steps run eagerly on a side stream and are real steps; then the function is
     captured once, for the shape of the first batch, and replayed. A batch of another shape runs it eagerly,
-    with the same kernels. Each phase of ``config.phases`` is a function of its own; `set_moment` changes over.
+    with the same kernels. Each phase of ``config.phases`` is a function of its own, and `set_moment` changes
+    over to it.
 
     Args:
         model: in training mode, on its device; ActNorm is set from the first batch where it is not.
@@ -160,8 +161,8 @@ class TrainingStep:
     def set_moment(self, moment: Moment) -> None:
         """Take steps of this phase, with this weight of the discriminative term, from now on.
 
-        Without a call, steps are those of the first phase with its full weight. Where the average begins anew,
-        this call copies the weights as they are into it.
+        Without a call, steps are those of the first phase with its full weight. Where the average begins
+        anew, this call copies the weights as they are into it.
         """
         if moment.phase != self._index:
             self._enter(moment.phase, None if self._graph is None else self._graph.successor())

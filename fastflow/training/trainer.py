@@ -60,12 +60,12 @@ def train(
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        One record per epoch: ``epoch``, ``seconds``, ``learning_rate``, ``train_bits_per_dim``, ``phase`` (the
-        number of the phase that it ends in, from 1), ``passes`` (mean number of passes through the flow that
-        its steps made for each image), and with a validation set ``val_bits_per_dim`` and, of more than one
-        class, ``val_accuracy``, ``val_balanced_accuracy`` and ``val_nll`` (of single slices, see
-        `evaluate_labels`); ``<name>_bits_per_dim`` for each watched set. ``skipped_steps`` counts the steps of an epoch that
-        were not finite, where there are any; they change no weight and are in no mean.
+        One record per epoch: ``epoch``, ``seconds``, ``learning_rate``, ``train_bits_per_dim``, ``phase``
+        (the number of the phase that it ends in, from 1), ``passes`` (mean number of passes through the flow
+        that its steps made for each image), and with a validation set ``val_bits_per_dim`` and, of more than
+        one class, ``val_accuracy``, ``val_balanced_accuracy`` and ``val_nll`` (of single slices, see
+        `evaluate_labels`); ``<name>_bits_per_dim`` for each watched set. ``skipped_steps`` counts the steps
+        of an epoch that were not finite, where there are any; they change no weight and are in no mean.
 
     Raises:
         ValueError: a set is empty, has unknown labels or does not fit the model, or the engine is
