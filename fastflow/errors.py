@@ -91,3 +91,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     plain = {other.lower().replace("-", "_"): other for other in known}
     near = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1, cutoff=0.5)
     return f", did you mean {plain[near[0]]!r}?" if near else ""
+
+
+class CacheWarning(UserWarning):
+    """A cache is damaged or cannot be written, and the work goes on without what it would have held."""

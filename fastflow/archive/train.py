@@ -15,7 +15,7 @@ import torch
 from fastflow._files import write_text
 from fastflow.archive.model_folder import INVENTORY, model_folder
 from fastflow.archive.options import pick_device
-from fastflow.archive.training_data import TRAIN, VAL, UsableFiles, choose, load_chosen
+from fastflow.archive.training_data import TRAIN, VAL, Reading, UsableFiles, choose, load_chosen
 from fastflow.data.grids import majority_grid
 from fastflow.data.inventory import Inventory
 from fastflow.data.listing import Listing, list_records
@@ -77,7 +77,7 @@ def train_on_archive(
     application_mask: str | None = None,
     workers: int = 1,
     device: str = "auto",
-    reading: Callable[[int, int], None] | None = None,
+    reading: Callable[[int, int], None] | Reading | None = None,
     progress: Callable[[EpochRecord], None] | None = None,
     counted: Callable[[UsableFiles], None] | None = None,
     overwrite: bool = False,
@@ -102,7 +102,7 @@ def train_on_archive(
         application_mask: PNG of the `custom` masks; the shipped one when None.
         workers: processes that read files.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        reading: called with the number of files read and their total.
+        reading: called with the number of files read and their total, or a `Reading`, which also has a cache.
         progress: called after each epoch.
         counted: called before the first epoch with what was found and what of it can be used, also where
             that is too little.

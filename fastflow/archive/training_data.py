@@ -17,6 +17,7 @@ from fastflow.data.inventory import Inventory
 from fastflow.data.listing import Listing
 from fastflow.data.manifest import Record, class_names
 from fastflow.data.preprocess import Preprocess
+from fastflow.data.slice_cache import SliceCache
 from fastflow.data.slices import SliceSet, load_slices
 from fastflow.errors import ManifestError, VolumeError
 
@@ -138,6 +139,7 @@ class UsableFiles:
         grid: that volumes must have; None where only PNG files were found.
         errors: of all files that cannot be used.
         listed: the warnings of the listing.
+        reused: how many files came from the cache, and of how many; None where there was no cache.
     """
 
     inventory: Inventory
@@ -145,6 +147,7 @@ class UsableFiles:
     grid: Grid | None
     errors: tuple[VolumeError, ...]
     listed: tuple[str, ...] = ()
+    reused: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
     def lines(self) -> list[str]:
         """Lines on all files, the grid and each split: ``train: 20 of 21 files can be used (A 9, B 11)``."""
@@ -219,11 +222,24 @@ def _reasons(errors: Sequence[VolumeError]) -> str:
     return ", ".join(f"{code} {count}" for code, count in counts.most_common())
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the files of a training are read, beside what decides about their slices.
+
+    Attributes:
+        report: called with the number of files read and their total.
+        cache: has the slices of files that need not be decoded, and keeps the others; in memory when None.
+    """
+
+    report: Callable[[int, int], None] | None = None
+    cache: SliceCache | None = None
+
+
 def load_chosen(
     chosen: Chosen,
     preprocess: Preprocess,
     workers: int = 1,
-    reading: Callable[[int, int], None] | None = None,
+    reading: Callable[[int, int], None] | Reading | None = None,
 ) -> tuple[dict[str, SliceSet], UsableFiles]:
     """Read the slices of the chosen files.
 
@@ -231,13 +247,15 @@ def load_chosen(
         chosen: the files.
         preprocess: which slices, and how.
         workers: processes that read.
-        reading: called with the number of files read and their total.
+        reading: called with the number of files read and their total, or a `Reading`.
 
     Returns:
         `(sets, usable)`: the slices by split, without those of a split of which no file can be used, and the
         counts. `UsableFiles.check` says whether they are enough.
     """
+    how = reading if isinstance(reading, Reading) else Reading(reading)
     total, before = sum(map(len, chosen.splits.values())), 0
+    reused = 0 if how.cache is None else how.cache.reused
     inventory = copy.deepcopy(chosen.inventory)
     sets: dict[str, SliceSet] = {}
     counts: dict[str, dict[str, ClassCount]] = {}
@@ -245,10 +263,10 @@ def load_chosen(
     for name, records in chosen.splits.items():
 
         def report(done: int, offset: int = before) -> None:
-            if reading is not None:
-                reading(offset + done, total)
+            if how.report is not None:
+                how.report(offset + done, total)
 
-        data, bad = load_slices(records, preprocess, chosen.class_names, workers, report)
+        data, bad = load_slices(records, preprocess, chosen.class_names, workers, report, how.cache)
         before += len(records)
         for error in bad:
             inventory.drop(error.code, error.path)
@@ -262,7 +280,8 @@ def load_chosen(
         if preprocess.grid is None or preprocess.spacing is None
         else Grid(preprocess.grid, preprocess.spacing)
     )
-    return sets, UsableFiles(inventory, counts, grid, tuple(errors), chosen.warnings)
+    known = None if how.cache is None else (how.cache.reused - reused, total)
+    return sets, UsableFiles(inventory, counts, grid, tuple(errors), chosen.warnings, known)
 
 
 def _count_classes(

@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from fastflow.errors import FastflowError, JournalError, LowSpaceWarning, RunStoppedError
+from fastflow.errors import CacheWarning, FastflowError, JournalError, LowSpaceWarning, RunStoppedError
 
 OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
 # So many seconds pass between two lines about a run's progress where there is no terminal.
@@ -52,7 +52,7 @@ def _show(other: Callable[..., None]) -> Callable[..., None]:
     """Warnings about a user's disk are for the user, and name no line of code; others are shown as before."""
 
     def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-        if issubclass(category, LowSpaceWarning):
+        if issubclass(category, (LowSpaceWarning, CacheWarning)):
             warn(str(message))
         else:
             other(message, category, *place)

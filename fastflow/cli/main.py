@@ -16,6 +16,7 @@ from fastflow.cli import (
     explain,
     export,
     index,
+    plot,
     sample,
     train,
 )
@@ -64,6 +65,7 @@ app.command("demo-data")(demo_data.demo_data)
 app.command("benchmark-scanners")(benchmark_scanners.benchmark_scanners)
 app.command("index")(index.index)
 app.command("train")(train.train)
+app.command("plot")(plot.plot)
 app.command("classify")(classify.classify)
 app.command("sample")(sample.sample)
 app.command("explain")(explain.explain)

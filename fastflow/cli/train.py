@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastflow.cli._console import print_epoch, progress_bar, report_errors, warn
+from fastflow.cli._console import messages, print_epoch, progress_bar, report_errors, warn
 from fastflow.cli._options import Device, DeviceOption, NoLock, Seed, Workers, takes
 
 if TYPE_CHECKING:
     from fastflow.archive.training_data import UsableFiles
+    from fastflow.data.slice_cache import SliceCache
     from fastflow.training.phases import Phase
 
 
@@ -106,8 +108,8 @@ class TrainOptions:
     select: Annotated[
         Select | None,
         typer.Option(
-            help="What chooses the epoch on the split val: accuracy, bits/dim (loss), or accuracy among those "
-            "with nearly the best bits/dim (both)."
+            help="What chooses the epoch on the split val: accuracy, bits/dim (loss), or accuracy among "
+            "those with nearly the best bits/dim (both)."
         ),
     ] = None
     augment: Annotated[Augment | None, typer.Option(help="How training images are varied.")] = None
@@ -144,6 +146,16 @@ class TrainOptions:
     seed: Seed = 0
     workers: Workers = 1
     device: DeviceOption = Device.auto
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of decoded slices for later trainings, too; .fastflow-cache beside the model "
+            "folder by default. It can be removed at any time."
+        ),
+    ] = None
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Decode all files, and keep their slices in memory.")
+    ] = False
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -167,6 +179,7 @@ def train(options: TrainOptions) -> None:
     Example: `fastflow train archive/manifest.csv --out model --preset small --epochs 30 --slices center+-6:3`
     """
     from fastflow.archive.train import recipe, train_on_archive
+    from fastflow.archive.training_data import Reading
     from fastflow.data.listing import list_records
     from fastflow.training.phases import parse_schedule
 
@@ -210,7 +223,7 @@ def train(options: TrainOptions) -> None:
             str(options.mask) if options.mask else None,
             options.workers,
             options.device.value,
-            reading,
+            Reading(reading, _cache(options)),
             print_epoch,
             partial(_print_usable, config.phases),
             options.overwrite,
@@ -224,10 +237,24 @@ def train(options: TrainOptions) -> None:
     report_errors(trained.errors)
 
 
+def _cache(options: TrainOptions) -> SliceCache | None:
+    """The cache that the options name. Raises ValueError where they contradict each other."""
+    from fastflow.data.slice_cache import DEFAULT_NAME, SliceCache
+
+    if options.no_cache:
+        if options.cache is not None:
+            raise ValueError(f"--cache {options.cache} and --no-cache exclude each other: give one of them")
+        return None
+    beside = Path(os.path.abspath(options.out)).parent / DEFAULT_NAME
+    return SliceCache(options.cache or beside, required=options.cache is not None)
+
+
 def _print_usable(phases: Sequence[Phase], usable: UsableFiles) -> None:
     from fastflow.training.phases import describe
 
     typer.echo(describe(phases, len(usable.splits["train"])))
+    if usable.reused is not None:
+        messages.print(f"{usable.reused[0]} of {usable.reused[1]} files from the cache", highlight=False)
     for line in usable.lines():
         typer.echo(line)
     for line in usable.warnings():

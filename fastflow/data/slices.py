@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from numpy.typing import NDArray
 from fastflow.data._header import Flag, Header
 from fastflow.data._png import load_png
 from fastflow.data.endings import is_image
+from fastflow.data.indexed_images import select_rows
 from fastflow.data.preprocess import Preprocess, check_not_blank, pad_evenly, without_padding
 from fastflow.data.preprocess import coronal_slices as coronal_slices
+from fastflow.data.slice_cache import Block, SliceCache, opened
 from fastflow.data.statistics import measure
 from fastflow.data.volume import open_scan
 from fastflow.errors import VolumeError
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
 
 Result = NDArray[np.uint8] | VolumeError
 Loaded = tuple[NDArray[np.uint8], NDArray[np.float64]] | VolumeError
-# One process of a pool is given at most so many files at once.
-MAX_FILES_PER_TASK = 16
+# One process of a pool is given at most so many files at once, and so many times ahead of the results.
+MAX_FILES_PER_TASK, TASKS_AHEAD = 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,9 @@ class SliceSet:
     """Slices of V volumes, N in all.
 
     Attributes:
-        images: (N, 1, H, W) uint8.
+        images: (N, 1, H, W) uint8; an array, a map of a file, or `IndexedImages` of
+            `fastflow.data.indexed_images`: it is indexed like an array, and what is not asked
+            for stays on disk.
         labels: (N,) int64, index into `class_names`; -1 is unknown.
         volumes: (N,) int64, index into `paths`.
         paths: V file names.
@@ -88,7 +93,7 @@ class SliceSet:
         return labels
 
     def subset(self, volumes: Sequence[int]) -> SliceSet:
-        """The slices of some volumes, which get new numbers in the order given.
+        """The slices of some volumes, which get new numbers in the order given; images on disk stay there.
 
         Raises:
             ValueError: a volume is named twice or does not exist.
@@ -101,7 +106,7 @@ class SliceSet:
         chosen = np.flatnonzero(np.isin(self.volumes, list(number)))
         chosen = chosen[np.argsort([number[int(v)] for v in self.volumes[chosen]], kind="stable")]
         return SliceSet(
-            self.images[chosen],
+            select_rows(self.images, chosen),
             self.labels[chosen],
             np.array([number[int(v)] for v in self.volumes[chosen]], dtype=np.int64),
             tuple(self.paths[v] for v in volumes),
@@ -256,9 +261,24 @@ def iterate_measured(paths: Sequence[str], preprocess: Preprocess, workers: int 
         yield from map(load, paths)
         return
     # Processes are spawned, as a fork would copy a torch that is running threads.
-    chunk = max(1, min(MAX_FILES_PER_TASK, len(paths) // (4 * workers)))
+    size = max(1, min(MAX_FILES_PER_TASK, len(paths) // (4 * workers)))
+    tasks: deque[Future[list[Loaded]]] = deque()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(load, paths, chunksize=chunk)
+        try:
+            for start in range(0, len(paths), size):
+                tasks.append(pool.submit(_load_all, paths[start : start + size], preprocess))
+                # Results wait here for one slow file, so there is an end to how many.
+                if len(tasks) > TASKS_AHEAD * workers:
+                    yield from tasks.popleft().result()
+            while tasks:
+                yield from tasks.popleft().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def _load_all(paths: Sequence[str], preprocess: Preprocess) -> list[Loaded]:
+    return [_load_or_error(path, preprocess) for path in paths]
 
 
 def load_slices(
@@ -267,6 +287,7 @@ def load_slices(
     class_names: Sequence[str],
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
+    cache: SliceCache | None = None,
 ) -> tuple[SliceSet, list[VolumeError]]:
     """Read the slices of many volumes or PNG files.
 
@@ -276,6 +297,8 @@ def load_slices(
         class_names: the labels that are known, in the model's order.
         workers: processes that read.
         progress: called with the number of files done.
+        cache: has the slices of files that need not be decoded, and keeps the others; in memory when None.
+            Files that cannot be used are read again each time.
 
     Returns:
         `(slices, errors)`: the slices of the files that could be read, in the order of `records`, and one
@@ -290,29 +313,31 @@ def load_slices(
             raise ValueError(
                 f"{record.path} has label {record.label!r}, which is none of {', '.join(class_names)}"
             )
-    good: list[tuple[Record, NDArray[np.uint8]]] = []
-    measured: list[NDArray[np.float64]] = []
+    good: list[tuple[Record, Block]] = []
     errors: list[VolumeError] = []
-    results = iterate_measured([record.path for record in records], preprocess, workers)
-    for done, (record, result) in enumerate(zip(records, results, strict=True), start=1):
-        if isinstance(result, VolumeError):
-            errors.append(result)
-        else:
-            good.append((record, result[0]))
-            measured.append(result[1])
-        if progress is not None:
-            progress(done)
-    counts = [len(images) for _, images in good]
+    with opened(cache, [record.path for record in records], preprocess) as kept:
+        missing = [record.path for record in records if record.path not in kept.found]
+        results = iterate_measured(missing, preprocess, workers)
+        for done, record in enumerate(records, start=1):
+            result = kept.found.get(record.path) or next(results)
+            if isinstance(result, VolumeError):
+                errors.append(result)
+            else:
+                block = result if isinstance(result, Block) else kept.add(record.path, *result)
+                good.append((record, block))
+            if progress is not None:
+                progress(done)
+        blocks = [block for _, block in good]
+        images = kept.images(blocks)
+    counts = [len(block.measured) for block in blocks]
     labels = [-1 if record.label is None else known[record.label] for record, _ in good]
     slices = SliceSet(
-        np.concatenate([images for _, images in good])
-        if good
-        else np.zeros((0, 1, *preprocess.size), dtype=np.uint8),
+        images,
         np.repeat(np.array(labels, dtype=np.int64), counts),
         np.repeat(np.arange(len(good), dtype=np.int64), counts),
         tuple(record.path for record, _ in good),
         tuple(record.subject for record, _ in good),
         tuple(class_names),
-        np.concatenate(measured) if measured else None,
+        np.concatenate([block.measured for block in blocks]) if blocks else None,
     )
     return slices, errors

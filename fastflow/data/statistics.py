@@ -65,6 +65,8 @@ STATISTICS = {
     "layout": Statistic("difference of the layout", 0.02, (0.0, 2.0), is_difference=True),
 }
 MEASURED = tuple(name for name in STATISTICS if name != "layout")
+# `measure` gives so many numbers for a slice.
+NUMBERS = len(MEASURED) + CELLS * CELLS
 
 
 # -- one image -----------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ def measure(pixels: NDArray[np.uint8], negative: float | None) -> Array:
         (n, 11 + 64) float64; NaN where nothing is known, or where slices have fewer than 4 rows or columns.
     """
     count, rows, columns = pixels.shape
-    result = np.full((count, len(MEASURED) + CELLS * CELLS), np.nan)
+    result = np.full((count, NUMBERS), np.nan)
     if min(rows, columns) < MIN_SIDE:
         return result
     greys = _histograms(pixels, 256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,11 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
+def data_url(figure: Figure) -> str:
+    """The figure as the source of an image inside a page."""
+    return "data:image/png;base64," + base64.b64encode(png(figure)).decode("ascii")
+
+
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -68,7 +74,8 @@ def _quiet(axes: Axes) -> None:
         side.set_visible(False)
 
 
-def _light(axes: Axes) -> None:
+def light_axes(axes: Axes) -> None:
+    """Leave the two axes of a panel, in a pale colour."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(PALE)
     axes.tick_params(colors=INK, labelsize=8, length=3, color=PALE)
@@ -227,7 +234,7 @@ def _explain_row(figure: Figure, row: list[Axes], e: Explanation, class_names: S
     row[3].set_yticks(range(len(gaps)), class_names)
     row[3].invert_yaxis()
     row[3].set_title("log p(x|y) below the best, nats", fontsize=8, color=INK)
-    _light(row[3])
+    light_axes(row[3])
 
 
 def _overlay(figure: Figure, axes: Axes, image: NDArray[np.uint8], values: NDArray[Any], title: str) -> None:
@@ -279,15 +286,22 @@ def _curve_panel(axes: Axes, series: Mapping[str, tuple[NDArray[Any], NDArray[An
         colour = LINES[order.index(name) % len(LINES)]
         label = f"{SERIES.get(name, name)}, last {values[-1]:.3g}"
         axes.plot(epochs, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
-    later = np.concatenate([values[len(values) // 4 :] for _, values in series.values()])
-    later = later[np.isfinite(later)]
-    if later.size:
-        # The first epochs start far above; scaled to them, the rest of every curve would be one flat line.
-        margin = 0.06 * max(float(np.ptp(later)), 1e-3)
-        axes.set_ylim(float(later.min()) - margin, float(later.max()) + margin)
+    scale_to_later(axes, [values for _, values in series.values()])
     axes.set_title(title, fontsize=10, color=INK)
     axes.set_xlabel("epoch", fontsize=9, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=PALE, linewidth=0.6)
     axes.legend(fontsize=8, frameon=False, labelcolor=INK)
-    _light(axes)
+    light_axes(axes)
+
+
+def scale_to_later(axes: Axes, series: Sequence[NDArray[Any]]) -> None:
+    """Set the ends of a panel's axis by the curves (n,) without their first quarters.
+
+    The first epochs start far above; scaled to them, the rest of every curve would be one flat line.
+    """
+    later = np.concatenate([values[len(values) // 4 :] for values in series])
+    later = later[np.isfinite(later)]
+    if later.size:
+        margin = 0.06 * max(float(np.ptp(later)), 1e-3)
+        axes.set_ylim(float(later.min()) - margin, float(later.max()) + margin)

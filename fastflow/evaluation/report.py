@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastflow._files import write_text
 from fastflow.evaluation import figures
 from fastflow.evaluation.figures import Explanation
+from fastflow.evaluation.figures import data_url as _inline
 
 PROVENANCE = "simulated scanners on real anatomy"
 
@@ -113,10 +112,6 @@ def write_report(
         details=[(key, _plain(value)) for key, value in details.items()],
     )
     write_text(path, html)
-
-
-def _inline(figure: Figure) -> str:
-    return "data:image/png;base64," + base64.b64encode(figures.png(figure)).decode("ascii")
 
 
 def _share(value: float | None) -> str:

@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastflow.data.indexed_images import select_rows
 from fastflow.data.slices import SliceSet
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import from_uint8
@@ -52,11 +53,14 @@ class SampleMean:
 
 
 def middle_slices(data: SliceSet) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The middle slice of each volume: (images (V, C, H, W), labels (V,)), enough to watch a run by."""
+    """The middle slice of each volume: (images (V, C, H, W), labels (V,)), enough to watch a run by.
+
+    Images on disk stay there until they are asked for.
+    """
     order = np.argsort(data.volumes, kind="stable")
     _, first, count = np.unique(data.volumes[order], return_index=True, return_counts=True)
     chosen = order[first + count // 2]
-    return data.images[chosen], data.labels[chosen]
+    return select_rows(data.images, chosen), data.labels[chosen]
 
 
 @torch.no_grad()
@@ -120,8 +124,11 @@ def evaluate_labels(
     batches = -(-len(images) // ACCURACY_BATCH_SIZE)
     log_probs = np.concatenate(
         [
-            model.log_prob_all(from_uint8(torch.from_numpy(part).to(fabric.device))).cpu().double().numpy()
-            for part in np.array_split(images, batches)
+            model.log_prob_all(from_uint8(torch.from_numpy(images[rows]).to(fabric.device)))
+            .cpu()
+            .double()
+            .numpy()
+            for rows in np.array_split(np.arange(len(images)), batches)
         ]
     )
     right = log_probs.argmax(axis=1) == labels

@@ -15,10 +15,12 @@ from fastflow.archive import train as train_module
 from fastflow.archive.classify import classify
 from fastflow.archive.results import read_results
 from fastflow.archive.train import Trained, calibrate, preprocess_like, read_records, recipe, train_on_archive
-from fastflow.archive.training_data import UsableFiles
+from fastflow.archive.training_data import Reading, UsableFiles, choose, load_chosen
+from fastflow.data.indexed_images import IndexedImages
 from fastflow.data.listing import list_records
 from fastflow.data.manifest import Record, index_folder, split_by_subject, write_manifest
 from fastflow.data.preprocess import Preprocess
+from fastflow.data.slice_cache import SliceCache
 from fastflow.data.slices import load_slices
 from fastflow.errors import ManifestError, OutputFolderError
 from fastflow.training.trainer import TrainConfig
@@ -257,3 +259,24 @@ def test_records_come_from_folders_and_manifests(scans: Path, tmp_path: Path) ->
     assert len(read_records(scans)) == 20
     with pytest.raises(ManifestError, match="no such manifest"):
         read_records(tmp_path / "m.csv")
+
+
+def test_a_cache_changes_no_bit_of_the_model(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(ONCE, augment="shift", sampler="balanced")
+    plain = train_once(records_of(scans), tmp_path / "plain", config)
+    copied, copy = [], IndexedImages._copy
+    monkeypatch.setattr(
+        IndexedImages, "_copy", lambda self, part, row: copied.append(np.size(row)) or copy(self, part, row)
+    )
+    preprocess = Preprocess(**plain.model.metadata["preprocess"])
+    load_chosen(choose(records_of(scans)), preprocess, reading=Reading(cache=SliceCache(tmp_path / "cache")))
+    cache = SliceCache(tmp_path / "cache")
+    cached = train_once(records_of(scans), tmp_path / "cached", config, reading=Reading(cache=cache))
+    assert (cache.reused, cache.asked) == (8, 8)
+    for a, b in zip(plain.model.state_dict().values(), cached.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert cached.model.metadata == plain.model.metadata
+    # No batch is larger than one of training, and nothing else copies images.
+    assert max(copied) <= config.batch_size

@@ -3,15 +3,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastflow.archive.training_data import Chosen, UsableFiles, choose, load_chosen
+from fastflow.archive.training_data import Chosen, Reading, UsableFiles, choose, load_chosen
 from fastflow.data.inventory import Inventory
 from fastflow.data.listing import Listing
 from fastflow.data.manifest import Record, index_folder
 from fastflow.data.preprocess import Preprocess
+from fastflow.data.slice_cache import SliceCache
 from fastflow.errors import ManifestError
 
 GRID = Preprocess((16, 16), "center", (2.0, 2.0, 2.0), (14, 9, 15))
@@ -188,3 +190,43 @@ def test_no_validation_is_no_empty_split(scans: Path) -> None:
     sets, usable = load_chosen(Chosen({"train": scans_of(scans, 1), "val": []}, Inventory(used=2)), GRID)
     assert list(sets) == ["train"] == list(usable.splits)
     usable.check()
+
+
+# -- the cache -----------------------------------------------------------------------------------------------
+
+
+def test_a_cache_changes_no_count_no_error_and_no_slice(scans: Path, tmp_path: Path) -> None:
+    records = [*scans_of(scans, 4), record("gone"), *scans_of(scans, 5, "val")[4::5]]
+    chosen, told = choose(records), []
+    plain_sets, plain = load_chosen(chosen, GRID)
+    for reused in (0, len(records) - 1):
+        reading = Reading(lambda done, total: told.append((done, total)), SliceCache(tmp_path / "cache"))
+        sets, usable = load_chosen(chosen, GRID, reading=reading)
+        assert usable.reused == (reused, len(records)) and plain.reused is None
+        # Errors are compared by their words, as two exceptions are never equal.
+        assert (usable.lines(), usable.warnings(), usable.to_dict()) == (
+            plain.lines(),
+            plain.warnings(),
+            plain.to_dict(),
+        )
+        assert usable.inventory == plain.inventory
+        assert list(map(str, usable.errors)) == list(map(str, plain.errors)) != []
+        assert sets.keys() == plain_sets.keys() == {"train", "val"}
+        for name, data in plain_sets.items():
+            for field in ("images", "labels", "volumes", "measured"):
+                assert np.array_equal(getattr(sets[name], field), getattr(data, field))
+    assert told == 2 * [(i, len(records)) for i in range(1, len(records) + 1)]
+
+
+def test_the_splits_of_another_fold_share_the_cache(scans: Path, tmp_path: Path) -> None:
+    cache = SliceCache(tmp_path / "cache")
+    load_chosen(choose(scans_of(scans, 6)), GRID, reading=Reading(cache=cache))
+    other = [
+        dataclasses.replace(r, split="val" if i % 6 == 2 else "train")
+        for i, r in enumerate(scans_of(scans, 6))
+    ]
+    sets, usable = load_chosen(choose(other), GRID, reading=Reading(cache=cache))
+    assert usable.reused == (12, 12)
+    expected = load_chosen(choose(other), GRID)[0]
+    for name, data in expected.items():
+        assert np.array_equal(sets[name].images, data.images) and sets[name].paths == data.paths

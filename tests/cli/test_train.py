@@ -37,8 +37,9 @@ def test_it_says_what_is_used_and_what_is_not(records: list[Record], tmp_path: P
         Record("/nowhere/c.nii", "flat", "sub-c", "spare"),
     ]
     write_manifest([*records, *extra], tmp_path / "m.csv")
-    result = train(tmp_path / "m.csv", "--out", tmp_path / "model")
+    result = train(tmp_path / "m.csv", "--out", tmp_path / "model", "--no-cache")
     assert result.exit_code == 1, result.output
+    assert "cache" not in result.output and not (tmp_path / ".fastflow-cache").exists()
     assert result.stdout.splitlines()[:4] == [
         "17 files found: 12 used, 5 left out (missing 1, no_label 1, split 'spare' 1, split 'test' 2)",
         "grid: 14 x 9 x 15 voxels of 2 x 2 x 2 mm",
@@ -96,3 +97,29 @@ def test_the_column_of_the_class_can_be_named(tmp_path: Path, monkeypatch: pytes
     result = train(tmp_path / "m.csv", "--label", "diagnosis", "--out", tmp_path / "model")
     assert result.exit_code == 2 and "nothing here" in result.stderr
     assert asked == [(tmp_path / "m.csv", "diagnosis")]
+
+
+def test_a_second_training_reads_from_the_cache(records: list[Record], tmp_path: Path) -> None:
+    write_manifest(records, tmp_path / "m.csv")
+    model, cache = tmp_path / "models" / "a", tmp_path / "models" / ".fastflow-cache"
+    first = train(tmp_path / "m.csv", "--out", model)
+    assert first.exit_code == 0 and "0 of 12 files from the cache" in first.stderr
+    before = (model / "config.json").read_bytes()
+    # Of the two parts, the smaller one has the files of validation.
+    small = min(cache.glob("*/*/images.u8"), key=lambda path: path.stat().st_size)
+    small.write_bytes(b"")
+    again = train(tmp_path / "m.csv", "--out", model, "--overwrite")
+    assert again.exit_code == 0 and "10 of 12 files from the cache" in again.stderr
+    assert "warning: " in again.stderr and "damaged and not used" in again.stderr
+    assert "cache" not in again.stdout and (model / "config.json").read_bytes() == before
+
+
+def test_a_cache_that_cannot_be(records: list[Record], tmp_path: Path) -> None:
+    write_manifest(records, tmp_path / "m.csv")
+    both = train(tmp_path / "m.csv", "--out", tmp_path / "a", "--cache", tmp_path / "c", "--no-cache")
+    assert both.exit_code == 2 and "exclude each other" in both.stderr
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "run.json").touch()
+    other = train(tmp_path / "m.csv", "--out", tmp_path / "a", "--cache", tmp_path / "full")
+    assert other.exit_code == 2 and "holds other files, such as 'run.json'" in other.stderr.replace("\n", " ")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "c").exists()
