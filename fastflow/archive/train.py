@@ -16,11 +16,12 @@ from fastflow._files import write_text
 from fastflow.archive.model_folder import INVENTORY, model_folder
 from fastflow.archive.options import pick_device
 from fastflow.archive.training_data import TRAIN, VAL, Reading, UsableFiles, choose, load_chosen
-from fastflow.data.grids import majority_grid
+from fastflow.data.grids import majority_grid, read_grids
 from fastflow.data.inventory import Inventory
 from fastflow.data.listing import Listing, list_records
 from fastflow.data.manifest import Record
 from fastflow.data.preprocess import Preprocess
+from fastflow.data.slice_cache import SliceCache
 from fastflow.data.slices import SliceSet
 from fastflow.data.training_images import TrainingImages
 from fastflow.decision import range_around
@@ -128,7 +129,8 @@ def train_on_archive(
     with model_folder(folder, overwrite, lock) as work:
         torch.manual_seed(config.seed)
         model = MagicFlow(flow, application_mask)
-        preprocess = preprocess_like(chosen.splits[TRAIN], size, slices, workers)
+        cache = reading.cache if isinstance(reading, Reading) else None
+        preprocess = preprocess_like(chosen.splits[TRAIN], size, slices, workers, cache)
         sets, usable = load_chosen(chosen, preprocess, workers, reading)
         if counted is not None:
             counted(usable)
@@ -145,7 +147,11 @@ def train_on_archive(
 
 
 def preprocess_like(
-    records: Sequence[Record], size: tuple[int, int], slices: str, workers: int = 1
+    records: Sequence[Record],
+    size: tuple[int, int],
+    slices: str,
+    workers: int = 1,
+    cache: SliceCache | None = None,
 ) -> Preprocess:
     """Preprocessing with the voxel size and grid of most volumes as a condition; PNG files set none.
 
@@ -154,11 +160,13 @@ def preprocess_like(
         size: (H, W) of the model's image.
         slices: see `Preprocess`.
         workers: processes that read headers where there are many.
+        cache: has the grids of files whose headers need not be read.
 
     Raises:
         ManifestError: no grid is that of more than half of the volumes.
     """
-    grid = majority_grid([record.path for record in records], workers)
+    read = read_grids if cache is None else cache.read_grids
+    grid = majority_grid([record.path for record in records], workers, read)
     return Preprocess(size, slices) if grid is None else Preprocess(size, slices, grid.spacing, grid.shape)
 
 

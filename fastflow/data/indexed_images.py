@@ -81,7 +81,7 @@ class IndexedImages:
         row = self._row[keys[0]]
         images = self._copy(self._part[keys[0]], row)
         rest = keys[1:] if np.ndim(row) == 0 else (slice(None), *keys[1:])
-        return cast(Images, images[rest]) if len(keys) > 1 else images
+        return images[rest] if len(keys) > 1 else images
 
     def __iter__(self) -> Iterator[Images]:
         for part, row in zip(self._part.tolist(), self._row.tolist(), strict=True):

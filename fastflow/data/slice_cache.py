@@ -27,8 +27,10 @@ from numpy.typing import NDArray
 
 from fastflow._files import write_text
 from fastflow._places import Kind, check_place, make_folder, without_mark
+from fastflow.data._grid_records import load_grids, save_grids
 from fastflow.data._segments import DECODING, FORMAT, INDEX, Segment, SegmentWriter, remove, state_of
 from fastflow.data.endings import is_image
+from fastflow.data.grids import Grid, read_grids
 from fastflow.data.indexed_images import Images, IndexedImages, as_array
 from fastflow.data.preprocess import Preprocess, slice_indices
 from fastflow.data.statistics import NUMBERS
@@ -124,6 +126,30 @@ class SliceCache:
         if not (self.folder / TAG).exists():
             write_text(self.folder / TAG, _TAG_TEXT)
             write_text(self.folder / ".gitignore", "*\n")
+
+    def read_grids(self, paths: Sequence[str], workers: int = 1) -> list[Grid | None]:
+        """As `fastflow.data.grids.read_grids`; headers that were read before are not read again.
+
+        Nothing is told where grids cannot be kept: they are read again next time.
+        """
+        states = {path: state_of(path) for path in paths}
+        known = load_grids(self.folder)
+        found: dict[str, Grid | None] = {}
+        for path, state in states.items():
+            before = known.get(os.path.abspath(path))
+            if before is not None and before[0] == state:
+                found[path] = before[1]
+        missing = [path for path in states if path not in found]
+        found |= dict(zip(missing, read_grids(missing, workers), strict=True))
+        for path in missing:
+            state, grid = states[path], found[path]
+            if state is not None and grid is not None and state == state_of(path):
+                known[os.path.abspath(path)] = state, grid
+        if missing:
+            with contextlib.suppress(OSError, FastflowError):
+                self.make()
+                save_grids(self.folder, known)
+        return [found[path] for path in paths]
 
     @contextlib.contextmanager
     def opened(self, paths: Sequence[str], preprocess: Preprocess) -> Iterator[CachedSlices]:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import LineStyleType
 from numpy.typing import NDArray
 
 from fastflow._files import write_bytes, write_text
@@ -23,15 +24,15 @@ from fastflow.evaluation.run_logs import RunLog, differing_settings
 # A curve of steps has at most so many points, each the mean of its part.
 MAX_POINTS = 120
 # Curves of one panel: the number of a record, and how its line is drawn.
-_BITS = {"val_bits_per_dim": "-", "train_bits_per_dim": ":"}
-_ACCURACY = {"val_balanced_accuracy": "-", "val_accuracy": "--"}
+_BITS: Mapping[str, LineStyleType] = {"val_bits_per_dim": "-", "train_bits_per_dim": ":"}
+_ACCURACY: Mapping[str, LineStyleType] = {"val_balanced_accuracy": "-", "val_accuracy": "--"}
 _WORDS = {
     "val_bits_per_dim": "validation",
     "train_bits_per_dim": "training",
     "val_balanced_accuracy": "balanced",
     "val_accuracy": "plain",
 }
-_DASHES = ("-", "--", "-.", ":")
+_DASHES: tuple[LineStyleType, ...] = ("-", "--", "-.", ":")
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -157,11 +158,11 @@ def _colour(index: int) -> str:
     return LINES[index % len(LINES)]
 
 
-def _dash(index: int) -> str:
+def _dash(index: int) -> LineStyleType:
     return _DASHES[index // len(LINES) % len(_DASHES)]
 
 
-def _drawer(runs: Sequence[RunLog], lines: Mapping[str, str]) -> Callable[[Axes], None]:
+def _drawer(runs: Sequence[RunLog], lines: Mapping[str, LineStyleType]) -> Callable[[Axes], None]:
     """Draws some numbers of all runs over the epochs."""
 
     def draw(axes: Axes) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from fastflow._locks import locked
 from fastflow.data import _segments, slice_cache, slices
+from fastflow.data.grids import read_grids
 from fastflow.data.indexed_images import IndexedImages
 from fastflow.data.manifest import Record
 from fastflow.data.preprocess import Preprocess
@@ -134,6 +135,36 @@ def test_the_version_of_decoding_stands_for_its_results(tmp_path: Path) -> None:
     image = read_image(str(scan(tmp_path / "scan.nii", 3)), Preprocess((16, 16), "center+-1"))
     digest = hashlib.sha256(image.images.tobytes() + np.nan_to_num(image.measure()).round(2).tobytes())
     assert (_segments.DECODING, digest.hexdigest()[:16]) == (1, "2fe754a34118d585")
+
+
+def test_headers_are_read_once(
+    records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [record.path for record in records]
+    expected = list(read_grids(paths))
+    assert expected[0] is not None and expected[2] is None
+    read: list[str] = []
+    monkeypatch.setattr(
+        slice_cache, "read_grids", lambda given, workers: read.extend(given) or read_grids(given, workers)
+    )
+    for wanted in (paths, [paths[2]]):
+        read.clear()
+        assert SliceCache(tmp_path / "cache").read_grids(paths) == expected
+        assert read == wanted
+    os.utime(paths[1], ns=(1, 1))
+    read.clear()
+    assert SliceCache(tmp_path / "cache").read_grids(paths[::-1]) == expected[::-1]
+    assert read == [paths[2], paths[1]]
+    file = tmp_path / "cache" / "grids.json"
+    file.write_bytes(file.read_bytes().replace(b"[12, 9, 14]", b"[12, 9, 15]", 1))
+    read.clear()
+    with pytest.warns(CacheWarning, match="damaged and not used, headers are read again"):
+        assert SliceCache(tmp_path / "cache").read_grids(paths) == expected
+    assert read == paths
+    # The file was made anew, and a cache that cannot be written changes nothing.
+    assert SliceCache(tmp_path / "cache").read_grids(paths) == expected
+    (tmp_path / "file").write_text("")
+    assert SliceCache(tmp_path / "file" / "cache").read_grids(paths) == expected
 
 
 # -- damage --------------------------------------------------------------------------------------------------
