@@ -205,11 +205,11 @@ class CachedSlices:
         found: dict[str, Block] = {}
         wanted = {os.path.abspath(path): path for path in self._states}
         for folder in _segments(self._folder):
-            if not (folder / INDEX).exists():
-                # A run is about to write here, or was killed.
-                remove(folder)
-                continue
             try:
+                if not (folder / INDEX).exists():
+                    # A run is about to write here, or was killed.
+                    remove(folder)
+                    continue
                 found |= self._read(folder, wanted, found)
             except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
                 warnings.warn(

@@ -5,10 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastflow.data.indexed_images import IndexedImages, select_rows
+from fastflow.data.slices import SliceSet
+from fastflow.evaluation.classification import volume_histograms
+from fastflow.training.batches import iterate_batches
+from fastflow.training.config import TrainConfig
+from fastflow.training.metrics import middle_slices
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (9, 1, 3, 4), dtype=np.uint8)
 
@@ -101,3 +107,27 @@ def test_rows_of_a_file_stay_on_disk_and_rows_of_an_array_are_one(tmp_path: Path
 def test_what_does_not_fit_is_named(parts: Any, part: Any, row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         IndexedImages(parts, np.array(part), np.array(row))
+
+
+def test_sets_are_used_without_copies_of_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    volumes, names = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2]), ("a", "b", "c")
+    plain, lazy = (
+        SliceSet(images, np.zeros(9, dtype=np.int64), volumes, names, names, ("x",))
+        for images in (ARRAY, scattered())
+    )
+    copied, copy = [], IndexedImages._copy
+    monkeypatch.setattr(
+        IndexedImages, "_copy", lambda self, part, row: copied.append(np.size(row)) or copy(self, part, row)
+    )
+    np.testing.assert_array_equal(volume_histograms(lazy), volume_histograms(plain))
+    chosen, expected = (data.subset([2, 0]) for data in (lazy, plain))
+    middle, labels = middle_slices(chosen)
+    config = TrainConfig(batch_size=3, sampler="shuffle")
+    batches, same = (
+        list(iterate_batches(data, 3, config, torch.Generator().manual_seed(0))) for data in (lazy, plain)
+    )
+    assert copied == [3, 3, 3] and len(labels) == 2
+    for (images, _), (wanted, _) in zip(batches, same, strict=True):
+        assert torch.equal(images, wanted)
+    np.testing.assert_array_equal(chosen.images, expected.images)
+    np.testing.assert_array_equal(middle, middle_slices(expected)[0])
