@@ -118,7 +118,7 @@ class SegmentWriter:
             with contextlib.suppress(FastflowError):
                 # Without locks on the file system, nobody removes a segment that is being written.
                 stack.enter_context(locked(folder))
-            self._images: BinaryIO = stack.enter_context(open(folder / IMAGES, "w+b", buffering=0))
+            self._images: BinaryIO = stack.enter_context(open(str(folder / IMAGES), "w+b", buffering=0))
             self._measured: BinaryIO = stack.enter_context(open(folder / MEASURED, "w+b", buffering=0))
             self._stack = stack.pop_all()
 
@@ -224,7 +224,8 @@ def _read_index(path: Path, preprocess: Preprocess) -> tuple[int, list[Entry]]:
 
 
 def _map(path: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    with open(path, "rb") as stream:
+    # A map knows its file by a name that is text.
+    with open(str(path), "rb") as stream:
         return _map_open(stream, dtype, shape)
 
 

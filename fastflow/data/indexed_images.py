@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +12,25 @@ from numpy.typing import NDArray
 Images = NDArray[np.uint8]
 
 
+class _Place(NamedTuple):
+    """Where a map of a file has its bytes."""
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def open(self) -> Images:
+        return np.memmap(self.file, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
+
+
 class IndexedImages:
     """N images, each of which is a row of one of several arrays; an index copies what it asks for, no more.
 
     It stands where an array (N, C, H, W) does: it has a length, a shape and a dtype, is iterated over, and is
     indexed by a number, a slice, numbers or booleans, and by a tuple that begins with one of these. A result
-    is an array of its own. `numpy.asarray` copies all images, and so does arithmetic.
+    is an array of its own. `numpy.asarray` copies all images, and so does arithmetic. Another process that
+    gets it by pickle maps the same files, which must lie under the same paths there.
 
     Args:
         parts: arrays (n, C, H, W) of one dtype and image shape; maps of files among them stay maps.
@@ -97,6 +111,13 @@ class IndexedImages:
         """Some of the images, by numbers or booleans; none is copied."""
         return IndexedImages(self._parts, self._part[rows], self._row[rows])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_parts": [_place_of(part) for part in self._parts]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        parts = [np.asarray(p.open()) if isinstance(p, _Place) else p for p in state["_parts"]]
+        self.__dict__ |= state | {"_parts": parts}
+
     def _copy(self, part: NDArray[Any], row: NDArray[Any]) -> Images:
         if np.ndim(row) == 0:
             return self._parts[int(part)][int(row)].copy()
@@ -108,6 +129,16 @@ class IndexedImages:
             here = part == number
             images[here] = self._parts[int(number)][row[here]]
         return images
+
+
+def _place_of(part: Images) -> _Place | Images:
+    """The place of a map that is still there under its name, else the array itself."""
+    map_ = part.base
+    if not isinstance(map_, np.memmap) or map_.filename is None or map_.shape != part.shape:
+        return part
+    if not part.flags.c_contiguous or not os.path.isfile(map_.filename):
+        return part
+    return _Place(str(map_.filename), map_.offset, part.dtype.str, part.shape)
 
 
 def select_rows(images: Images | IndexedImages, rows: NDArray[Any]) -> Images:

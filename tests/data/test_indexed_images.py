@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ def test_rows_of_a_file_stay_on_disk_and_rows_of_an_array_are_one(tmp_path: Path
     assert type(select_rows(ARRAY, rows)) is np.ndarray
     np.testing.assert_array_equal(select_rows(ARRAY, rows), ARRAY[rows])
     assert len(select_rows(mapped, np.arange(9) > 6)) == 2
+
+
+def test_another_process_maps_the_same_file(tmp_path: Path) -> None:
+    many = np.tile(ARRAY, (100, 1, 1, 1))
+    many.tofile(tmp_path / "images")
+    mapped = np.memmap(tmp_path / "images", dtype=np.uint8, mode="r", shape=many.shape)
+    rows = np.arange(5)
+    images = IndexedImages((mapped, ARRAY), rows % 2, rows)
+    content = pickle.dumps(images)
+    assert len(content) < many.nbytes / 5
+    np.testing.assert_array_equal(pickle.loads(content), images)
+    # A file that was removed is only known to the process that has it open, which then sends the images.
+    (tmp_path / "images").unlink()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(images)), images)
+    with pytest.raises(FileNotFoundError, match="images"):
+        pickle.loads(content)
 
 
 @pytest.mark.parametrize(

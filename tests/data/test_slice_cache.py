@@ -4,6 +4,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 import tracemalloc
@@ -82,6 +83,10 @@ def test_slices_are_those_of_the_files_and_are_decoded_once(
         assert isinstance(data.images, IndexedImages)
         assert_equal(data, expected)
         assert list(map(str, errors)) == list(map(str, expected_errors))
+        # What another process gets names the file and does not hold its slices.
+        content = pickle.dumps(data.images)
+        assert b"images.u8" in content
+        np.testing.assert_array_equal(pickle.loads(content), expected.images)
 
 
 def test_labels_subjects_and_order_are_those_of_the_records(records: list[Record], tmp_path: Path) -> None:
