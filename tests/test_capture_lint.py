@@ -127,7 +127,7 @@ def test_the_captured_step_holds_nothing_that_a_graph_cannot():
     check(
         "classification likelihood float32 ordinary",
         "classification pairwise bfloat16 ordinary",
-        "classification hybrid float32 reversible",
+        "classification rivals float32 reversible",
         "generation likelihood bfloat16 ordinary",
     )
 

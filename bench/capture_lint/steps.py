@@ -10,9 +10,15 @@ from bench.fake_gpu.tensors import CLASSES
 from bench.fake_gpu.training import captured_step
 from fastflow import FlowConfig
 from fastflow.training.config import TrainConfig
+from fastflow.training.phases import Phase
 
 TASKS = ("classification", "generation")
-OBJECTIVES = ("likelihood", "pairwise", "hybrid")
+OBJECTIVES = {
+    "likelihood": Phase("likelihood"),
+    "pairwise": Phase("pairwise"),
+    "hybrid": Phase("hybrid"),
+    "rivals": Phase("hybrid", rivals=2),
+}
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 # Findings do not depend on sizes, so small models stand for the paper's.
 PRESET, BATCH = "tiny", 4
@@ -43,7 +49,10 @@ def findings(case: Case) -> dict[Finding, int]:
     """The findings of a case: whatever a graph cannot hold of it."""
     config = FlowConfig.preset(PRESET, CLASSES, task=case.task, reversible=case.reversible)
     training = TrainConfig(
-        batch_size=BATCH, objective=case.objective, ema=0.9, precision=PRECISIONS[case.precision]
+        batch_size=BATCH,
+        schedule=(OBJECTIVES[case.objective],),
+        ema=0.9,
+        precision=PRECISIONS[case.precision],
     )
     with captured_step(config, training, CaptureLint()) as function:
         return lint(function)

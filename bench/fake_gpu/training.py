@@ -48,5 +48,7 @@ def captured_step(
         with watch:
             step = TrainingStep(model.train(), training, generator, autocast, graph=StubGraph())
         images = torch.zeros(batch_size, *config.input_shape, dtype=torch.uint8, device=DEVICE)
-        labels, wrong = (torch.zeros(batch_size, dtype=torch.int64, device=DEVICE) for _ in range(2))
-        yield partial(step.run, Batch(images, labels, wrong, empty_report(batch_size, torch.device(DEVICE))))
+        sizes = (batch_size,), (batch_size,) if step.rivals is None else (batch_size, step.rivals)
+        labels, wrong = (torch.zeros(size, dtype=torch.int64, device=DEVICE) for size in sizes)
+        report = empty_report(batch_size, torch.device(DEVICE), step.rivals or 1)
+        yield partial(step.run, Batch(images, labels, wrong, report))

@@ -252,10 +252,10 @@ def _cache(options: TrainOptions) -> SliceCache | None:
 def _print_usable(phases: Sequence[Phase], usable: UsableFiles) -> None:
     from fastflow.training.phases import describe
 
-    typer.echo(describe(phases, len(usable.splits["train"])))
     if usable.reused is not None:
         messages.print(f"{usable.reused[0]} of {usable.reused[1]} files from the cache", highlight=False)
     for line in usable.lines():
         typer.echo(line)
+    typer.echo(describe(phases, len(usable.splits["train"])))
     for line in usable.warnings():
         warn(line)

@@ -163,6 +163,19 @@ def moment(phases: Sequence[Phase], step: int, steps: int) -> Moment:
     return Moment(index, phase.weight_at(step - begin, end - begin), phase.rate, restarts)
 
 
+def mean_passes(phases: Sequence[Phase], span: range, steps: int, classes: int) -> float:
+    """Mean number of passes for each image in a span of the steps, as of an epoch.
+
+    Args:
+        phases: of the training, with weights.
+        span: steps, counted from 0.
+        steps: of the whole training.
+        classes: K.
+    """
+    made = [passes(phase.objective, classes, phase.rivals) for phase in phases]
+    return sum(made[moment(phases, step, steps).phase] for step in span) / len(span)
+
+
 def describe(phases: Sequence[Phase], classes: int) -> str:
     """One line: ``likelihood 80 % of steps, 1 pass an image; hybrid 20 %, 4 passes``."""
     parts = []

@@ -46,9 +46,13 @@ class Selection:
         self._tolerance = tolerance
         self.kept = dict.fromkeys(RULES, 0)
         # Smaller keys are better.
-        self._accuracy: Key = (math.inf,)
-        self._both: Key = (math.inf,)
+        self._best: dict[str, Key] = dict.fromkeys(RULES, (math.inf,))
+        # The lowest bits/dim so far, whatever is kept.
         self._lowest = math.inf
+
+    def forget(self, rule: str) -> None:
+        """Keep the next epoch that the rule admits, as where the checkpoint of the kept one is lost."""
+        self.kept[rule], self._best[rule] = 0, (math.inf,)
 
     def take(self, record: Mapping[str, float]) -> list[str]:
         """The rules by which an epoch is the best so far.
@@ -61,29 +65,21 @@ class Selection:
         bits = record.get(BITS, math.nan)
         if math.isnan(bits):
             return []
-        found = ["loss"] if bits < self._lowest else []
         self._lowest = min(self._lowest, bits)
+        keys: dict[str, Key] = {"loss": (bits,)}
         if ACCURACY in record:
-            key = (-(record[ACCURACY] - 1e-6 * bits),)
-            if key < self._accuracy:
-                self._accuracy = key
-                found.append("accuracy")
-        if BALANCED_ACCURACY in record and self._takes_both(record):
-            found.append("both")
-        for rule in found:
-            self.kept[rule] = int(record["epoch"])
-        return found
-
-    def _takes_both(self, record: Mapping[str, float]) -> bool:
+            keys["accuracy"] = (-(record[ACCURACY] - 1e-6 * bits),)
         limit = self._lowest + self._tolerance * abs(self._lowest)
-        if record[BITS] > limit:
-            return False
-        nll = record.get(NLL, math.inf)
-        key = (-record[BALANCED_ACCURACY], math.inf if math.isnan(nll) else nll, record[BITS])
-        if self._both[-1] <= limit and key >= self._both:
-            return False
-        self._both = key
-        return True
+        if BALANCED_ACCURACY in record and bits <= limit:
+            nll = record.get(NLL, math.nan)
+            keys["both"] = (-record[BALANCED_ACCURACY], math.inf if math.isnan(nll) else nll, bits)
+        # Bits/dim are the last entry of this key.
+        if self._best["both"][-1] > limit:
+            self._best["both"] = (math.inf,)
+        found = [rule for rule, key in keys.items() if key < self._best[rule]]
+        for rule in found:
+            self.kept[rule], self._best[rule] = int(record["epoch"]), keys[rule]
+        return found
 
 
 def best_epochs(history: Iterable[Mapping[str, float]], tolerance: float = 0.01) -> dict[str, int]:

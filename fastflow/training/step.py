@@ -18,7 +18,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import from_uint8
 from fastflow.training import objective as objectives
-from fastflow.training import phases
 from fastflow.training.augment import AUGMENTS
 from fastflow.training.average import WeightAverage
 from fastflow.training.capture import CapturedFunction, StepGraph, graph_for
@@ -150,9 +149,9 @@ class TrainingStep:
         return None if self._staging is None else self._staging.batch
 
     @property
-    def passes(self) -> int:
-        """Passes through the flow that a step makes for each image."""
-        return phases.passes(self._phase.objective, self._model.config.num_classes, self._phase.rivals)
+    def rivals(self) -> int | None:
+        """R where the steps of the phase take wrong labels (B, R); None where they take (B,) or none."""
+        return self._draws if self._draws and self._phase.objective == "hybrid" else None
 
     def set_learning_rate(self, value: float) -> None:
         """Take steps with this learning rate from now on."""
@@ -184,9 +183,8 @@ class TrainingStep:
             ValueError: ActNorm cannot be set from the first batch; no layer is, and the next batch sets it.
         """
         wrong = self._draw_wrong(labels) if self._capturable else None
-        rivals = self._draws if self._phase.objective == "hybrid" and self._draws else None
         if (self._device.type == "cuda" or self._captured is not None) and self._staging is None:
-            self._staging = Staging(images.shape, self._device, rivals)
+            self._staging = Staging(images.shape, self._device, self.rivals)
         if self._staging is not None and self._staging.batch.images.shape == images.shape:
             batch = self._staging.load(images, labels, wrong)
             if self._captured is None:
@@ -196,7 +194,9 @@ class TrainingStep:
         else:
             to = self._device
             placed = None if wrong is None else wrong.to(to)
-            batch = Batch(images.to(to), labels.to(to), placed, empty_report(len(labels), to, rivals or 1))
+            batch = Batch(
+                images.to(to), labels.to(to), placed, empty_report(len(labels), to, self.rivals or 1)
+            )
             self.run(batch)
         wrong = wrong if self._capturable else self._drawn
         self._take_in(self._reports.push(batch.report, labels, wrong))
@@ -316,8 +316,7 @@ class TrainingStep:
     def _draw_wrong(self, labels: Tensor) -> Tensor | None:
         if not self._draws:
             return None
-        count = self._draws if self._phase.objective == "hybrid" else None
-        return self.negatives.draw(labels, self._generator, count)
+        return self.negatives.draw(labels, self._generator, self.rivals)
 
     def _take_in(self, report: HostReport | None) -> None:
         if report is None:

@@ -28,6 +28,7 @@ from fastflow.training.config import TrainConfig as TrainConfig
 from fastflow.training.metrics import SampleMean, evaluate_labels
 from fastflow.training.metrics import evaluate_bits_per_dim as evaluate_bits_per_dim
 from fastflow.training.metrics import middle_slices as middle_slices
+from fastflow.training.phases import mean_passes
 from fastflow.training.selection import Selection
 from fastflow.training.step import TrainingStep
 
@@ -159,18 +160,18 @@ class _Run:
 
     def _train_epoch(self, data: SliceSet, epoch: int, steps: int) -> EpochRecord:
         self.model.train()
-        made = 0
+        total = self.config.epochs * steps
         for i, batch in enumerate(iterate_batches(data, steps, self.config, self.generator)):
-            moment = self.config.moment(epoch * steps + i, self.config.epochs * steps)
-            self.step.set_moment(moment)
-            made += self.step.passes
+            self.step.set_moment(self.config.moment(epoch * steps + i, total))
             self.step.set_learning_rate(self._rate(epoch * steps + i, steps))
             self.step(*batch)
         totals = self.step.take_totals()
         mean = SampleMean(self.fabric)
         mean.add(totals.bits_per_dim, totals.samples)
-        record: EpochRecord = {"phase": moment.phase + 1, "passes": made / steps}
-        record["train_bits_per_dim"] = mean.compute()
+        record: EpochRecord = {"train_bits_per_dim": mean.compute()}
+        span = range(epoch * steps, (epoch + 1) * steps)
+        record["phase"] = self.config.moment(span[-1], total).phase + 1
+        record["passes"] = mean_passes(self.config.phases, span, total, self.model.config.num_classes)
         if totals.skipped_steps:
             record["skipped_steps"] = totals.skipped_steps
         return record

@@ -12,6 +12,8 @@ from fastflow.archive.locks import locked
 from fastflow.cli.main import app
 from fastflow.data.manifest import Record, index_folder, write_manifest
 from fastflow.errors import ManifestError
+from fastflow.training.config import TrainConfig
+from fastflow.training.phases import parse_schedule
 
 
 def train(*arguments: object) -> Result:
@@ -37,14 +39,23 @@ def test_it_says_what_is_used_and_what_is_not(records: list[Record], tmp_path: P
         Record("/nowhere/c.nii", "flat", "sub-c", "spare"),
     ]
     write_manifest([*records, *extra], tmp_path / "m.csv")
-    result = train(tmp_path / "m.csv", "--out", tmp_path / "model", "--no-cache")
+    schedule = "likelihood:0.5,hybrid:0.5:weight=0.1:ramp=0.5"
+    result = train(
+        *(tmp_path / "m.csv", "--out", tmp_path / "model"),
+        "--schedule",
+        schedule,
+        "--select",
+        "both",
+        "--no-cache",
+    )
     assert result.exit_code == 1, result.output
     assert "cache" not in result.output and not (tmp_path / ".fastflow-cache").exists()
-    assert result.stdout.splitlines()[:4] == [
+    assert result.stdout.splitlines()[:5] == [
         "17 files found: 12 used, 5 left out (missing 1, no_label 1, split 'spare' 1, split 'test' 2)",
         "grid: 14 x 9 x 15 voxels of 2 x 2 x 2 mm",
         "train: 10 of 11 files can be used (flat 5 of 6, striped 5)",
         "val: 2 of 2 files can be used (flat 1, striped 1)",
+        "likelihood 50 % of steps, 1 pass an image; hybrid 50 %, 2 passes",
     ]
     for text in (
         "left out: no_label 1",
@@ -55,6 +66,10 @@ def test_it_says_what_is_used_and_what_is_not(records: list[Record], tmp_path: P
     # A test split is no fault.
     assert "split 'test'" not in result.stderr
     inventory = json.loads((tmp_path / "model" / "inventory.json").read_text())
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())["metadata"]["training"]
+    kept, select = settings.pop("kept_epoch"), settings["select"]
+    assert (kept, select) == (1, "both")
+    assert TrainConfig.from_dict(settings).schedule == parse_schedule(schedule)
     assert inventory["found"] == inventory["used"] + sum(inventory["left_out"].values()) == 17
 
 
@@ -123,3 +138,17 @@ def test_a_cache_that_cannot_be(records: list[Record], tmp_path: Path) -> None:
     other = train(tmp_path / "m.csv", "--out", tmp_path / "a", "--cache", tmp_path / "full")
     assert other.exit_code == 2 and "holds other files, such as 'run.json'" in other.stderr.replace("\n", " ")
     assert not (tmp_path / "a").exists() and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--schedule", "likelihood:0.5,hybrid:0.4"), "sum to 1, got 0.5 + 0.4 = 0.9"),
+        (("--schedule", "likelihood:0.5,hybrid:0.5:rival=2"), "did you mean 'rivals'"),
+        (("--schedule", "hybrid", "--objective", "hybrid"), "exclude each other"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_named(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    result = train(tmp_path / "m.csv", "--out", tmp_path / "model", *options)
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (tmp_path / "model").exists()

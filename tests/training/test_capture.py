@@ -8,6 +8,7 @@ from training_steps import assert_same, batches, new_model, run_steps, settings
 from fastflow.data.slices import SliceSet
 from fastflow.models.scoring import LabelScorer
 from fastflow.training.capture import WARM_UP_STEPS, graph_for
+from fastflow.training.phases import Phase
 from fastflow.training.step import TrainingStep
 from fastflow.training.trainer import train
 
@@ -34,6 +35,10 @@ class FakeGraph:
         self.calls.append("replay")
         self.function()
 
+    def successor(self):
+        self.next = FakeGraph()
+        return self.next
+
 
 @pytest.mark.parametrize("objective", ["likelihood", "pairwise"])
 def test_three_real_steps_a_capture_and_replays_are_the_eager_steps(objective):
@@ -47,6 +52,32 @@ def test_three_real_steps_a_capture_and_replays_are_the_eager_steps(objective):
     assert_same(step.average.model(), plain.average.model())
     assert step.take_totals() == plain.take_totals()
     assert torch.equal(step.negatives.losses, plain.negatives.losses)
+
+
+def take_phases(model, steps, **options):
+    torch.manual_seed(7)
+    phases = (
+        Phase("likelihood", 0.5),
+        Phase("hybrid", 0.5, weight=0.4, rivals=1, ramp=0.8, restart_average=True),
+    )
+    config = settings(schedule=phases, ema=0.5)
+    step = TrainingStep(model, config, torch.Generator().manual_seed(3), **options)
+    for i, (images, labels) in enumerate(batches(steps)):
+        step.set_moment(config.moment(i, steps))
+        step(images, labels)
+    return step
+
+
+def test_each_phase_is_captured_and_its_weight_ramps_in_the_graph():
+    eager, captured, graph = new_model(), new_model(), FakeGraph()
+    plain = take_phases(eager, 10, capturable=True)
+    step = take_phases(captured, 10, graph=graph)
+    calls = ["warm up"] * WARM_UP_STEPS + ["capture"] + ["replay"] * 2
+    assert graph.calls == graph.next.calls == calls
+    assert_same(captured, eager)
+    assert_same(step.average.model(), plain.average.model())
+    assert torch.equal(step.negatives.losses, plain.negatives.losses)
+    assert step.staged.wrong.shape == (5, 1) and not torch.equal(plain.negatives.losses, 1.0 - torch.eye(3))
 
 
 def test_inputs_stay_where_they_are():

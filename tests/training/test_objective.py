@@ -54,6 +54,45 @@ def test_losses_add_what_they_say():
     )
 
 
+def test_some_rivals_bound_the_cross_entropy_over_all_labels():
+    """All K - 1 rivals in any order make the cross-entropy, fewer of them less, one the logistic loss."""
+    x, y = torch.randn(6, 1, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 2])
+    others = torch.stack([(y + k) % 4 for k in (3, 1, 2)], dim=1)
+    full, lp = objective.hybrid_loss(gaussian_flow, x, y, 4, weight=0.5, temperature=2.0)
+    found, again, logistic = objective.rivals_loss(gaussian_flow, x, y, others, 0.5, 2.0)
+    assert torch.allclose(found, full) and torch.allclose(again, lp) and logistic.shape == (6, 3)
+    some, _, _ = objective.rivals_loss(gaussian_flow, x, y, others[:, :2], 0.5, 2.0)
+    one, _, one_logistic = objective.rivals_loss(gaussian_flow, x, y, others[:, :1], 0.5, 2.0)
+    pair, _, pair_logistic = objective.pairwise_loss(gaussian_flow, x, y, others[:, 0], 0.5, 2.0)
+    assert one < some < full and torch.allclose(one, pair)
+    assert torch.allclose(one_logistic[:, 0], pair_logistic) and torch.equal(one_logistic, logistic[:, :1])
+
+
+def test_several_negatives_are_different_and_each_pair_is_taken_in():
+    y = torch.arange(4).repeat(100)
+    negatives = objective.HardNegatives(4)
+    wrong = negatives.draw(y, torch.Generator().manual_seed(0), 2)
+    assert wrong.shape == (400, 2) and (wrong != y[:, None]).all() and (wrong[:, 0] != wrong[:, 1]).all()
+    every = negatives.draw(y, torch.Generator().manual_seed(0), 3)
+    assert torch.equal(
+        every.sort(dim=1).values[:4], torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+    )
+    negatives.update(y, every, every.double())
+    expected = torch.where(torch.eye(4) > 0, 0.0, 0.9 + 0.1 * torch.arange(4.0))
+    assert torch.allclose(negatives.losses, expected)
+    for count in (0, 4):
+        with pytest.raises(ValueError, match=f"count must lie between 1 and K - 1 = 3, got {count}"):
+            negatives.draw(y, None, count)
+
+
+def test_negatives_that_are_all_easy_can_be_drawn():
+    negatives = objective.HardNegatives(3)
+    negatives.losses.zero_()
+    y = torch.arange(3).repeat(50)
+    wrong = negatives.draw(y, torch.Generator().manual_seed(0))
+    assert (wrong != y).all() and set(wrong[y == 1].tolist()) == {0, 2}
+
+
 def test_hard_negatives_are_wrong_cover_the_rest_and_follow_the_losses():
     y = torch.arange(4).repeat(500)
     negatives = objective.HardNegatives(4)

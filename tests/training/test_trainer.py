@@ -11,6 +11,8 @@ from fastflow import FlowConfig, MagicFlow
 from fastflow.data.slices import SliceSet
 from fastflow.numerics import float32_products
 from fastflow.training import objective as objectives
+from fastflow.training.phases import Phase
+from fastflow.training.selection import best_epochs
 from fastflow.training.trainer import TrainConfig, evaluate_bits_per_dim, middle_slices, train
 
 NAMES = ("dark", "bright")
@@ -95,7 +97,7 @@ def test_same_seed_same_weights(tmp_path):
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize(("select", "ema"), [("accuracy", 0.0), ("loss", 0.5)])
+@pytest.mark.parametrize(("select", "ema"), [("accuracy", 0.0), ("loss", 0.5), ("both", 0.0)])
 def test_the_folder_holds_the_selected_epoch(tmp_path, select, ema):
     model, val = new_model(), make_set(8, seed=1)
     history = train(model, make_set(), val, config(select=select, ema=ema), tmp_path)
@@ -107,14 +109,36 @@ def test_the_folder_holds_the_selected_epoch(tmp_path, select, ema):
     assert found == pytest.approx(
         history[saved.metadata["training"]["kept_epoch"] - 1]["val_bits_per_dim"], abs=1e-6
     )
+    assert saved.metadata["training"]["kept_epoch"] == best_epochs(history)[select]
     if select == "loss":
         assert found == pytest.approx(min(r["val_bits_per_dim"] for r in history), abs=1e-6)
+
+
+def test_a_schedule_decides_objective_rate_and_passes_of_each_step(tmp_path):
+    phases = (Phase("likelihood", 0.5), Phase("hybrid", 0.5, weight=0.1, rate=0.25))
+    settings = config(epochs=2, batch_size=8, warmup_epochs=0.0, min_learning_rate=3e-3, schedule=phases)
+    history = train(new_model(), make_set(12), make_set(4, seed=1), settings, tmp_path / "schedule")
+    assert [(r["phase"], r["passes"]) for r in history] == [(1, 1.0), (2, 2.0)]
+    assert [r["learning_rate"] for r in history] == [3e-3, 0.25 * 3e-3]
+    assert history[1]["val_nll"] >= 0.0 and 0.0 <= history[1]["val_balanced_accuracy"] <= 1.0
+
+
+def test_one_phase_is_the_objective_itself(tmp_path):
+    def weights(folder, **changes):
+        model = new_model()
+        train(model, make_set(8), None, config(epochs=1, **changes), tmp_path / folder)
+        return model.state_dict()
+
+    plain = weights("a", objective="hybrid", contrast_weight=0.3, contrast_temperature=7.0)
+    phase = Phase("hybrid", weight=0.3, temperature=7.0)
+    again = weights("b", schedule=(phase,))
+    assert all(torch.equal(value, again[name]) for name, value in plain.items())
 
 
 def test_without_validation_the_last_epoch_stays(tmp_path):
     model = new_model()
     history = train(model, make_set(), None, config(epochs=1, batch_size=24), tmp_path)
-    assert set(history[0]) == {"epoch", "learning_rate", "train_bits_per_dim", "seconds"}
+    assert set(history[0]) == {"epoch", "learning_rate", "train_bits_per_dim", "seconds", "phase", "passes"}
     assert MagicFlow.load(tmp_path).initialized
 
 
@@ -265,6 +289,9 @@ def test_bits_per_dim_does_not_depend_on_the_batch():
         ("augment", "mixup"),
         ("sampler", "sorted"),
         ("select", "best"),
+        ("select_tolerance", -0.1),
+        ("schedule", ("hybrid",)),
+        ("schedule", (Phase(share=0.5),)),
         ("ema", 1.0),
         ("precision", "8-bit"),
         ("contrast_temperature", 0.0),
