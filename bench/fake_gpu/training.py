@@ -28,6 +28,9 @@ class StubGraph:
     def replay(self) -> None:
         pass
 
+    def successor(self) -> StubGraph:
+        return StubGraph()
+
 
 @contextlib.contextmanager
 def captured_step(

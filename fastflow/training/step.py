@@ -125,6 +125,7 @@ class TrainingStep:
         self._last_report: HostReport | None = None
         self._drawn: Tensor | None = None
         self._enter(0, graph)
+        assert self._phase.weight is not None
         self._weight.fill_(self._phase.weight)
 
     def _enter(self, index: int, graph: StepGraph | None) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -56,7 +57,7 @@ def test_phases_follow_each_other_and_their_weights_end_whole(shares, steps):
     ]
     assert all(0 < m.weight <= m.phase + 1.0 for m in found)
     assert all(abs(starts[i + 1] - starts[i] - phases[i].share * steps) <= 1 for i in range(len(phases)))
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         assert start == end or found[end - 1].weight == found[end - 1].phase + 1.0
 
 
