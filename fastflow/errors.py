@@ -47,6 +47,10 @@ class RunStoppedError(FastflowError, RuntimeError):
     """A run gave up by its own rules: an error row too many. Its results stay, and it can be resumed."""
 
 
+class ReadoutError(FastflowError, ValueError):
+    """A read-out is missing, damaged, belongs to something else, or cannot be fitted to so few volumes."""
+
+
 class VolumeError(FastflowError, ValueError):
     """A volume cannot be used.
 

@@ -30,7 +30,10 @@ def negative_log_posterior(
 
 
 def fit_temperature(
-    log_probs: NDArray[Any], labels: NDArray[Any], prior: NDArray[Any] | None = None
+    log_probs: NDArray[Any],
+    labels: NDArray[Any],
+    prior: NDArray[Any] | None = None,
+    least: float = MIN_TEMPERATURE,
 ) -> float:
     """The temperature that makes held-out posteriors most likely.
 
@@ -40,9 +43,10 @@ def fit_temperature(
         log_probs: (N, K) nats.
         labels: (N,) integers in [0, K).
         prior: (K,) probabilities; uniform when None.
+        least: lowest temperature that is tried.
 
     Returns:
-        A temperature between 0.01 and 1e6.
+        A temperature between `least` and 1e6.
 
     Raises:
         ValueError: there are no samples, shapes do not fit, or log-likelihoods are not finite.
@@ -59,7 +63,7 @@ def fit_temperature(
             f"log_probs must be finite, but {len(wrong)} of {len(log_probs)} rows are not, the first is row "
             f"{wrong[0]}: {log_probs[wrong[0]].tolist()}; leave such samples out, or look at the model"
         )
-    bounds = (np.log(MIN_TEMPERATURE), np.log(MAX_TEMPERATURE))
+    bounds = (np.log(least), np.log(MAX_TEMPERATURE))
     # The loss may have flat stretches far from its minimum, so a coarse scan brackets it first.
     grid = np.linspace(*bounds, 60)
     best = int(np.argmin([negative_log_posterior(log_probs, labels, float(np.exp(g)), prior) for g in grid]))
