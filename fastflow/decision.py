@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastflow.readout import GaussianReadout
+
 # A p-value of typicality below this one is a flag.
 ATYPICAL = 0.01
 # The range of n validation values is widened by this over n of its width.
 MARGIN_OF_FEW = 5.0
 NOT_FINITE = "the model gives the image a log-likelihood that is not finite"
 COMBINE = ("sum", "mean")
+# The flag of a volume whose number of slices is none of those that the read-out was fitted to.
+READOUT_SLICES = "readout_slices"
 # Priors may be given as rounded decimals.
 PRIOR_SUM_TOLERANCE = 1e-4
 
@@ -36,6 +40,8 @@ class DecisionRule:
             None where there are none.
         accepted: lowest and highest log-likelihood, nats a slice, that is not flagged; those of `validation`
             when None. It is a range for `validation` and means nothing without it.
+        readout: the Gaussian read-out that decides; None where the largest log-likelihood does (argmax). It
+            takes means over slices whatever `combine` says, and has a temperature of its own.
 
     Raises:
         ValueError: `combine` is neither.
@@ -46,6 +52,7 @@ class DecisionRule:
     combine: str = "sum"
     validation: Sequence[float] | None = None
     accepted: tuple[float, float] | None = None
+    readout: GaussianReadout | None = None
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINE:
@@ -57,14 +64,15 @@ class Decision:
     """The decision on a volume.
 
     Attributes:
-        label_index: the likeliest label a posteriori.
+        label_index: the likeliest label a posteriori, by the rule's read-out.
         log_probs: (K,) nats of the volume.
-        posterior: (K,) probabilities.
-        margin: posterior log-odds between the best and the second label, nats.
-        slice_log_prob: mean log-likelihood of a slice under the predicted label, nats.
+        posterior: (K,) probabilities, by the rule's read-out.
+        margin: posterior log-odds between the best and the second label, by the rule's read-out, nats.
+        slice_log_prob: mean log-likelihood of a slice under the label that argmax predicts, nats.
         typicality: p-value of `slice_log_prob` among validation data; None where there is nothing to compare
             with.
         flags: (code, message) of each doubt.
+        argmax_index: the label of the largest tempered log-likelihood and prior, whatever the read-out.
     """
 
     label_index: int
@@ -74,6 +82,7 @@ class Decision:
     slice_log_prob: float
     typicality: float | None
     flags: tuple[tuple[str, str], ...]
+    argmax_index: int
 
 
 def decide(slice_log_probs: NDArray[np.float64], rule: DecisionRule) -> Decision:
@@ -85,19 +94,53 @@ def decide(slice_log_probs: NDArray[np.float64], rule: DecisionRule) -> Decision
 
     Raises:
         FloatingPointError: a log-likelihood is not finite; the message is `NOT_FINITE`.
-        ValueError: the temperature or the prior does not fit.
+        ValueError: the temperature or the prior does not fit, or the read-out is of other classes.
     """
     if not np.isfinite(slice_log_probs).all():
         raise FloatingPointError(NOT_FINITE)
     log_probs = slice_log_probs.sum(axis=0) if rule.combine == "sum" else slice_log_probs.mean(axis=0)
     logits = logits_of(log_probs, rule.temperature, rule.prior)
     probabilities = _softmax(logits)
-    best = int(probabilities.argmax())
-    slice_log_prob = float(slice_log_probs[:, best].mean())
+    argmax = best = int(probabilities.argmax())
+    # Validation values are those of the argmax, and a likelihood is compared with its like.
+    slice_log_prob = float(slice_log_probs[:, argmax].mean())
     p_value = None if rule.validation is None else typicality(slice_log_prob, rule.validation)
-    odds = _lead_of_the_best(logits)
     flags = _doubts(slice_log_prob, p_value, rule)
-    return Decision(best, log_probs, probabilities, odds, slice_log_prob, p_value, flags)
+    if rule.readout is not None:
+        logits = readout_logits(slice_log_probs.mean(axis=0), rule.readout, rule.prior)
+        probabilities = _softmax(logits)
+        best = int(probabilities.argmax())
+        flags += _doubts_of_readout(len(slice_log_probs), rule.readout)
+    odds = _lead_of_the_best(logits)
+    return Decision(best, log_probs, probabilities, odds, slice_log_prob, p_value, flags, argmax)
+
+
+def readout_logits(
+    log_probs: NDArray[Any], readout: GaussianReadout, prior: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """The read-out's tempered log-densities plus the log prior, which is not tempered.
+
+    Args:
+        log_probs: (..., K) means over a volume's slices, nats a slice.
+        readout: of K classes.
+        prior: (K,) probabilities that sum to 1; uniform when None.
+
+    Returns:
+        (..., K), of which `posterior` is the softmax.
+
+    Raises:
+        ValueError: the number of classes or the prior does not fit.
+    """
+    return logits_of(readout.discriminants(log_probs), readout.temperature, prior)
+
+
+def _doubts_of_readout(count: int, readout: GaussianReadout) -> tuple[tuple[str, str], ...]:
+    least, most = readout.slice_counts
+    if least <= count <= most:
+        return ()
+    fitted = str(least) if least == most else f"{least} to {most}"
+    message = f"the read-out was fitted to volumes of {fitted} slices, this one has {count}"
+    return ((READOUT_SLICES, message),)
 
 
 def _doubts(log_prob: float, p_value: float | None, rule: DecisionRule) -> tuple[tuple[str, str], ...]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastflow._files import write_text
+from fastflow.archive.calibrate import CALIBRATION_VOLUMES
+from fastflow.archive.calibrate import calibrate as calibrate
 from fastflow.archive.model_folder import INVENTORY, model_folder
 from fastflow.archive.options import pick_device
 from fastflow.archive.training_data import TRAIN, VAL, Reading, UsableFiles, choose, load_chosen
@@ -24,12 +24,9 @@ from fastflow.data.preprocess import Preprocess
 from fastflow.data.slice_cache import SliceCache
 from fastflow.data.slices import SliceSet
 from fastflow.data.training_images import TrainingImages
-from fastflow.decision import range_around
 from fastflow.errors import VolumeError
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.models.scoring import score_slices, volume_log_probs
-from fastflow.training.calibration import fit_temperature
 from fastflow.training.trainer import EpochRecord, TrainConfig, train
 
 
@@ -83,8 +80,9 @@ def train_on_archive(
     counted: Callable[[UsableFiles], None] | None = None,
     overwrite: bool = False,
     lock: bool = True,
+    calibration_volumes: int = CALIBRATION_VOLUMES,
 ) -> Trained:
-    """Train on the split ``train``, choose the epoch and fit the temperature on ``val``, ignore other splits.
+    """Train on the split ``train``, choose the epoch and calibrate on ``val``, ignore other splits.
 
     The voxel size and grid of most training volumes become the model's: what lies on another one is an error,
     in training and afterwards, since a density model punishes any background that it has not seen.
@@ -109,6 +107,7 @@ def train_on_archive(
             that is too little.
         overwrite: replace an earlier model or unfinished training; other files are never replaced.
         lock: keep other runs out of the folder.
+        calibration_volumes: training volumes of each class that help to fit the read-out, see `calibrate`.
 
     Raises:
         ManifestError: there is no training file, the training volumes share no grid, a subject is in two
@@ -141,7 +140,7 @@ def train_on_archive(
         describe_images(model, sets)
         history = train(model, sets[TRAIN], sets.get(VAL), config, work, progress=progress, device=device)
         if VAL in sets:
-            calibrate(model, sets[VAL])
+            calibrate(model, sets[VAL], sets[TRAIN], calibration_volumes, config.seed)
             model.save(work)
     return Trained(model, history, list(usable.errors), usable.inventory)
 
@@ -176,35 +175,3 @@ def describe_images(model: MagicFlow, sets: Mapping[str, SliceSet]) -> None:
     images = TrainingImages.of_sets(used, model.metadata["preprocess"]["slices"])
     if images is not None:
         model.metadata["images"] = images.to_dict()
-
-
-def calibrate(model: MagicFlow, val_set: SliceSet) -> None:
-    """Fit `model.temperature` on whole volumes, as `classify` scores them; of one class, it stays as it is.
-
-    Their likelihoods are kept in the model's metadata: they tell what is typical of volumes that
-    are prepared alike. A volume whose likelihood is not finite is left out, with a warning.
-
-    Raises:
-        FloatingPointError: no volume has a finite one.
-    """
-    log_probs = volume_log_probs(score_slices(model, val_set.images), val_set.volumes)
-    finite = np.asarray(np.isfinite(log_probs).all(axis=1))
-    if not finite.all():
-        name = val_set.paths[int(np.flatnonzero(~finite)[0])]
-        bad = f"{np.count_nonzero(~finite)} of {len(finite)} validation volumes, such as {name}"
-        if not finite.any():
-            raise FloatingPointError(f"{bad}: log-likelihoods are not finite; lower the learning rate")
-        warnings.warn(f"{bad}, have no finite log-likelihood, and calibrate nothing", stacklevel=2)
-        log_probs = log_probs[finite]
-    # The posterior of one class is 1 at any temperature.
-    if model.config.num_classes > 1:
-        model.temperature = fit_temperature(log_probs, val_set.volume_labels[finite])
-    counts = np.bincount(val_set.volumes, minlength=len(val_set.paths))[finite]
-    each = np.sort(log_probs.max(axis=1) / counts)
-    slices = model.metadata.get("preprocess", {}).get("slices")
-    accepted = range_around(each.tolist())
-    model.metadata["validation"] = {
-        "slices": slices,
-        "log_prob": [round(float(value), 3) for value in each],
-        "accepted": [round(value, 3) for value in accepted],
-    }

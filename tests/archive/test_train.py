@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fastflow import MagicFlow
-from fastflow.archive import train as train_module
 from fastflow.archive.classify import classify
 from fastflow.archive.results import read_results
 from fastflow.archive.train import Trained, calibrate, preprocess_like, read_records, recipe, train_on_archive
@@ -237,7 +236,7 @@ def test_volumes_without_a_finite_likelihood_calibrate_nothing(
     records = [r for r in records_of(scans) if r.split == "val"]
     data, _ = load_slices(records, preprocess, names)
     scores = np.random.default_rng(0).normal(size=(len(data), 2))
-    monkeypatch.setattr(train_module, "score_slices", lambda model, images: scores)
+    monkeypatch.setattr("fastflow.archive.calibrate.score_slices", lambda model, images: scores)
     scores[data.volumes == 1, 0] = np.nan
     with pytest.warns(UserWarning, match="1 of .* validation volumes, such as .*, have no finite log-lik"):
         calibrate(model, data)
