@@ -206,6 +206,8 @@ def _describe(
         "config": config.to_dict(),
         "validation": model.metadata.get("validation"),
         "images": model.metadata.get("images"),
+        "readout": model.metadata.get("readout"),
+        "calibration": model.metadata.get("calibration"),
         "parity": None,
     }
 

@@ -22,12 +22,14 @@ import torch
 from numpy.typing import NDArray
 
 from fastflow.data.preprocess import to_unit_range
+from fastflow.decision import readout_logits
 from fastflow.errors import ExportError
 from fastflow.models.checkpoint import CONFIG
 from fastflow.models.flow import Flow
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import LabelScorer, score_slices
 from fastflow.numerics import LOG_2PI
+from fastflow.readout import readout_of
 from fastflow.runtime.export_folder import Export, read_export
 from fastflow.runtime.scorer import OnnxScorer
 from fastflow.runtime.sessions import import_onnxruntime, is_memory_error, open_session
@@ -59,7 +61,9 @@ class Parity:
         graphs: for each graph its errors: ``log_odds_error`` (nats; the largest, over images and pairs of
             labels). ``score`` also has its root mean square, ``agreement`` (share of images whose likeliest
             label is the model's) and ``batch_difference`` (nats; between the same image in batches of other
-            sizes); ``sample`` has the ``pixel_error`` in [-1, 1], ``latent`` the ``latent_error`` (root mean
+            sizes), and of a model with a read-out ``readout_log_odds_error`` (nats; of single images) and
+            ``readout_limit``, which is `limit` times what the read-out makes of such an error; ``sample`` has
+            the ``pixel_error`` in [-1, 1], ``latent`` the ``latent_error`` (root mean
             square, relative), ``attribution`` the ``map_error`` (nats, of an element).
         float32: the same errors of the PyTorch model in float32.
         smallest_gap: nats between the two likeliest labels, the smallest of the images; infinite where there
@@ -89,6 +93,12 @@ class Parity:
             error = errors.get("batch_difference", 0.0)
             if not error <= self.limit:
                 found.append(f"{name}: batches of other sizes differ by {error:.3g} nats")
+            error, accepted = errors.get("readout_log_odds_error", 0.0), errors.get("readout_limit", 0.0)
+            if not error <= accepted:
+                found.append(
+                    f"{name}: the read-out's log-odds are off by {error:.3g} nats, "
+                    f"{accepted:.3g} are accepted"
+                )
             share = errors.get("agreement", 1.0)
             if not share >= 1.0:
                 found.append(
@@ -169,7 +179,7 @@ def verify(
         tell(done, steps)
         if name == "score":
             scorer = OnnxScorer(folder, providers)
-            errors[name], provider = _compare_scores(scorer, images, want), scorer.provider
+            errors[name], provider = _compare_scores(scorer, images, want, limit), scorer.provider
         else:
             graph, few = _GraphRunner(paths[name], providers), slice(MAX_LABELLED_IMAGES)
             errors[name] = _COMPARISONS[name](graph, exact.model, images[few], want[few])
@@ -222,7 +232,7 @@ def _check_graph(export: Export, name: str) -> Path:
 
 
 def _compare_scores(
-    scorer: OnnxScorer, images: NDArray[np.uint8], want: NDArray[np.float64]
+    scorer: OnnxScorer, images: NDArray[np.uint8], want: NDArray[np.float64], limit: float
 ) -> dict[str, float]:
     few = images[: max(BATCH_SIZES)]
     try:
@@ -233,7 +243,14 @@ def _compare_scores(
         raise ExportError(str(error)) from error
     differences = [got[: len(other)] - other for other in others]
     batch = max(float((d.max(axis=1) - d.min(axis=1)).max()) for d in differences)
-    return {**compare(got, want), "batch_difference": batch}
+    found = {**compare(got, want), "batch_difference": batch}
+    readout = readout_of(scorer.document, scorer.class_names)
+    if readout is not None:
+        difference = compare(readout_logits(got, readout), readout_logits(want, readout))
+        found["readout_log_odds_error"] = difference["log_odds_error"]
+        # A read-out weighs log-likelihoods, and their errors with them.
+        found["readout_limit"] = limit * max(1.0, readout.gain)
+    return found
 
 
 def _every_label(model: Flow, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -137,6 +137,13 @@ class GaussianReadout:
         # The linear form has no squares of distances, which lose the log-odds of far volumes to rounding.
         return np.asarray((gaps(values) - self._center) @ self._weights.T + self._bias)
 
+    @property
+    def gain(self) -> float:
+        """Largest change of a log-odds of the read-out per nat of change of the log-odds that it reads."""
+        rows = self._weights @ contrasts(len(self.class_names)) / self.temperature
+        # Changes between -1/2 and 1/2 nat have differences of at most one nat.
+        return 0.5 * float(np.abs(rows[:, None] - rows[None, :]).sum(axis=2).max())
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values; `from_dict` is its exact inverse."""
         return {
@@ -199,6 +206,49 @@ def readout_of(metadata: Mapping[str, Any], class_names: Sequence[str]) -> Gauss
             f"{', '.join(class_names)}: fit it again"
         )
     return readout
+
+
+def chosen_readout(
+    name: str, metadata: Mapping[str, Any], class_names: Sequence[str], slices: str | None
+) -> GaussianReadout | None:
+    """The read-out that a run decides by; None for argmax.
+
+    Args:
+        name: one of `READOUTS`.
+        metadata: of a model, or an export's document.
+        class_names: K names.
+        slices: the run's choice of slices; None where a single slice is decided on, and flagged.
+
+    Raises:
+        ReadoutError: there is none, it is damaged, or was fitted to another choice of slices.
+        ValueError: the name is none of `READOUTS`.
+    """
+    if check_readout(name) == ARGMAX:
+        return None
+    readout = readout_of(metadata, class_names)
+    if readout is None:
+        reason = (metadata.get("calibration") or {}).get("no_readout")
+        raise ReadoutError(
+            f"readout {name!r}: the model has no read-out{f' ({reason})' if reason else ''}; fit one with "
+            "`fastflow calibrate MODEL MANIFEST --overwrite` (and export again), or decide by argmax"
+        )
+    if slices is not None and readout.slices != slices:
+        raise ReadoutError(
+            f"readout {name!r}: it was fitted to slices {readout.slices!r}, not to {slices!r}; take those "
+            "slices, calibrate a copy of the model with `fastflow calibrate --slices`, or decide by argmax"
+        )
+    return readout
+
+
+def check_readout(name: str) -> str:
+    """The name of a read-out.
+
+    Raises:
+        ValueError: it is none of `READOUTS`.
+    """
+    if name not in READOUTS:
+        raise ValueError(f"readout must be one of {', '.join(READOUTS)}, got {name!r}")
+    return name
 
 
 def _checked(name: str, values: Array, shape: tuple[int, ...]) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -16,6 +17,7 @@ from fastflow.archive.options import pick_device
 from fastflow.archive.rows import class_names, preprocess_of
 from fastflow.archive.training_data import TRAIN, VAL
 from fastflow.data.manifest import Record
+from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import SliceSet, load_slices
 from fastflow.decision import posterior, range_around
 from fastflow.errors import ManifestError, OutputFolderError, ReadoutError, VolumeError
@@ -161,7 +163,7 @@ def calibrate_model(
     device: str = "auto",
     overwrite: bool = False,
     lock: bool = True,
-    reading: Callable[[int], None] | None = None,
+    reading: Callable[[int, int], None] | None = None,
 ) -> tuple[MagicFlow, list[VolumeError]]:
     """Calibrate a model that is there anew, and save it in its folder; its weights stay as they are.
 
@@ -175,7 +177,7 @@ def calibrate_model(
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         overwrite: the model's ``config.json`` is replaced; it must be set.
         lock: keep other runs out of the folder.
-        reading: called with the number of files done.
+        reading: called with the number of files read and their total.
 
     Returns:
         `(model, errors)`: the model, and the files that could not be read and were left out.
@@ -197,35 +199,42 @@ def calibrate_model(
     used = _chosen(records, names)
     preprocess = preprocess_of(model)
     if slices is not None:
-        preprocess = type(preprocess).from_dict({**preprocess.to_dict(), "slices": slices})
+        preprocess = dataclasses.replace(preprocess, slices=slices)
     with locked(folder, lock):
-        errors: list[VolumeError] = []
-        sets: dict[str, SliceSet] = {}
-        done = 0
-        for split in (VAL, TRAIN):
-            chosen = used[split]
-            if split == TRAIN:
-                known = {name: k for k, name in enumerate(names)}
-                labels = np.array([known[str(record.label)] for record in chosen], dtype=np.int64)
-                chosen = [chosen[i] for i in drawn(labels, volumes, seed)]
-            before = done
-            data, bad = load_slices(
-                chosen,
-                preprocess,
-                names,
-                workers,
-                None if reading is None else lambda count, before=before: reading(before + count),
-            )
-            done += len(chosen)
-            errors += bad
-            if len(data):
-                sets[split] = data
+        labels = np.array([names.index(str(record.label)) for record in used[TRAIN]], dtype=np.int64)
+        splits = {VAL: used[VAL], TRAIN: [used[TRAIN][i] for i in drawn(labels, volumes, seed)]}
+        sets, errors = _loaded(splits, preprocess, names, workers, reading)
         if VAL not in sets:
             raise ManifestError(f"none of the {len(used[VAL])} validation files can be used: {errors[0]}")
         model.metadata["preprocess"] = preprocess.to_dict()
         calibrate(model, sets[VAL], sets.get(TRAIN), volumes, seed)
         model.save(folder)
     return model, errors
+
+
+def _loaded(
+    splits: Mapping[str, Sequence[Record]],
+    preprocess: Preprocess,
+    names: Sequence[str],
+    workers: int,
+    reading: Callable[[int, int], None] | None,
+) -> tuple[dict[str, SliceSet], list[VolumeError]]:
+    """The slices of the splits of which any file can be read, and the errors of the others."""
+    total, before = sum(map(len, splits.values())), 0
+    sets: dict[str, SliceSet] = {}
+    errors: list[VolumeError] = []
+    for split, records in splits.items():
+
+        def report(done: int, offset: int = before) -> None:
+            if reading is not None:
+                reading(offset + done, total)
+
+        data, bad = load_slices(records, preprocess, names, workers, report)
+        before += len(records)
+        errors += bad
+        if len(data):
+            sets[split] = data
+    return sets, errors
 
 
 def _chosen(records: Sequence[Record], names: Sequence[str]) -> dict[str, list[Record]]:

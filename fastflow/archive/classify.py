@@ -143,11 +143,14 @@ def classify(
             ``"mean"``.
         shard_rows: rows of a result file; 100,000.
         lock: hold the folder; without it, the caller sees to it that nothing else writes there.
+        readout: ``"argmax"``, or ``"gaussian"`` for the model's Gaussian read-out, which then gives
+            ``predicted``, ``posterior`` and ``margin``; a row's ``argmax`` is always that of the likelihoods.
 
     Raises:
         ManifestError: the inputs name nothing.
         CheckpointError: the model folder is not usable.
         ExportError: the export folder is not usable.
+        ReadoutError: the model has no read-out for these slices.
         OutputFolderError: the output folder is another run's, or holds anything and neither `resume` nor
             `overwrite` is set; or its file system has no locks.
         ValueError: an argument does not fit; the message names it.

@@ -25,13 +25,16 @@ from fastflow.data.inventory import Inventory
 from fastflow.data.listing import Listing
 from fastflow.data.slices import iterate_measured
 from fastflow.data.words import class_indices, find_class
+from fastflow.decision import DecisionRule, decide
 from fastflow.errors import VolumeError
 from fastflow.evaluation.figures import Explanation, attribution_figure, png
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import from_uint8
+from fastflow.readout import ARGMAX, GAUSSIAN, GaussianReadout, chosen_readout
 
 TABLE, INVENTORY = "explanations.csv", "inventory.json"
-COLUMNS = ("name", "input", "label", "predicted", "status", "error_code", "error_message")
+COLUMNS = ("name", "input", "label", "predicted", "argmax", "readout", "status")
+COLUMNS += ("error_code", "error_message")
 ENDINGS = (".png", ".npz")
 KIND = Kind(
     "earlier explanations",
@@ -66,15 +69,19 @@ def explain_slice(
     label: int | None = None,
     truth: int | None = None,
     name: str = "",
+    readout: GaussianReadout | None = None,
 ) -> Explanation:
     """Attribute the likelihood of a slice, and its log-odds against the strongest rival, to its pixels.
+
+    The maps are of likelihoods with a read-out too, which chooses the two labels that are compared.
 
     Args:
         model: in evaluation mode.
         image: (1, H, W) uint8.
-        label: the label to explain; the most likely one when None.
+        label: the label to explain; the one that is decided on when None.
         truth: the true label, where known.
         name: of the picture.
+        readout: decides on label and rival, without a prior; None where the likelihoods do.
 
     Raises:
         ValueError: the shape or the label does not fit.
@@ -86,8 +93,9 @@ def explain_slice(
         raise ValueError(f"label must lie in 0 to {classes - 1}, got {label}")
     x = from_uint8(torch.from_numpy(image[None]).to(model.device))
     log_probs = model.log_prob_all(x)[0].double().cpu().numpy()
-    label = int(log_probs.argmax()) if label is None else label
-    others = np.where(np.arange(classes) == label, -np.inf, log_probs)
+    ranked = log_probs if readout is None else readout.discriminants(log_probs)
+    label = int(ranked.argmax()) if label is None else label
+    others = np.where(np.arange(classes) == label, -np.inf, ranked)
     rival = int(others.argmax()) if classes > 1 else label
     maps, const = model.attribution(
         x.expand(2, -1, -1, -1), torch.tensor([label, rival], device=model.device)
@@ -117,15 +125,26 @@ def explain(
     *,
     overwrite: bool = False,
     lock: bool = True,
+    readout: str = ARGMAX,
 ) -> list[VolumeError]:
     """Explain the middle slice of each file, as `explain_inputs` does.
 
     Returns:
         The errors of the files that could not be read.
     """
-    return explain_inputs(
-        inputs, model_folder, out, label, limit, device, progress, overwrite=overwrite, lock=lock
-    ).errors
+    done = explain_inputs(
+        inputs,
+        model_folder,
+        out,
+        label,
+        limit,
+        device,
+        progress,
+        overwrite=overwrite,
+        lock=lock,
+        readout=readout,
+    )
+    return done.errors
 
 
 def explain_inputs(
@@ -139,6 +158,7 @@ def explain_inputs(
     *,
     overwrite: bool = False,
     lock: bool = True,
+    readout: str = ARGMAX,
 ) -> Explained:
     """Explain the middle slice of each file: ``NAME.png``, and ``NAME.npz`` with the maps in nats per pixel.
 
@@ -149,15 +169,18 @@ def explain_inputs(
         inputs: files, folders, manifests.
         model_folder: the model.
         out: the folder of the results.
-        label: class to explain; each slice's most likely one when None.
+        label: class to explain; the one that is decided on for each slice when None.
         limit: explain only so many inputs.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         progress: called with the number of inputs done and their total.
         overwrite: replace earlier explanations in `out`. Other files in it stay.
         lock: hold the folder; without it, the caller sees to it that nothing else writes there.
+        readout: ``"argmax"``, or ``"gaussian"``: the model's read-out decides on label and rival. A row is
+            flagged where it was fitted to several slices, since the middle one alone is explained.
 
     Raises:
         ValueError: the label is no class of the model.
+        ReadoutError: the model has no such read-out.
         ManifestError: the inputs name nothing.
         OutputFolderError: `out` holds other files, or earlier explanations and `overwrite` is not set;
             or another run writes there.
@@ -165,6 +188,7 @@ def explain_inputs(
     """
     model = MagicFlow.load(model_folder, pick_device(device))
     chosen = None if label is None else find_class(label, class_names(model))
+    rule = DecisionRule(readout=chosen_readout(readout, model.metadata, class_names(model), None))
     listing = _listed(inputs, limit)
     result = Explained(_first_rows(listing), [], listing.inventory, listing.inventory.details())
     folder = Path(out)
@@ -178,7 +202,7 @@ def explain_inputs(
         # The table comes first: it says whose the files are, also of a run that is killed.
         _write_tables(folder, result)
         try:
-            _explain_all(model, listing, chosen, folder, result, progress)
+            _explain_all(model, listing, chosen, rule, folder, result, progress)
         except BaseException:
             with contextlib.suppress(OSError):
                 _write_tables(folder, result)
@@ -214,6 +238,7 @@ def _explain_all(
     model: MagicFlow,
     listing: Listing,
     label: int | None,
+    rule: DecisionRule,
     folder: Path,
     result: Explained,
     progress: Callable[[int, int], None] | None,
@@ -233,14 +258,34 @@ def _explain_all(
         else:
             truth = known.get(record.label or "")
             slices, measured = image
-            explanation = explain_slice(model, slices[len(slices) // 2], label, truth, row["name"])
+            middle = slices[len(slices) // 2]
+            explanation = explain_slice(model, middle, label, truth, row["name"], rule.readout)
             _write(folder, row["name"], explanation, classes)
-            row |= {"status": "ok", "predicted": classes[int(explanation.log_probs.argmax())]}
-            flags = () if training is None else training.flags(measured, record.path, preprocess.slices)
-            for code, message in flags:
-                row |= {"status": "flagged", "error_code": code, "error_message": message}
+            unlike = () if training is None else training.flags(measured, record.path, preprocess.slices)
+            row |= _decided(explanation, rule, classes, unlike)
         if progress is not None:
             progress(done, len(records))
+
+
+def _decided(
+    explanation: Explanation, rule: DecisionRule, classes: Sequence[str], flags: tuple[tuple[str, str], ...]
+) -> dict[str, Any]:
+    """The columns that the likelihoods of a slice decide."""
+    predicted = argmax = int(explanation.log_probs.argmax())
+    try:
+        decision = decide(explanation.log_probs[None], rule)
+    except FloatingPointError as error:
+        flags += (("likelihood", str(error)),)
+    else:
+        predicted, argmax, flags = decision.label_index, decision.argmax_index, flags + decision.flags
+    return {
+        "predicted": classes[predicted],
+        "argmax": classes[argmax],
+        "readout": ARGMAX if rule.readout is None else GAUSSIAN,
+        "status": "flagged" if flags else "ok",
+        "error_code": ";".join(code for code, _ in flags) or None,
+        "error_message": "; ".join(message for _, message in flags) or None,
+    }
 
 
 def _files(names: Iterable[str]) -> list[str]:

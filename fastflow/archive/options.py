@@ -12,6 +12,7 @@ from typing import TypedDict
 from fastflow.archive.inputs import IDS, Shard
 from fastflow.archive.results import ROWS_PER_FILE, check_format
 from fastflow.decision import COMBINE
+from fastflow.readout import ARGMAX, check_readout
 
 DEVICES = ("auto", "cpu", "cuda")
 ON_ERROR = ("row", "fail")
@@ -52,6 +53,7 @@ class RunOptions:
     combine: str = "sum"
     shard_rows: int = ROWS_PER_FILE
     lock: bool = True
+    readout: str = ARGMAX
 
     def __post_init__(self) -> None:
         if self.overwrite and self.resumes:
@@ -67,6 +69,7 @@ class RunOptions:
         pick_workers(self.workers)
         check_device(self.device)
         _check_choice("combine", self.combine, COMBINE)
+        check_readout(self.readout)
         _check_choice("id_from", self.id_from, IDS)
 
     @property
@@ -116,6 +119,7 @@ class ClassifyOptions(TypedDict, total=False):
     combine: str
     shard_rows: int
     lock: bool
+    readout: str
 
 
 def pick_workers(workers: int | None) -> int:

@@ -15,8 +15,11 @@ from fastflow.archive.journal import Journal, Row
 from fastflow.archive.results import found
 from fastflow.archive.rows import Settings
 from fastflow.errors import OutputFolderError
+from fastflow.readout import ARGMAX
 
 RUN, JOURNAL, SUMMARY = "run.json", "journal.jsonl", "summary.json"
+# The settings of runs of earlier versions, which did not write them down.
+EARLIER_SETTINGS = {"readout": ARGMAX}
 RESULTS = Kind(
     "an earlier run",
     "results need a folder of their own",
@@ -29,8 +32,9 @@ def identity_of(
 ) -> dict[str, Any]:
     """The settings that must be equal where a run goes on, as JSON values."""
     fields = dataclasses.asdict(settings)
-    # The model's hash covers the validation values and the statistics of the training images.
+    # The model's hash covers the validation values, the statistics of the training images and the read-out.
     del fields["validation"], fields["accepted"], fields["images"]
+    fields["readout"] = settings.constant["readout"]
     return {
         "inputs": [os.path.abspath(source) for source in sources.sources],
         "split": sources.split,
@@ -70,9 +74,10 @@ def _compare(folder: Path, identity: dict[str, Any]) -> None:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise OutputFolderError(f"{folder / RUN} cannot be read: {error}") from error
     for name, value in identity.items():
-        if before.get(name) != value:
+        earlier = before.get(name, EARLIER_SETTINGS.get(name))
+        if earlier != value:
             raise OutputFolderError(
-                f"{folder}: cannot be resumed, because {name} was {before.get(name)!r} and is now {value!r}; "
+                f"{folder}: cannot be resumed, because {name} was {earlier!r} and is now {value!r}; "
                 "use another folder, or --overwrite"
             )
 

@@ -14,6 +14,7 @@ from fastflow.archive.options import RunOptions
 from fastflow.archive.prepare import load_settings
 from fastflow.data.endings import ending_of
 from fastflow.data.inventory import Inventory
+from fastflow.readout import ARGMAX
 
 MAX_SHOWN_PATHS = 5
 
@@ -52,6 +53,7 @@ def plan(
     shard: str | Shard | None = None,
     slices: str | None = None,
     engine: str = "auto",
+    readout: str = ARGMAX,
 ) -> Plan:
     """List the inputs and load the model, as `classify` would, and write nothing.
 
@@ -59,10 +61,17 @@ def plan(
         ManifestError: the inputs name nothing.
         CheckpointError: the model folder is not usable.
         ExportError: the export folder is not usable.
+        ReadoutError: the model has no read-out for these slices.
         ValueError: an argument does not fit.
     """
     options = RunOptions(
-        manifest=manifest, split=split, shard=shard, slices=slices, engine=engine, device="cpu"
+        manifest=manifest,
+        split=split,
+        shard=shard,
+        slices=slices,
+        engine=engine,
+        device="cpu",
+        readout=readout,
     )
     settings = load_settings(model_folder, options)
     total = size = missing = 0

@@ -32,6 +32,8 @@ TEXT_COLUMNS = (
     "error_message",
     "label",
     "predicted",
+    "argmax",
+    "readout",
     "prior",
     "model_hash",
 )
@@ -51,11 +53,13 @@ def columns(names: Sequence[str]) -> list[str]:
         "error_message",
         "label",
         "predicted",
+        "argmax",
         "margin",
         "bits_per_dim",
         "typicality",
         *(f"logp_{name}" for name in names),
         *(f"posterior_{name}" for name in names),
+        "readout",
         "temperature",
         "prior",
         "model_hash",
@@ -69,9 +73,11 @@ def cells(row: Row, names: Sequence[str], constant: Mapping[str, Any]) -> dict[s
     Args:
         row: of the journal.
         names: K class names.
-        constant: ``temperature``, ``prior`` and ``model_hash`` of the run.
+        constant: ``readout``, ``temperature``, ``prior`` and ``model_hash`` of the run.
     """
     values = dict.fromkeys(columns(names)) | dict(constant)
+    # Journals of earlier versions hold the prediction of argmax alone.
+    values["argmax"] = row.get("predicted")
     values |= {name: value for name, value in row.items() if name in values}
     if row["mtime_ns"] >= 0:
         with contextlib.suppress(OverflowError, ValueError, OSError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,17 @@ from fastflow.archive.options import RunOptions
 from fastflow.archive.scorers import Export
 from fastflow.data.preprocess import GREY_LEVEL, Preprocess
 from fastflow.data.training_images import UNLIKE_TRAINING, TrainingImages, training_images
-from fastflow.decision import ATYPICAL, NOT_FINITE, DecisionRule, accepted_range, check_prior, decide
+from fastflow.decision import (
+    ATYPICAL,
+    NOT_FINITE,
+    READOUT_SLICES,
+    DecisionRule,
+    accepted_range,
+    check_prior,
+    decide,
+)
 from fastflow.errors import FastflowError, VolumeError
+from fastflow.readout import ARGMAX, GAUSSIAN, GaussianReadout, chosen_readout
 
 if TYPE_CHECKING:
     from fastflow.models.magic_flow import MagicFlow
@@ -31,8 +42,9 @@ CODES = {
     "than the images of training",
     "atypical": "the likelihood is beyond that of every validation volume, "
     f"or the typicality p-value is below {ATYPICAL}",
+    READOUT_SLICES: "the read-out decides on another number of slices than it was fitted to",
 }
-FLAGS = (UNLIKE_TRAINING, "atypical")
+FLAGS = (UNLIKE_TRAINING, "atypical", READOUT_SLICES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +64,7 @@ class Settings:
             where unknown.
         images: statistics of the images of training, None where unknown.
         accepted: see `DecisionRule`.
+        readout: see `DecisionRule`.
     """
 
     model_hash: str
@@ -65,17 +78,25 @@ class Settings:
     validation: tuple[float, ...] | None
     images: TrainingImages | None = None
     accepted: tuple[float, float] | None = None
+    readout: GaussianReadout | None = None
 
     @property
     def rule(self) -> DecisionRule:
         """How log-likelihoods become a decision."""
-        return DecisionRule(self.temperature, self.prior, self.combine, self.validation, self.accepted)
+        return DecisionRule(
+            self.temperature, self.prior, self.combine, self.validation, self.accepted, self.readout
+        )
 
     @property
     def constant(self) -> dict[str, Any]:
         """Columns that are the same in every row."""
         prior = "uniform" if self.prior is None else " ".join(f"{p:.10g}" for p in self.prior)
-        return {"temperature": self.temperature, "prior": prior, "model_hash": self.model_hash}
+        return {
+            "readout": ARGMAX if self.readout is None else GAUSSIAN,
+            "temperature": self.temperature if self.readout is None else self.readout.temperature,
+            "prior": prior,
+            "model_hash": self.model_hash,
+        }
 
 
 def make_row(scored: ScoredInput, settings: Settings) -> Row:
@@ -99,6 +120,7 @@ def make_row(scored: ScoredInput, settings: Settings) -> Row:
         "error_code": ";".join(code for code, _ in flags) or None,
         "error_message": "; ".join(message for _, message in flags) or None,
         "predicted": settings.class_names[decision.label_index],
+        "argmax": settings.class_names[decision.argmax_index],
         "margin": decision.margin,
         "bits_per_dim": -(decision.slice_log_prob / settings.dims + math.log(GREY_LEVEL)) / math.log(2.0),
         "typicality": decision.typicality,
@@ -161,7 +183,8 @@ def settings_of_model(model: MagicFlow, folder: Path, options: RunOptions) -> Se
         options: of the run.
 
     Raises:
-        FastflowError: the model does not know how images are prepared, or its statistics cannot be used.
+        FastflowError: the model does not know how images are prepared, its statistics cannot be used, or it
+            has no such read-out for these slices.
         ValueError: an option does not fit the model.
     """
     from fastflow.models.checkpoint import CONFIG
@@ -183,6 +206,7 @@ def settings_of_model(model: MagicFlow, folder: Path, options: RunOptions) -> Se
         ),
         validation.get("slices"),
         options,
+        model.metadata,
     )
 
 
@@ -191,6 +215,7 @@ def settings_of_export(export: Export, options: RunOptions) -> Settings:
 
     Raises:
         ExportError: the model does not know how images are prepared.
+        ReadoutError: it has no such read-out for these slices.
         ValueError: an option does not fit the model.
     """
     return _with_options(
@@ -209,11 +234,14 @@ def settings_of_export(export: Export, options: RunOptions) -> Settings:
         ),
         export.validation_slices,
         options,
+        export.document,
     )
 
 
-def _with_options(own: Settings, validation_slices: str | None, options: RunOptions) -> Settings:
-    """The model's own settings with the options' prior and slices."""
+def _with_options(
+    own: Settings, validation_slices: str | None, options: RunOptions, metadata: Mapping[str, Any]
+) -> Settings:
+    """The model's own settings with the options' prior, slices and read-out."""
     # A prior of the wrong length must not wait for the first volume.
     prior = (
         None if options.prior is None else tuple(check_prior(options.prior, len(own.class_names)).tolist())
@@ -221,10 +249,19 @@ def _with_options(own: Settings, validation_slices: str | None, options: RunOpti
     preprocess = own.preprocess
     if options.slices is not None:
         preprocess = dataclasses.replace(preprocess, slices=options.slices)
+    if validation_slices not in (None, preprocess.slices) and options.readout == ARGMAX:
+        warnings.warn(
+            f"slices {preprocess.slices!r}: the temperature was fitted to sums over {validation_slices!r}, "
+            "so that posterior and margin are not calibrated",
+            stacklevel=2,
+        )
     # Other slices have other likelihoods.
     comparable = own.validation and validation_slices == preprocess.slices
     validation = own.validation if comparable else None
-    return dataclasses.replace(own, prior=prior, preprocess=preprocess, validation=validation)
+    readout = chosen_readout(options.readout, metadata, own.class_names, preprocess.slices)
+    return dataclasses.replace(
+        own, prior=prior, preprocess=preprocess, validation=validation, readout=readout
+    )
 
 
 def _hash_of(document: Path) -> str:

@@ -23,6 +23,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Readout(StrEnum):
+    """How log-likelihoods become a label: the largest one, or the model's Gaussian read-out of all."""
+
+    argmax = "argmax"
+    gaussian = "gaussian"
+
+
 class Precision(StrEnum):
     """The precisions of exports."""
 
@@ -48,6 +55,13 @@ EvaluationPrecisionOption = Annotated[
 
 ModelFolder = Annotated[Path, typer.Option("--model", "-m", help="Model folder, as `train` writes it.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs; auto takes a GPU if there is one.")]
+ReadoutOption = Annotated[
+    Readout,
+    typer.Option(
+        help="How log-likelihoods become a label: argmax takes the largest, gaussian the read-out that was "
+        "calibrated with the model."
+    ),
+]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that read or write files.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
 NoLock = Annotated[

@@ -17,6 +17,8 @@ from fastflow.cli._options import (
     EvaluationPrecision,
     EvaluationPrecisionOption,
     NoLock,
+    Readout,
+    ReadoutOption,
     takes,
 )
 
@@ -109,6 +111,7 @@ class ClassifyCommand:
     combine: Annotated[
         Combine, typer.Option(help="A volume's log-likelihood is its slices' sum or mean.")
     ] = Combine.sum
+    readout: ReadoutOption = Readout.argmax
     batch_size: Annotated[int, typer.Option(min=1, help="Slices per pass.")] = 16
     workers: Annotated[
         int | None,
@@ -162,6 +165,7 @@ def classify(options: ClassifyCommand) -> None:
             shard=options.shard,
             slices=options.slices,
             engine=options.engine.value,
+            readout=options.readout.value,
         )
         typer.echo(f"{found.total} inputs, {found.bytes / 1e6:.1f} MB, {found.missing} of them no file")
         typer.echo(", ".join(f"{kind} {count}" for kind, count in found.kinds.items()))
@@ -197,6 +201,7 @@ def classify(options: ClassifyCommand) -> None:
             id_from=options.id_from.value,
             slices=options.slices,
             combine=options.combine.value,
+            readout=options.readout.value,
             lock=not options.no_lock,
         )
     typer.echo(describe(summary))

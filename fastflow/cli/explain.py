@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from fastflow.cli._console import progress_bar, report_errors, warn
-from fastflow.cli._options import Device, DeviceOption, Inputs, ModelFolder, NoLock
+from fastflow.cli._options import (
+    Device,
+    DeviceOption,
+    Inputs,
+    ModelFolder,
+    NoLock,
+    Readout,
+    ReadoutOption,
+)
 
 
 def explain(
@@ -16,12 +24,13 @@ def explain(
     model: ModelFolder = Path("model"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the maps.")] = Path("explanations"),
     label: Annotated[
-        str | None, typer.Option(help="Class to explain; the most likely one by default.")
+        str | None, typer.Option(help="Class to explain; the one that is decided on by default.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Explain only the first so many inputs.")] = None,
     device: DeviceOption = Device.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier explanations.")] = False,
     no_lock: NoLock = False,
+    readout: ReadoutOption = Readout.argmax,
 ) -> None:
     """Show which pixels the likelihood of a scan comes from, and which of them speak against the strongest
     rival.
@@ -37,7 +46,16 @@ def explain(
 
     with progress_bar("explaining") as progress:
         done = explain_inputs(
-            inputs, model, out, label, limit, device.value, progress, overwrite=overwrite, lock=not no_lock
+            inputs,
+            model,
+            out,
+            label,
+            limit,
+            device.value,
+            progress,
+            overwrite=overwrite,
+            lock=not no_lock,
+            readout=readout.value,
         )
     typer.echo(f"{out}: maps written; {out / TABLE} says which is whose")
     typer.echo(done.inventory.line())

@@ -9,6 +9,7 @@ import typer
 from fastflow import __version__
 from fastflow.cli import (
     benchmark_scanners,
+    calibrate,
     classify,
     demo,
     demo_data,
@@ -66,6 +67,7 @@ app.command("benchmark-scanners")(benchmark_scanners.benchmark_scanners)
 app.command("index")(index.index)
 app.command("train")(train.train)
 app.command("plot")(plot.plot)
+app.command("calibrate")(calibrate.calibrate)
 app.command("classify")(classify.classify)
 app.command("sample")(sample.sample)
 app.command("explain")(explain.explain)

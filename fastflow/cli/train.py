@@ -143,6 +143,13 @@ class TrainOptions:
     mask: Annotated[
         Path | None, typer.Option(help="PNG of the application mask; the shipped one by default.")
     ] = None
+    calibration_volumes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Training volumes of each class that are scored for the read-out; 0 fits it to val alone.",
+        ),
+    ] = 60
     seed: Seed = 0
     workers: Workers = 1
     device: DeviceOption = Device.auto
@@ -178,6 +185,7 @@ def train(options: TrainOptions) -> None:
 
     Example: `fastflow train archive/manifest.csv --out model --preset small --epochs 30 --slices center+-6:3`
     """
+    from fastflow.archive.calibrate import calibration_lines
     from fastflow.archive.train import recipe, train_on_archive
     from fastflow.archive.training_data import Reading
     from fastflow.data.listing import list_records
@@ -228,12 +236,15 @@ def train(options: TrainOptions) -> None:
             partial(_print_usable, config.phases),
             options.overwrite,
             lock=not options.no_lock,
+            calibration_volumes=options.calibration_volumes,
         )
     last = trained.history[-1]
     typer.echo(
         f"{options.out}: {len(trained.history)} epochs, "
         + ", ".join(f"{k} {v:.4g}" for k, v in last.items() if "_" in k)
     )
+    for line in calibration_lines(trained.model.metadata):
+        typer.echo(line)
     report_errors(trained.errors)
 
 

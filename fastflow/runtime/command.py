@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from numpy.typing import ArrayLike
 
 from fastflow import __version__
 from fastflow.errors import FastflowError, VolumeError
+from fastflow.readout import ARGMAX, READOUTS
 from fastflow.runtime.export_folder import DOCUMENT
 from fastflow.runtime.scorer import OnnxScorer, Prediction
 from fastflow.runtime.sessions import PROVIDER_CHOICES
 
 # Exit codes.
 OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
-COLUMNS = ("path", "status", "predicted", "posterior", "margin", "typicality", "error")
+COLUMNS = ("path", "status", "predicted", "argmax", "posterior", "margin", "typicality", "error")
 # The system follows no longer chains of links.
 MAX_LINKS = 40
 EXIT_CODES = (
@@ -57,9 +58,10 @@ def main(arguments: Sequence[str] | None = None, folder: Path | None = None) -> 
         # A prior or an export that does not fit is told before any file is read.
         scorer.prior_or_own(prior)
         _ = scorer.export.own_preprocess
+        scorer.readout(options.readout)
         precision, providers = scorer.export.precision, ", ".join(scorer.providers)
         print(f"{options.folder}: {precision}, runs on {providers}", file=sys.stderr)
-        return _classify_files(scorer, options.files, prior, options.json)
+        return _classify_files(scorer, options, prior)
     except KeyboardInterrupt:
         return _print_error("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -112,6 +114,8 @@ def _parser(folder: Path | None) -> argparse.ArgumentParser:
     add("--providers", choices=PROVIDER_CHOICES, default="auto", help=where)
     add("--threads", type=int, help="of an operator on the CPU; the physical cores by default")
     add("--prior", help="probabilities of the labels in the export's order, e.g. 0.5,0.3,0.2")
+    by = "how log-likelihoods become a label: the largest, or the model's read-out of all"
+    add("--readout", choices=READOUTS, default=ARGMAX, help=by)
     add("--json", action="store_true", help="JSON lines, with all probabilities and log-likelihoods")
     return parser
 
@@ -121,18 +125,18 @@ def _print_error(message: str, code: int) -> int:
     return code
 
 
-def _classify_files(scorer: OnnxScorer, files: Iterable[str], prior: ArrayLike | None, as_json: bool) -> int:
+def _classify_files(scorer: OnnxScorer, options: argparse.Namespace, prior: ArrayLike | None) -> int:
     code = OK
-    if not as_json:
+    if not options.json:
         print("\t".join(COLUMNS), flush=True)
-    for file in files:
+    for file in options.files:
         result: Prediction | VolumeError
         try:
-            result = scorer.classify_volume(file, prior)
+            result = scorer.classify_volume(file, prior, options.readout)
         except VolumeError as error:
             result, code = error, FINISHED_WITH_ERRORS
         # Each line is flushed, because its reader may be waiting for it.
-        print(json_line(result, scorer.class_names) if as_json else text_line(result), flush=True)
+        print(json_line(result, scorer.class_names) if options.json else text_line(result), flush=True)
     return code
 
 
@@ -144,6 +148,7 @@ def _row(result: Prediction | VolumeError) -> dict[str, Any]:
         "path": result.path,
         "status": "flagged" if result.flags else "ok",
         "predicted": result.label,
+        "argmax": result.argmax,
         "posterior": float(result.posterior.max()),
         "margin": result.margin,
         "typicality": result.typicality,

@@ -17,6 +17,7 @@ from fastflow.data.preprocess import to_unit_range
 from fastflow.data.slices import read_image
 from fastflow.decision import DecisionRule, check_prior, decide, posterior
 from fastflow.errors import ExportError, InvalidImageWarning, VolumeError
+from fastflow.readout import ARGMAX, GaussianReadout, chosen_readout
 from fastflow.runtime.export_folder import Export, check_metadata, is_list_of, read_export
 from fastflow.runtime.sessions import (
     CUDA_PROVIDER,
@@ -41,13 +42,14 @@ class Prediction:
 
     Attributes:
         path: the file.
-        label: the likeliest label.
+        label: the likeliest label, by the read-out that was asked for, as posterior and margin are.
         posterior: (K,) probabilities.
         log_probs: (K,) nats, summed over the volume's slices.
         margin: posterior log-odds between the best and the second label, nats.
         typicality: p-value of the likelihood among validation data; None where there is nothing to compare
             with.
         flags: (code, message) of what is doubtful, as in the rows of `fastflow.archive.classify`.
+        argmax: the label of the largest log-likelihood and prior, whatever the read-out.
     """
 
     path: str
@@ -57,6 +59,7 @@ class Prediction:
     margin: float
     typicality: float | None
     flags: tuple[tuple[str, str], ...]
+    argmax: str = ""
 
 
 class OnnxScorer:
@@ -216,20 +219,35 @@ class OnnxScorer:
         prior = self.prior_or_own(prior)
         return posterior(self.score(images), self.export.temperature, prior)
 
-    def classify_volume(self, path: str | PathLike[str], prior: ArrayLike | None = None) -> Prediction:
+    def readout(self, name: str) -> GaussianReadout | None:
+        """The export's read-out of a name, for its own slices; None for ``"argmax"``.
+
+        Raises:
+            ReadoutError: the export has none.
+            ValueError: the name is none of `fastflow.readout.READOUTS`.
+        """
+        slices = None if self.export.preprocess is None else self.export.preprocess.slices
+        return chosen_readout(name, self.document, self.class_names, slices)
+
+    def classify_volume(
+        self, path: str | PathLike[str], prior: ArrayLike | None = None, readout: str = ARGMAX
+    ) -> Prediction:
         """Read a volume (or a PNG slice), and classify it by the sum of its slices' log-likelihoods.
 
         Args:
             path: a ``.nii``, ``.nii.gz``, ``.mgh`` or ``.mgz`` file, or a PNG where Pillow is installed.
             prior: (K,) probabilities of the labels; the export's own when None.
+            readout: ``"argmax"``, or ``"gaussian"`` for the model's Gaussian read-out of the K likelihoods.
 
         Raises:
             VolumeError: the file cannot be used, or has a likelihood that is not finite (code
                 ``likelihood``).
             ExportError: the model does not know how images are prepared.
+            ReadoutError: the export has no such read-out.
             ValueError: the prior does not fit.
         """
         prior, preprocess, name = self.prior_or_own(prior), self.export.own_preprocess, os.fspath(path)
+        chosen = self.readout(readout)
         try:
             image = read_image(name, preprocess)
         except VolumeError:
@@ -241,7 +259,11 @@ class OnnxScorer:
         validation = self.export.comparable(preprocess.slices)
         try:
             rule = DecisionRule(
-                self.export.temperature, prior, validation=validation, accepted=self.export.accepted
+                self.export.temperature,
+                prior,
+                validation=validation,
+                accepted=self.export.accepted,
+                readout=chosen,
             )
             decision = decide(slice_log_probs, rule)
         except FloatingPointError as error:
@@ -256,6 +278,7 @@ class OnnxScorer:
             decision.margin,
             decision.typicality,
             (*((flag.code, flag.message) for flag in image.flags), *unlike, *decision.flags),
+            self.class_names[decision.argmax_index],
         )
 
     def prior_or_own(self, prior: ArrayLike | None) -> NDArray[np.float64]:
