@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -19,8 +20,11 @@ from fastflow.decision import (
     range_around,
     typicality,
 )
+from fastflow.readout import GaussianReadout, gaps
 
 SLICES = np.array([[-10.0, -12.0, -30.0], [-14.0, -11.0, -30.0]])
+# The second class lies where the slices are, and has not the largest posterior by likelihood and prior.
+READOUT_MEANS = gaps(SLICES.mean(axis=0)) + np.array([[2.0, 3.0], [0.0, 0.0], [-3.0, 2.0]])
 
 
 def test_a_decision_by_hand() -> None:
@@ -160,3 +164,31 @@ def test_margin_does_not_saturate_and_knows_the_impossible() -> None:
     assert margin(np.array([0.0, -5000.0])) == 5000.0
     assert margin(np.array([0.0, -1.0]), prior=[1.0, 0.0]) == np.inf
     assert margin(np.array([0.0])) == np.inf
+
+
+def test_a_readout_decides_and_the_argmax_stands_beside_it() -> None:
+    readout = GaussianReadout(("a", "b", "c"), READOUT_MEANS, np.eye(2), temperature=2.0, slice_counts=(2, 2))
+    plain = decide(SLICES, DecisionRule(3.0, [0.5, 0.25, 0.25], validation=[-9.0, -1.0]))
+    rule = DecisionRule(3.0, [0.5, 0.25, 0.25], validation=[-9.0, -1.0], readout=readout)
+    decision = decide(SLICES, rule)
+    logits = readout.discriminants(SLICES.mean(axis=0)) / 2.0 + np.log([0.5, 0.25, 0.25])
+    np.testing.assert_allclose(decision.posterior, np.exp(logits) / np.exp(logits).sum())
+    second, best = np.sort(logits)[-2:]
+    assert decision.margin == pytest.approx(best - second)
+    assert decision.label_index == logits.argmax() != plain.label_index
+    assert decision.argmax_index == plain.label_index == plain.argmax_index
+    assert (decision.slice_log_prob, decision.typicality) == (plain.slice_log_prob, plain.typicality)
+    assert np.array_equal(decision.log_probs, plain.log_probs) and decision.flags == plain.flags
+    mean = decide(SLICES, dataclasses.replace(rule, combine="mean"))
+    assert np.array_equal(mean.posterior, decision.posterior)
+
+
+def test_another_number_of_slices_than_the_readouts_is_flagged() -> None:
+    readout = GaussianReadout(("a", "b", "c"), READOUT_MEANS, np.eye(2), slice_counts=(3, 5))
+    ((code, message),) = decide(SLICES, DecisionRule(readout=readout)).flags
+    assert (code, message) == (
+        "readout_slices",
+        f"the read-out was fitted to volumes of 3 to 5 slices, this one has {len(SLICES)}",
+    )
+    with pytest.raises(ValueError, match="3 classes"):
+        decide(SLICES[:, :2], DecisionRule(readout=readout))

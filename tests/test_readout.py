@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastflow.decision import posterior
 from fastflow.errors import ReadoutError
-from fastflow.readout import GaussianReadout, contrasts, gaps, readout_of
+from fastflow.readout import GaussianReadout, chosen_readout, contrasts, gaps, readout_of
 
 
 def a_readout(classes: int = 4, seed: int = 0, **changes) -> GaussianReadout:
@@ -145,3 +145,30 @@ def test_readout_of_metadata_belongs_to_its_classes():
     assert readout_of({}, readout.class_names) is None
     with pytest.raises(ReadoutError, match=r"belongs to the classes class 0.*fit it again"):
         readout_of(metadata, ["x", "y", "z", "w"])
+
+
+def test_the_readout_of_a_run_is_there_and_of_its_slices():
+    readout = a_readout()
+    metadata, names = {"readout": readout.to_dict()}, readout.class_names
+    assert chosen_readout("argmax", {"readout": "damaged"}, names, "center") is None
+    for slices in ("center", None):
+        found = chosen_readout("gaussian", metadata, names, slices)
+        assert found is not None and found.to_dict() == readout.to_dict()
+    with pytest.raises(ReadoutError, match="fitted to slices 'center', not to '3,4'"):
+        chosen_readout("gaussian", metadata, names, "3,4")
+    with pytest.raises(ReadoutError, match=r"no read-out \(too few\); fit one with `fastflow calibrate"):
+        chosen_readout("gaussian", {"calibration": {"no_readout": "too few"}}, names, "center")
+    with pytest.raises(ValueError, match="readout must be one of argmax, gaussian, got 'svm'"):
+        chosen_readout("svm", metadata, names, "center")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 99))
+def test_no_error_of_a_nat_changes_log_odds_by_more_than_the_gain(classes, seed):
+    readout, random = a_readout(classes, seed), np.random.default_rng(seed)
+    log_probs = random.normal(size=classes)
+    worst = 0.0
+    for signs in np.indices((2,) * classes).reshape(classes, -1).T:
+        moved = readout.discriminants(log_probs + signs) - readout.discriminants(log_probs)
+        worst = max(worst, float(np.ptp(moved)) / readout.temperature)
+    assert worst == pytest.approx(readout.gain)

@@ -25,7 +25,7 @@ from fastflow.runtime.sessions import PROVIDER_CHOICES
 
 # Exit codes.
 OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
-COLUMNS = ("path", "status", "predicted", "argmax", "posterior", "margin", "typicality", "error")
+COLUMNS = ("path", "status", "predicted", "posterior", "margin", "typicality", "error", "argmax")
 # The system follows no longer chains of links.
 MAX_LINKS = 40
 EXIT_CODES = (

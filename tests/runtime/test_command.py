@@ -31,7 +31,9 @@ def test_the_command_prints_a_line_per_file(
     out, err = capsys.readouterr()
     want = OnnxScorer(export_folder, "cpu", threads=1).classify_volume(good)
     (row,) = lines(out)
-    assert list(row) == ["path", "status", "predicted", "posterior", "margin", "typicality", "error"]
+    assert list(row) == [
+        *("path", "status", "predicted", "posterior", "margin", "typicality", "error", "argmax")
+    ]
     assert (row["path"], row["status"], row["predicted"], row["typicality"], row["error"]) == (
         str(good),
         "ok",
@@ -58,7 +60,7 @@ def test_a_bad_file_costs_its_line_only(
     assert main([str(export_folder), "nowhere.nii", good, "--json"]) == 3
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first == {
-        **dict.fromkeys(["predicted", "posterior", "margin", "typicality", "log_probs"]),
+        **dict.fromkeys(["predicted", "posterior", "margin", "typicality", "log_probs", "argmax"]),
         "path": "nowhere.nii",
         "status": "error",
         "error": "missing: there is no such file",

@@ -18,9 +18,10 @@ from onnx import TensorProto
 
 from fastflow.data.preprocess import Preprocess, to_unit_range
 from fastflow.data.slices import load_image
-from fastflow.decision import posterior
-from fastflow.errors import ExportError, InvalidImageWarning, VolumeError
+from fastflow.decision import DecisionRule, decide, posterior
+from fastflow.errors import ExportError, InvalidImageWarning, ReadoutError, VolumeError
 from fastflow.models.scoring import from_uint8, posterior_from_log_probs
+from fastflow.readout import GaussianReadout, gaps
 from fastflow.runtime import scorer as module
 from fastflow.runtime.scorer import OnnxScorer, spans
 from fastflow.runtime.sessions import CPU_PROVIDER, BoundRunner, open_session
@@ -341,3 +342,31 @@ def test_threads_do_not_mix_their_images_up(export_folder: Path, kind: str) -> N
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+# -- read-out ------------------------------------------------------------------------------------------------
+
+
+def test_an_export_decides_by_its_readout_as_the_model_would(scans: Path, tmp_path: Path) -> None:
+    slices = PREPROCESS["slices"]
+    count = len(load_image(str(scans / "flat/sub-000_T1w.nii.gz"), Preprocess.from_dict(PREPROCESS)))
+    file = scans / "striped/sub-103_T1w.nii.gz"
+    log_probs = expected(to_unit_range(load_image(str(file), Preprocess.from_dict(PREPROCESS))))
+    center = gaps(log_probs.mean(axis=0))
+    best = int(log_probs.sum(axis=0).argmax())
+    # The class that the likelihoods rank second lies where the volume is.
+    means = center + np.array([[1.0], [0.0]] if best == 0 else [[0.0], [-1.0]])
+    readout = GaussianReadout(CLASSES, means, np.eye(1), 1.5, slices, (count, count))
+    scorer = OnnxScorer(write_export(tmp_path / "e", readout=readout.to_dict()), "cpu", threads=1)
+    plain, found = scorer.classify_volume(file), scorer.classify_volume(file, readout="gaussian")
+    rule = DecisionRule(prior=scorer.export.prior, readout=readout)
+    np.testing.assert_allclose(found.posterior, decide(log_probs, rule).posterior, atol=1e-5)
+    assert found.label == CLASSES[1 - best] != found.argmax == plain.argmax == plain.label
+    assert np.array_equal(found.log_probs, plain.log_probs) and found.typicality == plain.typicality
+
+
+def test_an_export_without_a_readout_says_how_to_get_one(scorer: OnnxScorer, scans: Path) -> None:
+    with pytest.raises(ReadoutError, match="no read-out; fit one with .*export again"):
+        scorer.classify_volume(scans / "flat/sub-000_T1w.nii.gz", readout="gaussian")
+    with pytest.raises(ValueError, match="readout must be one of"):
+        scorer.readout("svm")
