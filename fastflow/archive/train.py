@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from fastflow._files import write_text
-from fastflow.archive.calibrate import CALIBRATION_VOLUMES
 from fastflow.archive.calibrate import calibrate as calibrate
 from fastflow.archive.model_folder import INVENTORY, model_folder
 from fastflow.archive.options import pick_device
@@ -80,7 +79,6 @@ def train_on_archive(
     counted: Callable[[UsableFiles], None] | None = None,
     overwrite: bool = False,
     lock: bool = True,
-    calibration_volumes: int = CALIBRATION_VOLUMES,
 ) -> Trained:
     """Train on the split ``train``, choose the epoch and calibrate on ``val``, ignore other splits.
 
@@ -107,7 +105,6 @@ def train_on_archive(
             that is too little.
         overwrite: replace an earlier model or unfinished training; other files are never replaced.
         lock: keep other runs out of the folder.
-        calibration_volumes: training volumes of each class that help to fit the read-out, see `calibrate`.
 
     Raises:
         ManifestError: there is no training file, the training volumes share no grid, a subject is in two
@@ -140,7 +137,7 @@ def train_on_archive(
         describe_images(model, sets)
         history = train(model, sets[TRAIN], sets.get(VAL), config, work, progress=progress, device=device)
         if VAL in sets:
-            calibrate(model, sets[VAL], sets[TRAIN], calibration_volumes, config.seed)
+            calibrate(model, sets[VAL], sets[TRAIN], config.calibration_volumes, config.seed)
             model.save(work)
     return Trained(model, history, list(usable.errors), usable.inventory)
 

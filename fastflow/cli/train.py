@@ -212,6 +212,7 @@ def train(options: TrainOptions) -> None:
         seed=options.seed,
         engine=options.engine.value,
         precision=options.precision.value,
+        calibration_volumes=options.calibration_volumes,
         **{name: value for name, value in given.items() if value is not None},
     )
     changes: dict[str, Any] = {
@@ -236,7 +237,6 @@ def train(options: TrainOptions) -> None:
             partial(_print_usable, config.phases),
             options.overwrite,
             lock=not options.no_lock,
-            calibration_volumes=options.calibration_volumes,
         )
     last = trained.history[-1]
     typer.echo(

@@ -47,6 +47,8 @@ class TrainConfig:
         seed: of shuffling, augmentation, dequantisation and dropout.
         threads: of a CPU that training computes with, None for as many as torch has. Gradients are sums that
             ATen splits over threads: their last bits, and so the model that a seed gives, depend on it.
+        calibration_volumes: training volumes of each class that are scored at most to fit the read-out; 0
+            fits it to the validation volumes alone.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -72,6 +74,7 @@ class TrainConfig:
     max_skipped: int = 10
     seed: int = 0
     threads: int | None = None
+    calibration_volumes: int = 60
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", tuple(self.schedule))
@@ -93,6 +96,7 @@ class TrainConfig:
             ("warmup_epochs", 0),
             ("contrast_weight", 0),
             ("select_tolerance", 0),
+            ("calibration_volumes", 0),
         ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)!r}")

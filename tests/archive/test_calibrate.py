@@ -16,10 +16,9 @@ from fastflow import MagicFlow
 from fastflow.archive.calibrate import calibrate_model, calibration_lines, drawn
 from fastflow.archive.classify import classify
 from fastflow.archive.explain import explain_inputs
-from fastflow.archive.index import index_folder
 from fastflow.archive.results import read_results
 from fastflow.cli.main import app
-from fastflow.data.manifest import Record, split_by_subject, write_manifest
+from fastflow.data.manifest import Record, index_folder, split_by_subject, write_manifest
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import load_image
 from fastflow.decision import posterior

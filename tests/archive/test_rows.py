@@ -82,5 +82,6 @@ def test_a_file_that_could_not_be_read_is_an_error() -> None:
 
 
 def test_columns_that_are_the_same_in_every_row() -> None:
-    assert SETTINGS.constant == {"temperature": 2.0, "prior": "0.75 0.25", "model_hash": "abc"}
+    fixed = {"readout": "argmax", "temperature": 2.0, "prior": "0.75 0.25", "model_hash": "abc"}
+    assert SETTINGS.constant == fixed
     assert dataclasses.replace(SETTINGS, prior=None).constant["prior"] == "uniform"

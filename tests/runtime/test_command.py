@@ -133,7 +133,7 @@ def test_runs_that_fail(
     code: int,
     message: str,
 ) -> None:
-    def fail(scorer: OnnxScorer, path: str, prior: object) -> None:
+    def fail(scorer: OnnxScorer, path: str, prior: object, readout: str) -> None:
         raise error
 
     monkeypatch.setattr(OnnxScorer, "classify_volume", fail)

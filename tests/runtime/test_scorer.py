@@ -366,7 +366,7 @@ def test_an_export_decides_by_its_readout_as_the_model_would(scans: Path, tmp_pa
 
 
 def test_an_export_without_a_readout_says_how_to_get_one(scorer: OnnxScorer, scans: Path) -> None:
-    with pytest.raises(ReadoutError, match="no read-out; fit one with .*export again"):
+    with pytest.raises(ReadoutError, match=r"no read-out; fit one with .*export again"):
         scorer.classify_volume(scans / "flat/sub-000_T1w.nii.gz", readout="gaussian")
     with pytest.raises(ValueError, match="readout must be one of"):
         scorer.readout("svm")
