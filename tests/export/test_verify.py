@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from fastflow import MagicFlow
 from fastflow.cli.export import describe
 from fastflow.errors import ExportError
+from fastflow.readout import GaussianReadout
 
 # A small model and its export.
 SMALL = Path(__file__).parents[1] / "fixtures" / "v0"
@@ -260,3 +261,20 @@ def test_the_report_of_one_label_is_json_and_has_no_gap():
     assert json.loads(json.dumps(one.to_dict(), allow_nan=False))["smallest_gap"] is None
     assert "smallest gap" not in describe(one)
     assert "smallest gap between two labels 2 nats" in describe(dataclasses.replace(one, smallest_gap=2.0))
+
+
+def test_log_odds_of_the_readout_are_compared(copy: Path, model: MagicFlow, images: np.ndarray) -> None:
+    document = json.loads((copy / "export.json").read_text())
+    names, classes = tuple(document["class_names"]), len(document["class_names"])
+    means = 0.1 * np.random.default_rng(0).normal(size=(classes, classes - 1))
+    readout = GaussianReadout(names, means, 1e-4 * np.eye(classes - 1))
+    assert "readout_log_odds_error" not in verify(copy, model, images).graphs["score"]
+    (copy / "export.json").write_text(json.dumps(document | {"readout": readout.to_dict()}))
+    parity = verify(copy, model, images)
+    errors = parity.graphs["score"]
+    assert errors["readout_limit"] == pytest.approx(parity.limit * readout.gain) and readout.gain > 1.0
+    assert 0.0 < errors["readout_log_odds_error"] <= readout.gain * errors["log_odds_error"] * (1 + 1e-9)
+    assert parity.passed
+    worse = {"score": errors | {"readout_log_odds_error": 2 * errors["readout_limit"]}}
+    failure = dataclasses.replace(parity, graphs=worse).failure
+    assert "score: the read-out's log-odds are off by" in failure
