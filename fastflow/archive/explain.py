@@ -33,8 +33,8 @@ from fastflow.models.scoring import from_uint8
 from fastflow.readout import ARGMAX, GAUSSIAN, GaussianReadout, chosen_readout
 
 TABLE, INVENTORY = "explanations.csv", "inventory.json"
-COLUMNS = ("name", "input", "label", "predicted", "argmax", "readout", "status")
-COLUMNS += ("error_code", "error_message")
+DECIDED = ("predicted", "argmax", "readout")
+COLUMNS = ("name", "input", "label", *DECIDED, "status", "error_code", "error_message")
 ENDINGS = (".png", ".npz")
 KIND = Kind(
     "earlier explanations",
