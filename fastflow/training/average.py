@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch.autograd.graph import increment_version
@@ -50,6 +51,21 @@ class WeightAverage:
         """
         self._started = False
         self.update()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averaged parameters by name, and whether there was an update."""
+        return {**dict(self._average.named_parameters()), "started": torch.tensor(self._started)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            KeyError: a parameter is missing.
+        """
+        for name, parameter in self._average.named_parameters():
+            parameter.copy_(state[name])
+        self._started = bool(state["started"])
 
     @torch.no_grad()
     def model(self) -> MagicFlow:

@@ -12,7 +12,7 @@ from fastflow.training.config import TrainConfig
 
 
 def iterate_batches(
-    data: SliceSet, steps: int, config: TrainConfig, generator: torch.Generator
+    data: SliceSet, steps: int, config: TrainConfig, generator: torch.Generator, first: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one epoch, on the host.
 
@@ -21,13 +21,14 @@ def iterate_batches(
         steps: how many batches.
         config: size and sampler.
         generator: of the order, which is drawn before the first batch.
+        first: so many batches at the beginning are left out; the order is that of all.
 
     Yields:
         Images (B, C, H, W) uint8 and labels (B,) int64.
     """
     labels = torch.from_numpy(data.labels)
     order = _order(labels, config, generator)
-    for step in range(steps):
+    for step in range(first, steps):
         index = order[step * config.batch_size : (step + 1) * config.batch_size]
         yield torch.from_numpy(data.images[index.numpy()]), labels[index]
 

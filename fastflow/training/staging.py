@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Entries of a report before the logistic losses.
-LOSS, SKIPPED, FIRST_LOGISTIC = 0, 1, 2
+# Entries of a report before the logistic losses: the loss, then the counters.
+LOSS, BITS, SAMPLES, SKIPPED_STEPS, SKIPPED, FIRST_LOGISTIC = range(6)
+# The counters are the entries of a report between the loss and the logistic losses.
+COUNTERS = FIRST_LOGISTIC - BITS
 
 
 class Batch(NamedTuple):
@@ -19,8 +21,8 @@ class Batch(NamedTuple):
         labels: (B,) int64.
         wrong: (B,) or (B, R) int64, labels to tell apart from the right ones; None where the step draws them
             itself.
-        report: (2 + B R) float64: the loss, the number of steps in a row that were skipped, and the logistic
-            losses of the pairs of labels.
+        report: (5 + B R) float64: the loss; the counters, which are the figures of `Totals` so far and the
+            number of steps in a row that were skipped; and the logistic losses of the pairs of labels.
     """
 
     images: Tensor
@@ -30,7 +32,7 @@ class Batch(NamedTuple):
 
 
 def empty_report(batch_size: int, device: torch.device, rivals: int = 1) -> Tensor:
-    """A report (2 + B R) of a batch with R rivals for each image, all zero."""
+    """A report (5 + B R) of a batch with R rivals for each image, all zero."""
     return torch.zeros(FIRST_LOGISTIC + batch_size * rivals, dtype=torch.float64, device=device)
 
 
@@ -126,7 +128,7 @@ class Reports:
         """Fetch a report, and hand out the latest one that has arrived for certain.
 
         Args:
-            report: (2 + B R) on the device.
+            report: (5 + B R) on the device.
             labels: (B,) on the host.
             wrong: (B,) or (B, R) on the host.
         """
@@ -138,6 +140,14 @@ class Reports:
         """The report that was not handed out yet, if there is one; the device is waited for."""
         before, self._pending = self._pending, None
         return _arrived(before)
+
+    def pending(self) -> HostReport | None:
+        """The report that the next call will hand out, for the state of a training; it stays pending."""
+        return _arrived(self._pending)
+
+    def restore(self, report: HostReport | None) -> None:
+        """Take a report for the one that is pending."""
+        self._pending = None if report is None else (report, None)
 
     def _fetch(
         self, report: Tensor, labels: Tensor, wrong: Tensor | None

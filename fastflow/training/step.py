@@ -8,8 +8,7 @@ epoch add up on the device, and what the host must know of a step it reads when 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +21,21 @@ from fastflow.training.augment import AUGMENTS
 from fastflow.training.average import WeightAverage
 from fastflow.training.capture import CapturedFunction, StepGraph, graph_for
 from fastflow.training.config import TrainConfig
+from fastflow.training.ledger import StepFigures, StepLedger
+from fastflow.training.ledger import Totals as Totals
+from fastflow.training.optimizer_state import load_optimizer, optimizer_tensors, part
 from fastflow.training.phases import Moment, Phase
 from fastflow.training.staging import (
+    BITS,
+    COUNTERS,
     FIRST_LOGISTIC,
     LOSS,
     SKIPPED,
     Batch,
     HostReport,
-    Reports,
     Staging,
     empty_report,
 )
-
-
-class Totals(NamedTuple):
-    """Figures of all steps since they were last taken.
-
-    Attributes:
-        bits_per_dim: sum over samples, in float64.
-        samples: of steps that were taken.
-        skipped_steps: whose loss or gradients were not finite.
-    """
-
-    bits_per_dim: float
-    samples: int
-    skipped_steps: int
 
 
 def _statistics(model: MagicFlow) -> list[Tensor]:
@@ -119,10 +108,9 @@ class TrainingStep:
         self.average: WeightAverage | None = None
         self._ready = False
         # The figures of `Totals`, and how many steps were skipped since the last that was not.
-        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
-        self._skipped = torch.zeros((), dtype=torch.float64, device=device)
-        self._reports = Reports(device, late=self._capturable)
-        self._last_report: HostReport | None = None
+        self._counters = torch.zeros(COUNTERS, dtype=torch.float64, device=device)
+        self._totals, self._skipped = self._counters[: SKIPPED - BITS], self._counters[SKIPPED - BITS]
+        self._ledger = StepLedger(device, late=self._capturable)
         self._drawn: Tensor | None = None
         self._enter(0, graph)
         assert self._phase.weight is not None
@@ -153,6 +141,11 @@ class TrainingStep:
     def rivals(self) -> int | None:
         """R where the steps of the phase take wrong labels (B, R); None where they take (B,) or none."""
         return self._draws if self._draws and self._phase.objective == "hybrid" else None
+
+    @property
+    def figures(self) -> StepFigures | None:
+        """The figures of the latest step that the host knows of; None before the first has arrived."""
+        return self._ledger.figures
 
     def set_learning_rate(self, value: float) -> None:
         """Take steps with this learning rate from now on."""
@@ -200,7 +193,7 @@ class TrainingStep:
             )
             self.run(batch)
         wrong = wrong if self._capturable else self._drawn
-        self._take_in(self._reports.push(batch.report, labels, wrong))
+        self._take_in(self._ledger.push(batch.report, labels, wrong))
 
     def take_totals(self) -> Totals:
         """The figures of the steps since the last call; waits for the device.
@@ -208,12 +201,43 @@ class TrainingStep:
         Raises:
             FloatingPointError: none of these steps was finite, or `max_skipped` of them in a row.
         """
-        self._take_in(self._reports.flush())
+        self._take_in(self._ledger.flush())
         bits, samples, skipped = self._totals.tolist()
         self._totals.zero_()
-        if skipped and not samples and self._last_report is not None:
-            raise self._not_finite(self._last_report)
+        self._ledger.forget_totals()
+        if skipped and not samples and self._ledger.last is not None:
+            raise self._not_finite(self._ledger.last)
         return Totals(bits, int(samples), int(skipped))
+
+    # -- its state -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything by which the steps that follow differ from those of a new object, but for the weights.
+
+        Waits for the device. A report that is pending stays so.
+        """
+        state = optimizer_tensors(self._model, self.optimizer) | self._ledger.state_dict()
+        state |= {"counters": self._counters, "negatives": self.negatives.losses}
+        state["ready"] = torch.tensor(self._ready)
+        if self.average is not None:
+            state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the state of another object of the same settings, whose weights the model has already.
+
+        Raises:
+            KeyError: an entry is missing.
+            ValueError: an entry has another shape.
+        """
+        load_optimizer(self._model, self.optimizer, state)
+        self._ledger.load_state_dict(state)
+        self._counters.copy_(state["counters"])
+        self.negatives.losses = state["negatives"].clone()
+        self._ready = bool(state["ready"])
+        if self._ready and self._config.ema:
+            self.average = WeightAverage(self._model, self._config.ema)
+            self.average.load_state_dict(part(state, "average."))
 
     # -- the function ----------------------------------------------------------------------------------------
 
@@ -250,7 +274,7 @@ class TrainingStep:
         self._totals.add_(torch.where(finite, taken, skipped))
         self._skipped.add_(1.0).masked_fill_(finite, 0.0)
         batch.report[LOSS].copy_(loss.detach())
-        batch.report[SKIPPED].copy_(self._skipped)
+        batch.report[BITS:FIRST_LOGISTIC].copy_(self._counters)
         if logistic is not None:
             batch.report[FIRST_LOGISTIC:].copy_(logistic.flatten())
 
@@ -322,7 +346,6 @@ class TrainingStep:
     def _take_in(self, report: HostReport | None) -> None:
         if report is None:
             return
-        self._last_report = report
         skipped = int(report.values[SKIPPED])
         if skipped == 0 and report.wrong is not None:
             losses = report.values[FIRST_LOGISTIC:].view(report.wrong.shape)

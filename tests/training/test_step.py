@@ -273,7 +273,7 @@ def test_the_function_waits_for_no_device(objective, task, reversible, precision
     )
     wrong = torch.zeros(BATCH, dtype=torch.int64)
     images, labels = next(batches(1, seed=5))
-    report = torch.zeros(2 + BATCH, dtype=torch.float64)
+    report = torch.zeros(5 + BATCH, dtype=torch.float64)
     with NoWaiting() as mode:
         step.run(Batch(images, labels, wrong, report))
     assert not mode.found
