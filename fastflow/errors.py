@@ -43,6 +43,22 @@ class JournalError(FastflowError, RuntimeError):
     """A journal of a run is damaged where it was safely written before."""
 
 
+class ResumeError(FastflowError, ValueError):
+    """A training cannot be gone on with: there is none, its state is damaged, or data or settings differ."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal stopped a training. It is no `Exception`, as its parent is none.
+
+    Attributes:
+        signum: the number of the signal.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
 class RunStoppedError(FastflowError, RuntimeError):
     """A run gave up by its own rules: an error row too many. Its results stay, and it can be resumed."""
 

@@ -15,6 +15,11 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under names that begin with `prefix`, which `part` takes away again."""
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What an optimizer remembers of each parameter: ``optimizer.ENTRY.PARAMETER``."""
     return {

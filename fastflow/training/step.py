@@ -23,7 +23,7 @@ from fastflow.training.capture import CapturedFunction, StepGraph, graph_for
 from fastflow.training.config import TrainConfig
 from fastflow.training.ledger import StepFigures, StepLedger
 from fastflow.training.ledger import Totals as Totals
-from fastflow.training.optimizer_state import load_optimizer, optimizer_tensors, part
+from fastflow.training.optimizer_state import load_optimizer, optimizer_tensors, part, with_prefix
 from fastflow.training.phases import Moment, Phase
 from fastflow.training.staging import (
     BITS,
@@ -36,6 +36,9 @@ from fastflow.training.staging import (
     Staging,
     empty_report,
 )
+
+# Entries of a step's state that begin so are the same on all ranks.
+SHARED_BY_RANKS = ("optimizer.", "average.")
 
 
 def _statistics(model: MagicFlow) -> list[Tensor]:
@@ -195,13 +198,21 @@ class TrainingStep:
         wrong = wrong if self._capturable else self._drawn
         self._take_in(self._ledger.push(batch.report, labels, wrong))
 
+    def flush(self) -> None:
+        """Take in the report that is still on its way; waits for the device.
+
+        Raises:
+            FloatingPointError: `max_skipped` steps in a row were not finite.
+        """
+        self._take_in(self._ledger.flush())
+
     def take_totals(self) -> Totals:
         """The figures of the steps since the last call; waits for the device.
 
         Raises:
             FloatingPointError: none of these steps was finite, or `max_skipped` of them in a row.
         """
-        self._take_in(self._ledger.flush())
+        self.flush()
         bits, samples, skipped = self._totals.tolist()
         self._totals.zero_()
         self._ledger.forget_totals()
@@ -220,7 +231,7 @@ class TrainingStep:
         state |= {"counters": self._counters, "negatives": self.negatives.losses}
         state["ready"] = torch.tensor(self._ready)
         if self.average is not None:
-            state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+            state |= with_prefix("average.", self.average.state_dict())
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

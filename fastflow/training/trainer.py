@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
@@ -18,23 +16,30 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 
-from fastflow._files import write_text
 from fastflow.data.slices import SliceSet
+from fastflow.errors import TrainingInterrupted
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.numerics import float32_products
-from fastflow.training.batches import iterate_batches
 from fastflow.training.config import TrainConfig as TrainConfig
+from fastflow.training.control import RunControl, StopRequests
+from fastflow.training.keeper import StateKeeper
 from fastflow.training.metrics import SampleMean, evaluate_labels
 from fastflow.training.metrics import evaluate_bits_per_dim as evaluate_bits_per_dim
 from fastflow.training.metrics import middle_slices as middle_slices
+from fastflow.training.monitor import Monitor, skipped_steps
 from fastflow.training.phases import mean_passes
+from fastflow.training.ranks import highest
+from fastflow.training.saved_run import CHECKPOINTS as CHECKPOINTS
+from fastflow.training.saved_run import HISTORY as HISTORY
+from fastflow.training.saved_run import EpochRecord as EpochRecord
+from fastflow.training.saved_run import SavedRun
 from fastflow.training.selection import Selection
+from fastflow.training.state import check_resumable, remove_state
 from fastflow.training.step import TrainingStep
 
-EpochRecord = dict[str, float]
-# The names of what a training leaves in its folder, beside the model.
-HISTORY, CHECKPOINTS = "history.jsonl", "checkpoints"
+# Ranks agree every so many steps on whether to save or to stop.
+AGREEMENT_STEPS = 8
 
 
 def train(
@@ -46,6 +51,8 @@ def train(
     watch: Mapping[str, SliceSet] | None = None,
     progress: Callable[[EpochRecord], None] | None = None,
     device: str = "auto",
+    resume: bool = False,
+    control: RunControl | None = None,
 ) -> list[EpochRecord]:
     """Train `model` in place and leave the best checkpoint in `folder`.
 
@@ -59,6 +66,9 @@ def train(
         watch: further sets whose bits/dim are recorded each epoch and never influence anything.
         progress: called after each epoch with its record.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        resume: go on with the unfinished training in `folder`, as ``control.resume`` does. `model` is a new
+            one, made as that of the training was.
+        control: how the training is saved, logged and watched; see `RunControl`.
 
     Returns:
         One record per epoch: ``epoch``, ``seconds``, ``learning_rate``, ``train_bits_per_dim``, ``phase``
@@ -66,23 +76,33 @@ def train(
         that its steps made for each image), and with a validation set ``val_bits_per_dim`` and, of more than
         one class, ``val_accuracy``, ``val_balanced_accuracy`` and ``val_nll`` (of single slices, see
         `evaluate_labels`); ``<name>_bits_per_dim`` for each watched set. ``skipped_steps`` counts the steps
-        of an epoch that were not finite, where there are any; they change no weight and are in no mean.
+        of an epoch that were not finite, and ``skipped_steps_so_far`` those of the training, where the epoch
+        has any; they change no weight and are in no mean.
 
     Raises:
         ValueError: a set is empty, has unknown labels or does not fit the model, or the engine is
             ``"cuda_graph"`` and the device is no CUDA device.
         FloatingPointError: the loss or its gradients were not finite in ``config.max_skipped`` steps in a
-            row, or in all steps of an epoch.
+            row, or in all steps of an epoch. The last state that was saved stays in the folder.
+        ResumeError: there is nothing to resume, its state is damaged, or data, settings or the architecture
+            differ from those of the state; no step was taken.
+        TrainingInterrupted: SIGINT or SIGTERM stopped the training after a step, whose state was saved.
     """
     watch = dict(watch or {})
     for name, data in {"train_set": train_set, "val_set": val_set, **watch}.items():
         if data is not None:
             _check_set(name, data, model.config)
+    control = control or RunControl()
+    control = dataclasses.replace(control, resume=resume or control.resume)
+    if control.resume:
+        check_resumable(folder)
+    sets = {"train": train_set, **({} if val_set is None else {"val": val_set}), **watch}
     with _cpu_threads(config.threads), float32_products(tf32=config.precision == "tf32"):
-        run = _Run(model, config, Path(folder), device)
-        history = run.fit(train_set, val_set, watch, progress)
+        run = _Run(model, config, Path(folder), device, control)
+        run.begin(sets)
+        run.fit(train_set, val_set, watch, progress)
         run.finish()
-    return history
+    return run.history
 
 
 @contextlib.contextmanager
@@ -110,24 +130,27 @@ def _check_set(name: str, data: SliceSet, config: FlowConfig) -> None:
         )
 
 
-class _Run:
-    """One training run: the state that `train` keeps between epochs."""
+class _Run(SavedRun):
+    """One training run: the loop over epochs, and what is evaluated and kept."""
 
-    def __init__(self, model: MagicFlow, config: TrainConfig, folder: Path, device: str) -> None:
-        self.model, self.config, self.folder = model, config, folder
+    def __init__(
+        self, model: MagicFlow, config: TrainConfig, folder: Path, device: str, control: RunControl
+    ) -> None:
+        self.model, self.config, self.folder, self.control = model, config, folder, control
         # Fabric knows no name for the products of float32, which `float32_products` decides.
         precision = "32-true" if config.precision == "tf32" else config.precision
         self.fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
         self.generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)
         self.selection = Selection(config.select_tolerance)
+        self.epoch, self.next_step, self.order = 0, 0, self.generator.get_state()
+        self.earlier_seconds, self.started = 0.0, time.perf_counter()
+        self.history, self.changes = [], []
         # The model itself is placed and cast; the wrapper is not called, as it would round images to the
         # dtype of conditioners.
         self.fabric.setup_module(model)
         self.step = TrainingStep(model, config, self.generator, self.fabric.autocast)
-        folder.mkdir(parents=True, exist_ok=True)
-        # The best epochs of an earlier run must not pass for those of this run.
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        self.keeper = StateKeeper(folder, control)
 
     # -- epochs ----------------------------------------------------------------------------------------------
 
@@ -137,34 +160,73 @@ class _Run:
         val_set: SliceSet | None,
         watch: Mapping[str, SliceSet],
         progress: Callable[[EpochRecord], None] | None,
-    ) -> list[EpochRecord]:
+    ) -> None:
         steps = max(1, len(train_set) // self.config.batch_size)
-        history: list[EpochRecord] = []
-        for epoch in range(self.config.epochs):
-            start = time.perf_counter()
-            record: EpochRecord = {"epoch": epoch + 1, "learning_rate": self._rate(epoch * steps, steps)}
-            record |= self._train_epoch(train_set, epoch, steps)
-            record |= self._evaluate(val_set, watch)
-            record["seconds"] = time.perf_counter() - start
-            history.append(record)
-            self._keep(record)
-            self._write_history(history)
-            if progress is not None:
-                progress(record)
-        return history
+        self.started = time.perf_counter()
+        with StopRequests(self.keeper.what_stays) as self.stops, self._watched(steps):
+            while self.epoch < self.config.epochs:
+                record = self._run_epoch(train_set, val_set, watch, steps)
+                self.monitor.epoch(record)
+                if progress is not None:
+                    progress(record)
+                self._stop_if_asked()
+
+    @contextlib.contextmanager
+    def _watched(self, steps: int) -> Iterator[None]:
+        """Report steps to logs and the caller, and say after a failure what there is to go on from."""
+        figures = self.step.figures
+        self.monitor = Monitor(
+            self.folder,
+            self.control,
+            *(self.config.epochs, steps, 0 if figures is None else figures.steps),
+            lambda step: (self._objective(step, steps), self._rate(step, steps)),
+            self.fabric.global_rank == 0,
+        )
+        try:
+            yield
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; {self.keeper.after_failure()}") from error
+        finally:
+            self.monitor.close()
+
+    def _run_epoch(
+        self, train_set: SliceSet, val_set: SliceSet | None, watch: Mapping[str, SliceSet], steps: int
+    ) -> EpochRecord:
+        epoch = self.epoch
+        record: EpochRecord = {"epoch": epoch + 1, "learning_rate": self._rate(epoch * steps, steps)}
+        record |= self._train_epoch(train_set, epoch, steps)
+        record |= self._evaluate(val_set, watch)
+        record["seconds"] = self.seconds()
+        self.history.append(record)
+        self._keep(record)
+        self.write_history()
+        self.epoch, self.next_step, self.earlier_seconds = epoch + 1, 0, 0.0
+        self.started = time.perf_counter()
+        self.save()
+        return record
 
     def _rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, with so many steps in an epoch."""
         factor = self.config.moment(step, self.config.epochs * steps).rate
         return factor * self.config.learning_rate * self.config.rate(step / steps)
 
+    def _objective(self, step: int, steps: int) -> str:
+        """The objective of a step, with so many steps in an epoch."""
+        return self.config.phases[self.config.moment(step, self.config.epochs * steps).phase].objective
+
     def _train_epoch(self, data: SliceSet, epoch: int, steps: int) -> EpochRecord:
         self.model.train()
         total = self.config.epochs * steps
-        for i, batch in enumerate(iterate_batches(data, steps, self.config, self.generator)):
-            self.step.set_moment(self.config.moment(epoch * steps + i, total))
-            self.step.set_learning_rate(self._rate(epoch * steps + i, steps))
+        for batch in self.batches(data, steps):
+            step = epoch * steps + self.next_step
+            self.step.set_moment(self.config.moment(step, total))
+            self.step.set_learning_rate(self._rate(step, steps))
             self.step(*batch)
+            self.next_step += 1
+            self.monitor.count(len(batch[1]) * self.fabric.world_size)
+            self._after_step()
+        self.step.flush()
+        self.monitor.step(self.step.figures, self.history)
         totals = self.step.take_totals()
         mean = SampleMean(self.fabric)
         mean.add(totals.bits_per_dim, totals.samples)
@@ -174,7 +236,29 @@ class _Run:
         record["passes"] = mean_passes(self.config.phases, span, total, self.model.config.num_classes)
         if totals.skipped_steps:
             record["skipped_steps"] = totals.skipped_steps
+            record["skipped_steps_so_far"] = skipped_steps(self.history) + totals.skipped_steps
         return record
+
+    def _after_step(self) -> None:
+        """Report the step; save the state where it is time to, and where a signal asked for a stop."""
+        figures = self.step.figures
+        self.monitor.step(figures, self.history)
+        due = self.keeper.due()
+        if self.fabric.world_size > 1 and self.next_step % AGREEMENT_STEPS:
+            return
+        # Weights are good after a skipped step too, but a state amid several would only be skipped through.
+        good = figures is None or not figures.skipped_in_a_row
+        if highest(self.fabric, self.stops.signum):
+            self._stop_if_asked(saves=True)
+        elif highest(self.fabric, int(due and good)):
+            self.save()
+
+    def _stop_if_asked(self, saves: bool = False) -> None:
+        signum = highest(self.fabric, self.stops.signum)
+        if signum:
+            if saves:
+                self.save()
+            raise TrainingInterrupted(signum, f"stopped; {self.keeper.what_stays()}")
 
     # -- evaluation and checkpoints --------------------------------------------------------------------------
 
@@ -200,9 +284,6 @@ class _Run:
         for rule in self.selection.take(record):
             self.candidate.save(self.folder / CHECKPOINTS / rule)
 
-    def _write_history(self, history: list[EpochRecord]) -> None:
-        write_text(self.folder / HISTORY, "".join(json.dumps(record) + "\n" for record in history))
-
     def finish(self) -> None:
         """Put the selected epoch into the model and into the folder."""
         select = self.config.select if self.model.config.num_classes > 1 else "loss"
@@ -213,5 +294,8 @@ class _Run:
         )
         kept = kept or self.config.epochs
         settings = dataclasses.asdict(self.config) | {"select": select}
-        self.model.metadata["training"] = settings | {"kept_epoch": kept}
+        changes = {"changes": self.changes} if self.changes else {}
+        self.model.metadata["training"] = settings | {"kept_epoch": kept} | changes
         self.model.eval().save(self.folder)
+        if not self.control.keep_state:
+            remove_state(self.folder)
