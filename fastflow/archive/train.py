@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 
 from fastflow._files import write_text
 from fastflow.archive.calibrate import calibrate as calibrate
-from fastflow.archive.model_folder import INVENTORY, model_folder
+from fastflow.archive.model_folder import INVENTORY, UNFINISHED, model_folder, read_history
 from fastflow.archive.options import pick_device
-from fastflow.archive.training_data import TRAIN, VAL, Reading, UsableFiles, choose, load_chosen
+from fastflow.archive.training_data import TRAIN, VAL, Reading, choose, load_chosen
+from fastflow.archive.training_run import TrainingRun, TrainingRunFields
 from fastflow.data.grids import majority_grid, read_grids
 from fastflow.data.inventory import Inventory
 from fastflow.data.listing import Listing, list_records
@@ -23,9 +27,12 @@ from fastflow.data.preprocess import Preprocess
 from fastflow.data.slice_cache import SliceCache
 from fastflow.data.slices import SliceSet
 from fastflow.data.training_images import TrainingImages
-from fastflow.errors import VolumeError
+from fastflow.errors import TrainingInterrupted, VolumeError
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
+from fastflow.training.fingerprint import architecture_fingerprint, settings_fingerprint
+from fastflow.training.logs import check_tensorboard
+from fastflow.training.state import check_fingerprint, has_state, is_complete
 from fastflow.training.trainer import EpochRecord, TrainConfig, train
 
 
@@ -74,11 +81,8 @@ def train_on_archive(
     application_mask: str | None = None,
     workers: int = 1,
     device: str = "auto",
-    reading: Callable[[int, int], None] | Reading | None = None,
-    progress: Callable[[EpochRecord], None] | None = None,
-    counted: Callable[[UsableFiles], None] | None = None,
-    overwrite: bool = False,
-    lock: bool = True,
+    run: TrainingRun | None = None,
+    **options: Unpack[TrainingRunFields],
 ) -> Trained:
     """Train on the split ``train``, choose the epoch and calibrate on ``val``, ignore other splits.
 
@@ -86,12 +90,13 @@ def train_on_archive(
     in training and afterwards, since a density model punishes any background that it has not seen.
 
     The folder is held from before the first volume is read to the end. An earlier model in it stays as it is
-    until the new one is finished; until then, history and checkpoints lie in ``unfinished/`` inside it.
+    until the new one is finished; until then, history, checkpoints and the state that a stopped training goes
+    on from lie in ``unfinished/`` inside it.
 
     Args:
         records: labelled files with splits; a `Listing` also says what was found and left out.
-        folder: receives the model, ``history.jsonl``, ``checkpoints/`` and ``inventory.json``, the count of
-            what was found.
+        folder: receives the model, ``history.jsonl``, ``steps.csv``, ``checkpoints/`` and ``inventory.json``,
+            the count of what was found.
         preset: a name of `FlowConfig.preset`.
         slices: see `Preprocess`.
         config: how to train; the published recipe when None.
@@ -99,22 +104,24 @@ def train_on_archive(
         application_mask: PNG of the `custom` masks; the shipped one when None.
         workers: processes that read files.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        reading: called with the number of files read and their total, or a `Reading`, which also has a cache.
-        progress: called after each epoch.
-        counted: called before the first epoch with what was found and what of it can be used, also where
-            that is too little.
-        overwrite: replace an earlier model or unfinished training; other files are never replaced.
-        lock: keep other runs out of the folder.
+        run: how the training is run and watched.
+        options: fields of `run`, each by its name.
 
     Raises:
         ManifestError: there is no training file, the training volumes share no grid, a subject is in two
             splits, a label occurs in ``val`` only, or none of the files of a split or of a class of ``train``
             can be used.
         OutputFolderError: the folder holds something else, or another run writes into it.
+        ResumeError: there is nothing to resume, or data or settings differ from those of the training that is
+            to be resumed; no step was taken.
         ValueError: a setting does not fit.
         OSError: the folder cannot be written into.
+        TrainingInterrupted: a signal stopped the training; there is a state to go on from.
     """
     config = config or TrainConfig()
+    run = dataclasses.replace(run or TrainingRun(), **options)
+    if run.tensorboard:
+        check_tensorboard()
     pick_device(device)
     chosen = choose(records)
     names = chosen.class_names
@@ -122,24 +129,49 @@ def train_on_archive(
     size = (flow.input_shape[1], flow.input_shape[2])
     # Settings are tried out before files are read.
     Preprocess(size, slices)
-    with model_folder(folder, overwrite, lock) as work:
+    with _stopped_in_words(Path(folder)), model_folder(folder, run.overwrite, run.lock, run.resume) as work:
         torch.manual_seed(config.seed)
         model = MagicFlow(flow, application_mask)
-        cache = reading.cache if isinstance(reading, Reading) else None
+        if run.resume:
+            # The settings are compared before files are read, and all else before the first step.
+            check_fingerprint(work, settings_fingerprint(config), run.allow_changes)
+            check_fingerprint(work, architecture_fingerprint(model))
+        cache = run.reading.cache if isinstance(run.reading, Reading) else None
         preprocess = preprocess_like(chosen.splits[TRAIN], size, slices, workers, cache)
-        sets, usable = load_chosen(chosen, preprocess, workers, reading)
-        if counted is not None:
-            counted(usable)
+        sets, usable = load_chosen(chosen, preprocess, workers, run.reading)
+        if run.counted is not None:
+            run.counted(usable)
         usable.check()
-        write_text(work / INVENTORY, json.dumps(usable.inventory.to_dict(), indent=1) + "\n")
         model.metadata["preprocess"] = preprocess.to_dict()
         model.metadata["training_data"] = usable.to_dict()
-        describe_images(model, sets)
-        history = train(model, sets[TRAIN], sets.get(VAL), config, work, progress=progress, device=device)
-        if VAL in sets:
-            calibrate(model, sets[VAL], sets[TRAIN], config.calibration_volumes, config.seed)
-            model.save(work)
-    return Trained(model, history, list(usable.errors), usable.inventory)
+        # A training that was stopped while its files were moved to their places has nothing left to learn.
+        was_complete = is_complete(work)
+        if not was_complete:
+            write_text(work / INVENTORY, json.dumps(usable.inventory.to_dict(), indent=1) + "\n")
+            describe_images(model, sets)
+            control = dataclasses.replace(run, keep_state=True)
+            validation, notify = sets.get(VAL), run.progress
+            train(model, sets[TRAIN], validation, config, work, None, notify, device, control=control)
+            if validation is not None:
+                calibrate(model, validation, sets[TRAIN], config.calibration_volumes, config.seed)
+                model.save(work)
+    if was_complete:
+        model = MagicFlow.load(folder)
+    return Trained(model, read_history(folder), list(usable.errors), usable.inventory)
+
+
+@contextlib.contextmanager
+def _stopped_in_words(folder: Path) -> Iterator[None]:
+    """Say at Ctrl-C what there is to go on from."""
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt as stop:
+        if has_state(folder / UNFINISHED) or is_complete(folder / UNFINISHED):
+            message = f"stopped; --resume (resume=True) goes on with the training in {folder / UNFINISHED}"
+            raise TrainingInterrupted(signal.SIGINT, message) from stop
+        raise
 
 
 def preprocess_like(

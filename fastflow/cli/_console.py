@@ -27,9 +27,18 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from fastflow.errors import CacheWarning, FastflowError, JournalError, LowSpaceWarning, RunStoppedError
+from fastflow.errors import (
+    CacheWarning,
+    FastflowError,
+    JournalError,
+    LowSpaceWarning,
+    RunStoppedError,
+    TrainingInterrupted,
+)
 
 OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
+# A process that a signal stopped ends with the signal's number and this.
+SIGNAL_OFFSET = 128
 # So many seconds pass between two lines about a run's progress where there is no terminal.
 PROGRESS_INTERVAL = 30.0
 
@@ -67,12 +76,15 @@ class Commands(TyperGroup):
         """Run the command.
 
         Raises:
-            typer.Exit: with 2 for bad input, with 1 for a run that failed.
+            typer.Exit: with 2 for bad input, with 1 for a run that failed, with 130 or 143 for one that a
+                signal stopped.
         """
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show(warnings.showwarning)
                 return super().invoke(ctx)
+        except TrainingInterrupted as stop:
+            fail(str(stop), SIGNAL_OFFSET + stop.signum)
         except KeyboardInterrupt:
             fail(
                 "interrupted" + ("; --resume goes on" if ctx.invoked_subcommand == "classify" else ""),

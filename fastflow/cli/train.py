@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastflow.cli._console import messages, print_epoch, progress_bar, report_errors, warn
+from fastflow.cli._console import messages, print_epoch, report_errors, warn
 from fastflow.cli._options import Device, DeviceOption, NoLock, Seed, Workers, takes
+from fastflow.cli._training_progress import training_bar
 
 if TYPE_CHECKING:
     from fastflow.archive.training_data import UsableFiles
@@ -171,6 +172,29 @@ class TrainOptions:
             "new one is finished.",
         ),
     ] = False
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the unfinished training in the folder; all other options as it was begun with.",
+        ),
+    ] = False
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changes",
+            help="With --resume: --epochs, --lr, --warmup, --objective and --augment may be others now.",
+        ),
+    ] = False
+    save_seconds: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between two states that --resume can go on from.")
+    ] = 300.0
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard", help="Write event files too; needs pip install 'fastflow[tensorboard]'."
+        ),
+    ] = False
     no_lock: NoLock = False
 
 
@@ -181,7 +205,9 @@ def train(options: TrainOptions) -> None:
     Options that are not given follow the preset's recipe: that of `fastflow demo` for the demo preset, else
     the published one. The grid of most training volumes becomes the model's. Files that cannot be used are
     named and left out (exit code 1 at the end); a class or split without any stops before the first epoch.
-    History and checkpoints lie in `unfinished/` inside the model folder until training has ended.
+    History and checkpoints lie in `unfinished/` inside the model folder until training has ended, and so does
+    the state that `--resume` goes on from: it is saved at the end of each epoch, every few minutes, and at
+    Ctrl-C (exit code 130; 143 after SIGTERM). A second Ctrl-C stops at once.
 
     Example: `fastflow train archive/manifest.csv --out model --preset small --epochs 30 --slices center+-6:3`
     """
@@ -221,7 +247,7 @@ def train(options: TrainOptions) -> None:
         "condition_from_step": options.condition_from_step,
     }
     changes |= {"dequantize": "uniform"} if options.dequantize else {}
-    with progress_bar("reading volumes") as reading:
+    with training_bar() as bar:
         trained = train_on_archive(
             list_records(options.manifest, options.label),
             options.out,
@@ -232,11 +258,16 @@ def train(options: TrainOptions) -> None:
             str(options.mask) if options.mask else None,
             options.workers,
             options.device.value,
-            Reading(reading, _cache(options)),
-            print_epoch,
-            partial(_print_usable, config.phases),
-            options.overwrite,
+            resume=options.resume,
+            allow_changes=options.allow_changes,
+            save_seconds=options.save_seconds,
+            tensorboard=options.tensorboard,
+            overwrite=options.overwrite,
             lock=not options.no_lock,
+            reading=Reading(bar.reading, _cache(options)),
+            counted=partial(_print_usable, config.phases),
+            progress=print_epoch,
+            on_step=bar.step,
         )
     last = trained.history[-1]
     typer.echo(

@@ -32,17 +32,19 @@ def settings_fingerprint(config: TrainConfig) -> Fingerprint:
     return {"settings": _as_json(fields)}
 
 
-def model_fingerprint(model: MagicFlow) -> Fingerprint:
-    """The architecture with its masks, and the preprocessing that the metadata name."""
+def architecture_fingerprint(model: MagicFlow) -> Fingerprint:
+    """The architecture and its masks."""
     digest = _new_digest()
     for name, value in model.state_dict().items():
         if name.endswith(".mask"):
             digest.update(np.packbits(value.cpu().numpy()).tobytes())
     architecture = model.config.to_dict() | {"masks_digest": digest.hexdigest()}
-    return {
-        "architecture": _as_json(architecture),
-        "preprocess": _as_json(model.metadata.get("preprocess", {})),
-    }
+    return {"architecture": _as_json(architecture)}
+
+
+def preprocess_fingerprint(model: MagicFlow) -> Fingerprint:
+    """The preprocessing that the metadata of a model name, if they do."""
+    return {"preprocess": _as_json(model.metadata.get("preprocess", {}))}
 
 
 def data_fingerprint(sets: Mapping[str, SliceSet]) -> Fingerprint:
@@ -79,7 +81,7 @@ def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
 
     Groups that `now` lacks are not compared.
     """
-    found = []
+    found: list[str] = []
     defaults = _as_json(dataclasses.asdict(TrainConfig()))
     for group in ("settings", "architecture", "preprocess", "ranks"):
         if group in now:
@@ -121,9 +123,9 @@ def _volume_changes(
 ) -> Iterator[str]:
     """The number of volumes where it differs, and else the first whose slices or label do."""
     if len(before) != len(now):
-        old, new = ({path for path, _ in volumes} for volumes in (before, now))
-        odd = sorted(new - old or old - new)
-        example = f" ({'new' if new - old else 'gone'}: {odd[0]})" if odd else ""
+        paths, new_paths = ({path for path, _ in volumes} for volumes in (before, now))
+        odd = sorted(new_paths - paths or paths - new_paths)
+        example = f" ({'new' if new_paths - paths else 'gone'}: {odd[0]})" if odd else ""
         yield f"volumes of {name!r} were {len(before)} and are now {len(now)}{example}"
         return
     wrong = [i for i in range(len(now)) if before[i][1] != now[i][1]]

@@ -62,6 +62,11 @@ def _rows_up_to(path: Path, after: int) -> list[str]:
     return rows
 
 
+def is_event_file(name: str) -> bool:
+    """Whether a name is that of an event file of TensorBoard."""
+    return name.startswith("events.out.tfevents.")
+
+
 def check_tensorboard() -> None:
     """Raise ValueError where the package for event files is not installed."""
     try:

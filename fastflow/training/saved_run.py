@@ -21,12 +21,13 @@ from fastflow.training.config import TrainConfig
 from fastflow.training.control import RunControl
 from fastflow.training.fingerprint import (
     Fingerprint,
+    architecture_fingerprint,
     data_fingerprint,
-    model_fingerprint,
+    preprocess_fingerprint,
     settings_fingerprint,
 )
 from fastflow.training.keeper import StateKeeper
-from fastflow.training.logs import TENSORBOARD
+from fastflow.training.logs import TENSORBOARD, is_event_file
 from fastflow.training.optimizer_state import part, with_prefix
 from fastflow.training.random_state import random_state, set_random_state
 from fastflow.training.ranks import of_all_ranks, of_this_rank
@@ -116,7 +117,8 @@ class SavedRun:
         """Make the folder ready for a new training, or go on with the one that is in it."""
         fingerprint = {
             **settings_fingerprint(self.config),
-            **model_fingerprint(self.model),
+            **architecture_fingerprint(self.model),
+            **preprocess_fingerprint(self.model),
             **data_fingerprint(sets),
             "ranks": {"ranks": self.fabric.world_size},
         }
@@ -127,8 +129,9 @@ class SavedRun:
             # The best epochs of an earlier run must not pass for those of this run.
             shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
             remove_state(self.folder)
-            for events in (self.folder / TENSORBOARD).glob("events.out.tfevents*"):
-                events.unlink()
+            for path in (self.folder / TENSORBOARD).glob("*"):
+                if is_event_file(path.name):
+                    path.unlink()
             write_fingerprint(self.folder, fingerprint)
 
     def _resume(self, fingerprint: Fingerprint) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
@@ -31,6 +31,8 @@ from fastflow.models.checkpoint import CONFIG
 from fastflow.training.fingerprint import Fingerprint, changed_settings, differences
 
 STATE, DOCUMENT, FINGERPRINT = "state", "state.json", "fingerprint.json"
+# The document has this name from when the model is finished until its files are where they belong.
+COMPLETE = "complete.json"
 FORMAT = 1
 # So many differences are named in a message.
 MAX_NAMED = 6
@@ -68,6 +70,17 @@ def has_state(folder: str | PathLike[str]) -> bool:
     return (Path(folder) / STATE / DOCUMENT).exists()
 
 
+def mark_complete(folder: str | PathLike[str]) -> None:
+    """Say that the model in the folder is finished. Nothing is written, as a disk may be full by now."""
+    if has_state(folder):
+        os.replace(Path(folder) / STATE / DOCUMENT, Path(folder) / STATE / COMPLETE)
+
+
+def is_complete(folder: str | PathLike[str]) -> bool:
+    """Whether the model in the folder of a training is finished, and only its files are to be moved."""
+    return (Path(folder) / STATE / COMPLETE).exists()
+
+
 def check_resumable(folder: str | PathLike[str]) -> None:
     """Raise ResumeError where the folder of a training holds no state."""
     if not has_state(folder):
@@ -83,11 +96,16 @@ def check_resumable(folder: str | PathLike[str]) -> None:
 
 
 def remove_state(folder: str | PathLike[str]) -> None:
-    """Remove the state of a training; the document goes first, as it names what goes then."""
+    """Remove the state of a training: its document first, as it names the rest, and a `COMPLETE` one last."""
     state = Path(folder) / STATE
+    if not state.is_dir():
+        return
     (state / DOCUMENT).unlink(missing_ok=True)
-    if state.is_dir():
-        shutil.rmtree(state)
+    for path in state.iterdir():
+        if path.name != COMPLETE:
+            path.unlink()
+    (state / COMPLETE).unlink(missing_ok=True)
+    state.rmdir()
 
 
 def write_state(folder: str | PathLike[str], state: RunState) -> None:
@@ -186,6 +204,7 @@ def _signed(values: Mapping[str, Any]) -> str:
 
 
 def _read_signed(path: Path) -> dict[str, Any]:
+    """The content of a document of `_signed`, once its format and hash are checked."""
     folder = path.parent.parent
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -73,6 +73,7 @@ def test_model_folder_classifies_what_it_was_trained_on(scans: Path, tmp_path: P
     assert {path.name for path in (tmp_path / "model").iterdir()} - {".lock"} == {
         "config.json",
         "history.jsonl",
+        "steps.csv",
         "checkpoints",
         "inventory.json",
         next((tmp_path / "model").glob("model-*")).name,
