@@ -56,6 +56,8 @@ CORE = [
 ]
 # Results as Parquet files.
 PARQUET = ["pyarrow>=15"]
+# Event files of a training.
+TENSORBOARD = ["tensorboard>=2.16"]
 # Classification on several machines.
 RAY = ["ray[data]>=2.40"]
 # Export to ONNX; ONNX Runtime compares the graphs with the model and runs them without torch.
@@ -98,10 +100,11 @@ setup(
             ),
             # The schema of what a model repository holds; its gRPC extra would pin an old protobuf.
             "tritonclient>=2.69",
-            *(*PARQUET, *RAY, *EXPORT_CPU),
+            *(*PARQUET, *RAY, *EXPORT_CPU, *TENSORBOARD),
         ],
         "parquet": PARQUET,
         "ray": RAY,
+        "tensorboard": TENSORBOARD,
         "export": [*ONNX, "onnxruntime-gpu>=1.20"],
         "export-cpu": EXPORT_CPU,
     },
