@@ -108,7 +108,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
 
 def _data_changes(name: str, before: Any, now: Any) -> Iterator[str]:
     if before is None or now is None:
-        yield f"a set {name!r} was {'not given and is now given' if before is None else 'given and is now not given'}"
+        was, is_now = ("not given", "given") if before is None else ("given", "not given")
+        yield f"a set {name!r} was {was} and is now {is_now}"
         return
     if before["classes"] != now["classes"]:
         yield f"the classes of {name!r} were {before['classes']} and are now {now['classes']}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastflow.archive.locks import LOCK, locked
-from fastflow.archive.model_folder import UNFINISHED, model_folder
-from fastflow.errors import OutputFolderError
+from fastflow.archive.model_folder import UNFINISHED, can_resume, model_folder
+from fastflow.errors import OutputFolderError, ResumeError
 
 
 def names(folder: Path) -> set[str]:
@@ -143,6 +143,8 @@ def test_a_run_that_was_killed_while_reading_is_forgotten(tmp_path: Path) -> Non
         ("history.jsonl", "a diary", "history.jsonl: has the name of a model's file"),
         ("checkpoints/step-1/weights.bin", "", "checkpoints: has the name of a model's file"),
         ("checkpoints", "a list", "checkpoints: has the name of a model's file"),
+        ("steps.csv", "one, two", "steps.csv: has the name of a model's file"),
+        ("tensorboard/notes.txt", "", "tensorboard: has the name of a model's file"),
         ("unfinished/novel.txt", "", "unfinished: has the name of a model's file"),
     ],
 )
@@ -198,3 +200,75 @@ def test_a_full_disk_is_found_before_the_body_runs(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="No space left on device"), model_folder(tmp_path / "m"):
         ran.append(True)
     assert not ran and not (tmp_path / "m").exists()
+
+
+# -- a training that is resumed ------------------------------------------------------------------------------
+
+
+STEPS_HEADER = "step,epoch,learning_rate,phase,loss,bits_per_dim,images_per_second,skipped\n"
+
+
+def stop_with_a_state(folder: Path, **options: bool) -> None:
+    """Stop a training within its first epoch, after a state was saved."""
+    with pytest.raises(KeyboardInterrupt), model_folder(folder, **options) as work:  # noqa: PT012
+        (work / "state").mkdir()
+        (work / "state" / "state.json").write_text("{}")
+        raise KeyboardInterrupt
+
+
+def test_a_training_with_a_state_is_gone_on_with_or_replaced_on_demand(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    for where in (folder, tmp_path):
+        with pytest.raises(ResumeError, match="no unfinished training, there is nothing to resume"):
+            train_once(where, resume=True)
+    assert not folder.exists()
+    stop_with_a_state(folder)
+    with pytest.raises(
+        OutputFolderError, match=r"unfinished training .*; go on with it \(--resume\), replace"
+    ):
+        train_once(folder)
+    with model_folder(folder, resume=True) as work:
+        assert names(work) == {"state"} and can_resume(folder)
+        fill(work, "1")
+        (work / "steps.csv").write_text(STEPS_HEADER)
+    assert names(folder) == {
+        *("checkpoints", "config.json", "history.jsonl", "steps.csv", f"model-{'1' * 16}.safetensors")
+    }
+    with pytest.raises(ResumeError, match="holds a finished model, there is nothing to resume"):
+        train_once(folder, resume=True)
+
+
+def test_a_training_without_a_state_cannot_be_resumed(tmp_path: Path) -> None:
+    stop_after_an_epoch(tmp_path / "m", "1")
+    with pytest.raises(ResumeError, match="stopped before a state was saved"):
+        train_once(tmp_path / "m", resume=True)
+    assert (tmp_path / "m" / UNFINISHED / "history.jsonl").exists()
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_moves_that_were_stopped_are_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    train_once(tmp_path, "1")
+    (tmp_path / "steps.csv").write_text(STEPS_HEADER)
+    replace, done = os.replace, []
+
+    def stop_after_some(source: Path, target: Path) -> None:
+        if Path(source).parent.name == UNFINISHED and not Path(source).name.startswith("."):
+            done.append(target)
+            if len(done) > moves:
+                raise OSError("stopped")
+        replace(source, target)
+
+    stop_with_a_state(tmp_path, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_after_some)
+        if moves < 4:
+            with pytest.raises(OSError, match="stopped"), model_folder(tmp_path, resume=True) as work:
+                fill(work, "2")
+            assert weights_of(tmp_path) == "1"
+    with model_folder(tmp_path, resume=True) as work:
+        if moves == 4:
+            fill(work, "2")
+    assert weights_of(tmp_path) == "2"
+    assert names(tmp_path) == {"checkpoints", "config.json", "history.jsonl", f"model-{'2' * 16}.safetensors"}

@@ -73,7 +73,7 @@ def whole(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 # A process that has loaded its modules forks one for each order. The fork ends without Python's cleaning up,
 # and where a file is synchronised, half of it is lost, as in a power cut.
 MORTAL = """
-import json, os, sys, traceback
+import json, os, stat, sys, traceback
 import torch
 from fastflow.archive.train import train_on_archive
 from fastflow.data.manifest import read_manifest
@@ -85,7 +85,7 @@ def die(name, at):
     original, calls = getattr(os, name), iter(range(10**9))
     def call(*arguments, **options):
         if next(calls) == at:
-            if name == "fsync":
+            if name == "fsync" and stat.S_ISREG(os.fstat(arguments[0]).st_mode):
                 os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
             os._exit(9)
         return original(*arguments, **options)
@@ -140,7 +140,7 @@ def go_on(manifest: Path, folder: Path) -> None:
         start(manifest, folder)
 
 
-@pytest.mark.parametrize(("name", "at"), [("fsync", 9), ("replace", 25)])
+@pytest.mark.parametrize(("name", "at"), [("fsync", 32), ("replace", 34)])
 def test_killed_and_resumed(
     manifest: Path, tmp_path: Path, mortal: Mortal, whole: dict[str, Any], name: str, at: int
 ) -> None:
@@ -152,7 +152,7 @@ def test_killed_and_resumed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stride"), [("fsync", 2), ("replace", 2), ("unlink", 3), ("rmdir", 1)])
+@pytest.mark.parametrize(("name", "stride"), [("fsync", 13), ("replace", 4), ("unlink", 5), ("rmdir", 1)])
 def test_killed_at_every_call(
     manifest: Path, tmp_path: Path, mortal: Mortal, whole: dict[str, Any], name: str, stride: int
 ) -> None:
@@ -174,13 +174,13 @@ def test_killed_again_and_again(
 ) -> None:
     """Each process comes a little further than the one before."""
     folder, kills = tmp_path / "m", 0
-    while (code := mortal("replace", 5, folder, resume=can_resume(folder))) == 9:
+    while (code := mortal("replace", 11, folder, resume=can_resume(folder))) == 9:
         kills += 1
         assert kills < 30
     if code == 1:
         with pytest.raises(ResumeError, match="holds a finished model"):
             start(manifest, folder, resume=True)
-    assert kills > 3 and content(folder) == whole
+    assert kills == 5 and content(folder) == whole
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_an_earlier_model_stays_while_its_successor_is_killed(
     config = TrainConfig(**{**CONFIG, "seed": 5, "epochs": 1})
     train_on_archive(read_manifest(manifest), folder, "tiny", config=config, device="cpu")
     before = MagicFlow.load(folder).state_dict()
-    for at in (12, 22, 24, 26):
+    for at in (15, 26, 32, 35):
         assert mortal("replace", at, folder, overwrite=True) == 9
         assert can_resume(folder)
         found = MagicFlow.load(folder).state_dict()
