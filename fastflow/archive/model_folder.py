@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
-from fastflow._files import sync_folder, write_bytes
+from fastflow._files import is_temporary, sync_folder, temporary_name, write_bytes
 from fastflow._places import make_folder, names_in
 from fastflow.archive.locks import LOCK, locked
 from fastflow.archive.output_folder import RUN
@@ -30,7 +30,6 @@ from fastflow.training.state import (
     has_state,
     is_complete,
     mark_complete,
-    remove_state,
 )
 from fastflow.training.trainer import CHECKPOINTS, HISTORY, EpochRecord
 
@@ -176,7 +175,7 @@ def _is_own_or_other(path: Path) -> bool:
     if path.name == TENSORBOARD:
         return path.is_dir() and all(is_event_file(child.name) for child in path.iterdir())
     if path.name == UNFINISHED:
-        names = {child.name for child in path.iterdir()} if path.is_dir() else {""}
+        names = set(names_in(path)) if path.is_dir() else {""}
         return not names or bool(names & {CONFIG, STATE, *OWN})
     return True
 
@@ -201,6 +200,10 @@ def _holds_object(path: Path, key: str) -> bool:
 
 def _begin(work: Path, resume: bool) -> None:
     """Make the inner folder anew, and write into it, so that a full disk is found before volumes are read."""
+    for path in work.parent.iterdir():
+        # A training that was killed at its very end leaves such a folder.
+        if is_temporary(path.name):
+            _remove(path)
     if resume:
         clear_unfinished_files(work)
         if is_complete(work):
@@ -239,8 +242,10 @@ def _publish(work: Path, folder: Path) -> None:
         if _WEIGHTS.fullmatch(path.name) and path.name != weights:
             path.unlink()
     sync_folder(folder)
-    remove_state(work)
-    work.rmdir()
+    # What is left goes in one step, and is removed under a name that no training looks for.
+    left = folder / temporary_name(UNFINISHED, "old")
+    os.replace(work, left)
+    shutil.rmtree(left, ignore_errors=True)
     sync_folder(folder)
 
 

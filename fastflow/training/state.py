@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
@@ -96,16 +97,11 @@ def check_resumable(folder: str | PathLike[str]) -> None:
 
 
 def remove_state(folder: str | PathLike[str]) -> None:
-    """Remove the state of a training: its document first, as it names the rest, and a `COMPLETE` one last."""
+    """Remove the state of a training; the document goes first, as it names the rest."""
     state = Path(folder) / STATE
-    if not state.is_dir():
-        return
     (state / DOCUMENT).unlink(missing_ok=True)
-    for path in state.iterdir():
-        if path.name != COMPLETE:
-            path.unlink()
-    (state / COMPLETE).unlink(missing_ok=True)
-    state.rmdir()
+    if state.is_dir():
+        shutil.rmtree(state)
 
 
 def write_state(folder: str | PathLike[str], state: RunState) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from fastflow import MagicFlow
 from fastflow.archive.model_folder import UNFINISHED, can_resume
-from fastflow.archive.train import train_on_archive
+from fastflow.archive.train import recipe, train_on_archive
 from fastflow.data.manifest import Record, index_folder, read_manifest, write_manifest
 from fastflow.errors import OutputFolderError, ResumeError
 from fastflow.training.trainer import TrainConfig
@@ -47,9 +47,11 @@ def start(manifest: Path, folder: Path, **options: Any) -> None:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """All that is in a finished model folder, but for times."""
+    """All that is in a finished model folder, but for times and hidden files."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
         name, text = str(path.relative_to(folder)), path.read_bytes() if path.is_file() else b""
         if path.name == "history.jsonl":
             records = map(json.loads, text.splitlines())
@@ -140,7 +142,7 @@ def go_on(manifest: Path, folder: Path) -> None:
         start(manifest, folder)
 
 
-@pytest.mark.parametrize(("name", "at"), [("fsync", 32), ("replace", 34)])
+@pytest.mark.parametrize(("name", "at"), [("fsync", 32), pytest.param("replace", 34, marks=pytest.mark.slow)])
 def test_killed_and_resumed(
     manifest: Path, tmp_path: Path, mortal: Mortal, whole: dict[str, Any], name: str, at: int
 ) -> None:
@@ -152,7 +154,7 @@ def test_killed_and_resumed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stride"), [("fsync", 13), ("replace", 4), ("unlink", 5), ("rmdir", 1)])
+@pytest.mark.parametrize(("name", "stride"), [("fsync", 23), ("replace", 7), ("unlink", 9)])
 def test_killed_at_every_call(
     manifest: Path, tmp_path: Path, mortal: Mortal, whole: dict[str, Any], name: str, stride: int
 ) -> None:
@@ -207,14 +209,15 @@ def test_an_earlier_model_stays_while_its_successor_is_killed(
 # The command in a process of its own, which signals are sent to.
 COMMAND = [sys.executable, "-c", "from fastflow.cli.main import run; run()", "train"]
 OPTIONS = [
-    *("--preset", "tiny", "--epochs", "6", "--batch-size", "4", "--warmup", "0"),
+    *("--preset", "tiny", "--epochs", "4", "--batch-size", "4", "--warmup", "0"),
     *("--save-seconds", "0", "--device", "cpu"),
 ]
 
 
-def command(manifest: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
+def command(manifest: Path, folder: Path) -> subprocess.Popen[str]:
+    resume = ["--resume"] if can_resume(folder) else []
     return subprocess.Popen(
-        [*COMMAND, str(manifest), "--out", str(folder), *OPTIONS, *options],
+        [*COMMAND, str(manifest), "--out", str(folder), *OPTIONS, *resume],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -223,7 +226,7 @@ def command(manifest: Path, folder: Path, *options: str) -> subprocess.Popen[str
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a file is there, and is another one than it was."""
+    """Wait until a file is another one than it is."""
     before = path.stat().st_mtime_ns if path.exists() else 0
     while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
         time.sleep(0.002)
@@ -232,20 +235,17 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 def test_signals_and_kills_at_random_moments(manifest: Path, tmp_path: Path) -> None:
     alone, folder, chance = tmp_path / "alone", tmp_path / "m", random.Random(0)
-    process = command(manifest, alone)
-    _, text = process.communicate()
-    assert process.returncode == 0, text
-    for signum, code in [
-        *((signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGKILL, -9)),
-    ]:
-        process = command(manifest, folder, *(["--resume"] if can_resume(folder) else []))
+    config = recipe("tiny", "classification", epochs=4, batch_size=4, warmup_epochs=0.0)
+    train_on_archive(read_manifest(manifest), alone, "tiny", config=config, device="cpu")
+    for signum, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = command(manifest, folder)
         wait_for(folder / UNFINISHED / "state" / "state.json", process)
         time.sleep(chance.uniform(0.0, 0.05))
         process.send_signal(signum)
         _, text = process.communicate()
         assert process.returncode == code, text
         assert signum == signal.SIGKILL or "--resume" in text
-    process = command(manifest, folder, "--resume")
+    process = command(manifest, folder)
     _, text = process.communicate()
     assert process.returncode == 0, text
     assert content(folder) == content(alone)
