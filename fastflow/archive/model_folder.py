@@ -31,6 +31,7 @@ from fastflow.training.state import (
     is_complete,
     mark_complete,
 )
+from fastflow.training.selection import RULES
 from fastflow.training.trainer import CHECKPOINTS, HISTORY, EpochRecord
 
 UNFINISHED, INVENTORY = "unfinished", "inventory.json"
@@ -169,7 +170,7 @@ def _is_own_or_other(path: Path) -> bool:
     if path.name in (CONFIG, HISTORY):
         return _holds_object(path, "weights" if path.name == CONFIG else "epoch")
     if path.name == CHECKPOINTS:
-        return path.is_dir() and {child.name for child in path.iterdir()} <= {"loss", "accuracy"}
+        return path.is_dir() and {child.name for child in path.iterdir()} <= set(RULES)
     if path.name == STEPS:
         return _first_line(path) == ",".join(COLUMNS)
     if path.name == TENSORBOARD:

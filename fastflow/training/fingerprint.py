@@ -19,7 +19,8 @@ INDIFFERENT = ("max_skipped",)
 # These may differ where it was asked for: the state has the same tensors, and the order of images stays.
 CHANGEABLE = (
     *("epochs", "learning_rate", "warmup_epochs", "min_learning_rate", "clip_norm"),
-    *("objective", "contrast_weight", "contrast_temperature", "augment"),
+    *("objective", "contrast_weight", "contrast_temperature", "schedule", "augment"),
+    *("select", "select_tolerance", "calibration_volumes"),
 )
 DIGEST_BYTES = 16
 
