@@ -24,6 +24,7 @@ from fastflow.errors import OutputFolderError, ResumeError
 from fastflow.models.checkpoint import CONFIG
 from fastflow.runtime.export_folder import DOCUMENT
 from fastflow.training.logs import COLUMNS, STEPS, TENSORBOARD, is_event_file
+from fastflow.training.selection import RULES
 from fastflow.training.state import (
     STATE,
     clear_unfinished_files,
@@ -31,7 +32,6 @@ from fastflow.training.state import (
     is_complete,
     mark_complete,
 )
-from fastflow.training.selection import RULES
 from fastflow.training.trainer import CHECKPOINTS, HISTORY, EpochRecord
 
 UNFINISHED, INVENTORY = "unfinished", "inventory.json"

@@ -14,6 +14,7 @@ from fastflow.cli import (
     demo,
     demo_data,
     doctor,
+    evaluate,
     explain,
     export,
     index,
@@ -69,6 +70,7 @@ app.command("train")(train.train)
 app.command("plot")(plot.plot)
 app.command("calibrate")(calibrate.calibrate)
 app.command("classify")(classify.classify)
+app.command("evaluate")(evaluate.evaluate)
 app.command("sample")(sample.sample)
 app.command("explain")(explain.explain)
 app.command("export")(export.export)

@@ -117,6 +117,18 @@ class HistogramBaseline:
             raise ValueError("the histogram baseline must be fitted before it predicts")
         return np.asarray(self._pipeline.predict(volume_histograms(data)), dtype=np.int64)
 
+    def probabilities(self, data: SliceSet) -> NDArray[np.float64]:
+        """(V, K) probabilities of the K classes of `data`; 0 of a class that was not in the training.
+
+        Raises:
+            ValueError: the baseline was not fitted.
+        """
+        if self._pipeline is None:
+            raise ValueError("the histogram baseline must be fitted before it predicts")
+        out = np.zeros((len(data.paths), len(data.class_names)))
+        out[:, self._pipeline.classes_] = self._pipeline.predict_proba(volume_histograms(data))
+        return out
+
 
 def volume_histograms(data: SliceSet) -> NDArray[np.float64]:
     """(V, BINS): the share of each grey level range in the slices of each volume."""

@@ -305,3 +305,41 @@ def scale_to_later(axes: Axes, series: Sequence[NDArray[Any]]) -> None:
     if later.size:
         margin = 0.06 * max(float(np.ptp(later)), 1e-3)
         axes.set_ylim(float(later.min()) - margin, float(later.max()) + margin)
+
+    light_axes(axes)
+
+
+# -- ROC curves ----------------------------------------------------------------------------------------------
+
+
+def roc_figure(rocs: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """ROC curves: of each class against the others on the left, means over the classes on the right.
+
+    Args:
+        rocs: of each decision, as `fastflow.evaluation.decisions.roc_curves` gives them. The classes are
+            shown of the first.
+    """
+    first, curves = next((name, roc["classes"]) for name, roc in rocs.items())
+    means = {name: roc["macro"] for name, roc in rocs.items() if roc["macro"] is not None}
+    figure = _figure(10.0, 4.4)
+    left, right = figure.subplots(1, 2)
+    _roc_panel(left, curves, f"{first}: each class against the others")
+    _roc_panel(right, means, "Mean over the classes")
+    return figure
+
+
+def _roc_panel(axes: Axes, curves: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    axes.plot([0, 1], [0, 1], color=PALE, linewidth=1.0)
+    for i, (name, curve) in enumerate(curves.items()):
+        style = ("-", "--", ":")[i // len(LINES) % 3]
+        axes.plot(
+            curve["fpr"], curve["tpr"], color=LINES[i % len(LINES)], ls=style, linewidth=1.6, label=name
+        )
+    axes.set_title(title, fontsize=10, color=INK)
+    axes.set_xlabel("false positive rate", fontsize=9, color=INK)
+    axes.set_ylabel("true positive rate", fontsize=9, color=INK)
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_ylim(-0.01, 1.02)
+    if 0 < len(curves) <= 3 * len(LINES):
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="lower right")
+    light_axes(axes)

@@ -9,13 +9,12 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from fastflow._files import write_text
 from fastflow.evaluation import figures
 from fastflow.evaluation.figures import Explanation
-from fastflow.evaluation.figures import data_url as _inline
+from fastflow.evaluation.pages import inline, render
 
 PROVENANCE = "simulated scanners on real anatomy"
 
@@ -94,32 +93,21 @@ def write_report(
     names: list[str] = list(tests[0].metrics["class_names"])
     if any(list(test.metrics["class_names"]) != names for test in tests):
         raise ValueError("all test sets must have the same class names")
-    environment = Environment(
-        loader=PackageLoader("fastflow.evaluation"), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters.update(share=_share, number=_number)
-    html = environment.get_template("report.html").render(
+    html = render(
+        "report.html",
         title=title,
         provenance=provenance,
         tests=tests,
         distorted=distorted,
         class_names=names,
-        confusions=[_inline(figures.confusion_figure(test.metrics["confusion"], names)) for test in tests],
-        samples=_inline(figures.samples_figure(real, generated, names)),
-        attribution=_inline(figures.attribution_figure(explanations, names)) if explanations else None,
-        curves=_inline(figures.curves_figure(history)) if history else None,
+        confusions=[inline(figures.confusion_figure(test.metrics["confusion"], names)) for test in tests],
+        samples=inline(figures.samples_figure(real, generated, names)),
+        attribution=inline(figures.attribution_figure(explanations, names)) if explanations else None,
+        curves=inline(figures.curves_figure(history)) if history else None,
         epochs=len(history),
         details=[(key, _plain(value)) for key, value in details.items()],
     )
     write_text(path, html)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"  # noqa: RUF001
-
-
-def _number(value: float) -> str:
-    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _plain(value: Any) -> str:
