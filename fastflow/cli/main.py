@@ -11,6 +11,7 @@ from fastflow.cli import (
     benchmark_scanners,
     calibrate,
     classify,
+    crossval,
     demo,
     demo_data,
     doctor,
@@ -71,6 +72,7 @@ app.command("plot")(plot.plot)
 app.command("calibrate")(calibrate.calibrate)
 app.command("classify")(classify.classify)
 app.command("evaluate")(evaluate.evaluate)
+app.command("crossval")(crossval.crossval)
 app.command("sample")(sample.sample)
 app.command("explain")(explain.explain)
 app.command("export")(export.export)

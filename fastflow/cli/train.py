@@ -19,6 +19,7 @@ from fastflow.cli._training_progress import training_bar
 if TYPE_CHECKING:
     from fastflow.archive.training_data import UsableFiles
     from fastflow.data.slice_cache import SliceCache
+    from fastflow.training.config import TrainConfig
     from fastflow.training.phases import Phase
 
 
@@ -212,49 +213,19 @@ def train(options: TrainOptions) -> None:
     Example: `fastflow train archive/manifest.csv --out model --preset small --epochs 30 --slices center+-6:3`
     """
     from fastflow.archive.calibrate import calibration_lines
-    from fastflow.archive.train import recipe, train_on_archive
+    from fastflow.archive.train import train_on_archive
     from fastflow.archive.training_data import Reading
     from fastflow.data.listing import list_records
-    from fastflow.training.phases import parse_schedule
 
-    if options.schedule is not None and options.objective is not None:
-        raise ValueError(
-            f"--schedule and --objective {options.objective.value} exclude each other: name the objective in "
-            "the schedule"
-        )
-    given = {
-        "epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "learning_rate": options.lr,
-        "warmup_epochs": options.warmup,
-        "objective": options.objective and options.objective.value,
-        "schedule": options.schedule and parse_schedule(options.schedule),
-        "select": options.select and options.select.value,
-        "augment": options.augment and options.augment.value,
-    }
-    config = recipe(
-        options.preset.value,
-        options.task.value,
-        seed=options.seed,
-        engine=options.engine.value,
-        precision=options.precision.value,
-        calibration_volumes=options.calibration_volumes,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    changes: dict[str, Any] = {
-        "task": options.task.value,
-        "reversible": options.reversible,
-        "condition_from_step": options.condition_from_step,
-    }
-    changes |= {"dequantize": "uniform"} if options.dequantize else {}
+    config = config_of(options)
     with training_bar() as bar:
         trained = train_on_archive(
             list_records(options.manifest, options.label),
             options.out,
             options.preset.value,
             options.slices,
-            config,
-            changes,
+            config_of(options),
+            flow_changes_of(options),
             str(options.mask) if options.mask else None,
             options.workers,
             options.device.value,
@@ -277,6 +248,47 @@ def train(options: TrainOptions) -> None:
     for line in calibration_lines(trained.model.metadata):
         typer.echo(line)
     report_errors(trained.errors)
+
+
+def config_of(options: TrainOptions) -> TrainConfig:
+    """How to train: the recipe of the preset, with the options that were given."""
+    from fastflow.archive.train import recipe
+    from fastflow.training.phases import parse_schedule
+
+    if options.schedule is not None and options.objective is not None:
+        raise ValueError(
+            f"--schedule and --objective {options.objective.value} exclude each other: name the objective in "
+            "the schedule"
+        )
+    given = {
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate": options.lr,
+        "warmup_epochs": options.warmup,
+        "objective": options.objective and options.objective.value,
+        "schedule": options.schedule and parse_schedule(options.schedule),
+        "select": options.select and options.select.value,
+        "augment": options.augment and options.augment.value,
+    }
+    return recipe(
+        options.preset.value,
+        options.task.value,
+        seed=options.seed,
+        engine=options.engine.value,
+        precision=options.precision.value,
+        calibration_volumes=options.calibration_volumes,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def flow_changes_of(options: TrainOptions) -> dict[str, Any]:
+    """The fields of the preset's `FlowConfig` that the options replace."""
+    changes: dict[str, Any] = {
+        "task": options.task.value,
+        "reversible": options.reversible,
+        "condition_from_step": options.condition_from_step,
+    }
+    return changes | ({"dequantize": "uniform"} if options.dequantize else {})
 
 
 def _cache(options: TrainOptions) -> SliceCache | None:
