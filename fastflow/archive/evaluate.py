@@ -230,7 +230,7 @@ def _score(task: _Task, split: str | None) -> Results:
         progress=lambda done, total, errors: options.tell(what, done, total),
         precision=options.precision,
         engine=ONNX if (task.source / DOCUMENT).is_file() else options.engine,
-        # What is there is an earlier run of this very evaluation.
+        # An earlier run there is one of this very evaluation.
         resume=options.resume,
         overwrite=options.overwrite,
         lock=options.lock,

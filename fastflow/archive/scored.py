@@ -152,7 +152,7 @@ def records_by_id(results: Results, records: Iterable[Record]) -> dict[str, Reco
     found: dict[str, Record] = {}
     for record in records:
         path = os.path.abspath(record.path)
-        # Of several inputs, and of a single file, rows name the files as they were given.
+        # Rows name the files as they were given where inputs are several, or a single file.
         as_given = len(inputs) > 1 or path == inputs[0]
         names = [path, os.path.relpath(path), record.path] if as_given else [os.path.relpath(path, base)]
         found |= {Item(path, name).id(kind): record for name in names}

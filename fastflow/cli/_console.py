@@ -36,6 +36,8 @@ from fastflow.errors import (
     TrainingInterrupted,
 )
 
+# Commands that go on, with --resume, where they were interrupted.
+RESUMABLE = ("classify", "evaluate", "crossval")
 OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
 # A process that a signal stopped ends with the signal's number and this.
 SIGNAL_OFFSET = 128
@@ -87,7 +89,7 @@ class Commands(TyperGroup):
             fail(str(stop), SIGNAL_OFFSET + stop.signum)
         except KeyboardInterrupt:
             fail(
-                "interrupted" + ("; --resume goes on" if ctx.invoked_subcommand == "classify" else ""),
+                "interrupted" + ("; --resume goes on" if ctx.invoked_subcommand in RESUMABLE else ""),
                 INTERRUPTED,
             )
         except (RunStoppedError, JournalError) as error:

@@ -58,8 +58,8 @@ def main(
         fastflow export model --out deploy
 
     Results go to stdout, progress to stderr. Exit codes: 0 success; 1 the run failed, or inputs of `train` or
-    `explain` did, or an export is not what `verify` expects; 2 wrong usage or bad input; 3 `classify`
-    finished, with error rows.
+    `explain` did, or an export is not what `verify` expects; 2 wrong usage or bad input; 3 `classify` or
+    `evaluate` finished, with error rows.
     """
 
 
