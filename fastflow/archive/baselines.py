@@ -27,7 +27,7 @@ class Baseline(Protocol):
     def fit(self, data: SliceSet) -> Any:
         """Learn from labelled volumes; raises ValueError where they are too few."""
 
-    def probabilities(self, data: SliceSet) -> NDArray[np.float64]:
+    def predict_proba(self, data: SliceSet) -> NDArray[np.float64]:
         """(V, K) probabilities of the classes of `data`."""
 
 
@@ -121,7 +121,7 @@ def decide_by_baselines(
     if errors:
         raise errors[0]
     return [
-        DecidedVolumes(name, logs_of(baseline.probabilities(data)))
+        DecidedVolumes(name, logs_of(baseline.predict_proba(data)))
         for name, baseline in fitted.baselines.items()
     ]
 

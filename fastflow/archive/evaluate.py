@@ -23,6 +23,7 @@ from fastflow.archive.options import ONNX, pick_workers
 from fastflow.archive.scored import (
     Results,
     Scored,
+    decisions_of,
     is_results,
     manifest_of,
     open_results,
@@ -33,11 +34,10 @@ from fastflow.data.listing import list_records
 from fastflow.data.manifest import Record, is_manifest, write_manifest
 from fastflow.data.words import split_name
 from fastflow.errors import CheckpointError, ManifestError, VolumeError
-from fastflow.evaluation.decisions import DecidedVolumes, ScoredVolumes, evaluate_decisions, figures_of_part
+from fastflow.evaluation.decisions import ScoredVolumes, evaluate_decisions, figures_of_part
 from fastflow.runtime.export_folder import DOCUMENT
 
 TRAIN, TEST, ALL = "train", "test", "all"
-ARGMAX = "argmax"
 RESULTS, MANIFEST = "results", "manifest.csv"
 OWN_NAMES = {METRICS, TABLE, CLASSES, REPORT, RESULTS, MANIFEST}
 KIND = Kind(
@@ -331,17 +331,3 @@ def _evaluate_split(
     ):
         task.warnings.extend(f"class {name!r}: {sentence}" for name in document[kind])
     return document
-
-
-def decisions_of(results: Results, scored: Scored) -> list[DecidedVolumes]:
-    """The rows of the table that are the model's: each rule that makes a label of its log-likelihoods.
-
-    Args:
-        results: with the settings of the rules.
-        scored: their volumes.
-    """
-    true, predicted = scored.bits_per_dim(results.settings["dims"])
-    bits = {"bits_per_dim": true, "bits_per_dim_predicted": predicted}
-    settings = results.settings
-    posterior = scored.log_posterior(settings["temperature"], settings["prior"])
-    return [DecidedVolumes(ARGMAX, posterior, bits)]

@@ -24,7 +24,10 @@ from fastflow.data.records import Record, subject_of
 from fastflow.data.words import class_indices, class_name
 from fastflow.decision import logits_of
 from fastflow.errors import FastflowError, ManifestError, OutputFolderError
+from fastflow.evaluation.decisions import DecidedVolumes
+from fastflow.evaluation.metrics import logs_of
 
+ARGMAX = "argmax"
 SHARDS = "shard-*-of-*"
 # The reasons for which a row is left out, beside the error codes of rows.
 NO_LABEL, UNKNOWN_LABEL, OTHER_SPLIT, NOT_LISTED = "no_label", "unknown_label", "other_split", "not_listed"
@@ -169,6 +172,7 @@ class Scored:
     Attributes:
         labels: (N,) indices of the true classes.
         log_probs: (N, K) nats of the volumes.
+        posterior: (N, K) probabilities of the rows, by whatever rule decided.
         slice_counts: (N,) number of slices whose sum `log_probs` is; 1 for means.
         predicted: (N,) indices of the labels that the rows name.
         subjects: N names.
@@ -179,6 +183,7 @@ class Scored:
 
     labels: NDArray[np.int64]
     log_probs: Array
+    posterior: Array
     slice_counts: NDArray[np.int64]
     predicted: NDArray[np.int64]
     subjects: tuple[str, ...]
@@ -258,6 +263,7 @@ def read_scored(
     return Scored(
         np.array(labels, dtype=np.int64),
         log_probs,
+        np.array([row["posterior"] for row in rows], dtype=np.float64),
         _slice_counts(log_probs, predicted, [row["bits_per_dim"] for row in rows], results.settings["dims"]),
         np.array(predicted, dtype=np.int64),
         tuple(subjects),
@@ -295,3 +301,22 @@ def _slice_counts(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(log_probs[np.arange(len(bits)), predicted] / of_slice, nan=1.0, posinf=1.0)
     return np.maximum(1, np.rint(ratio)).astype(np.int64)
+
+
+def decisions_of(results: Results, scored: Scored) -> list[DecidedVolumes]:
+    """The rows of the table that are the model's: each rule that makes a label of its log-likelihoods.
+
+    Args:
+        results: with the settings of the rules.
+        scored: their volumes.
+    """
+    true, predicted = scored.bits_per_dim(results.settings["dims"])
+    bits = {"bits_per_dim": true, "bits_per_dim_predicted": predicted}
+    settings = results.settings
+    posterior = scored.log_posterior(settings["temperature"], settings["prior"])
+    decisions = [DecidedVolumes(ARGMAX, posterior, bits)]
+    rule = settings.get("readout", ARGMAX)
+    if rule != ARGMAX:
+        # Rows that another rule decided hold its probabilities.
+        decisions.append(DecidedVolumes(rule, logs_of(scored.posterior)))
+    return decisions

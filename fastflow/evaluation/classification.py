@@ -117,7 +117,7 @@ class HistogramBaseline:
             raise ValueError("the histogram baseline must be fitted before it predicts")
         return np.asarray(self._pipeline.predict(volume_histograms(data)), dtype=np.int64)
 
-    def probabilities(self, data: SliceSet) -> NDArray[np.float64]:
+    def predict_proba(self, data: SliceSet) -> NDArray[np.float64]:
         """(V, K) probabilities of the K classes of `data`; 0 of a class that was not in the training.
 
         Raises:

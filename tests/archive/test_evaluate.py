@@ -166,6 +166,20 @@ def test_an_evaluation_goes_on_or_is_replaced_on_demand(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_another_rule_than_argmax_stands_beside_it(
+    model_folder: Path, manifest: Path, tmp_path: Path
+) -> None:
+    classify([manifest], model_folder, tmp_path / "r", prior=[0.001, 0.999])
+    document = json.loads((tmp_path / "r" / "run.json").read_text())
+    (tmp_path / "r" / "run.json").write_text(json.dumps(document | {"prior": None, "readout": "tilted"}))
+    one = run(tmp_path / "r", manifest, tmp_path / "out", baselines=False).document["sets"]["test"]
+    assert list(one["decisions"]) == ["argmax", "tilted"]
+    plain, tilted = (one["decisions"][name]["figures"]["nll"]["value"] for name in one["decisions"])
+    assert plain != tilted
+    assert one["differences"]["tilted"]["nll"]["value"] == pytest.approx(tilted - plain)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_parts_of_a_run_are_evaluated_together(model_folder: Path, manifest: Path, tmp_path: Path) -> None:
     for i in (1, 2):
         classify([manifest], model_folder, tmp_path / "parts", shard=f"{i}/2")
