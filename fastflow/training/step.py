@@ -103,7 +103,7 @@ class TrainingStep:
         # PyTorch would warn that the first steps are not captured, which is as intended.
         self.optimizer._warned_capturable_if_run_uncaptured = True
         self._clips_in_adam = self._capturable and model.dtype == torch.float32
-        # What ramps up must be a tensor, which a replay reads anew.
+        # A weight that ramps up must be a tensor, which a replay reads anew.
         self._weight = torch.zeros(
             (), dtype=torch.float64 if model.dtype == torch.float64 else torch.float32, device=device
         )

@@ -54,13 +54,13 @@ def test_three_real_steps_a_capture_and_replays_are_the_eager_steps(objective):
     assert torch.equal(step.negatives.losses, plain.negatives.losses)
 
 
-def take_phases(model, steps, **options):
+def take_phases(model, steps, engine="auto", **options):
     torch.manual_seed(7)
     phases = (
         Phase("likelihood", 0.5),
         Phase("hybrid", 0.5, weight=0.4, rivals=1, ramp=0.8, restart_average=True),
     )
-    config = settings(schedule=phases, ema=0.5)
+    config = settings(schedule=phases, ema=0.5, engine=engine)
     step = TrainingStep(model, config, torch.Generator().manual_seed(3), **options)
     for i, (images, labels) in enumerate(batches(steps)):
         step.set_moment(config.moment(i, steps))
@@ -185,3 +185,14 @@ def test_a_cuda_graph_gives_the_bits_of_eager_steps(objective, reversible):
     assert_same(captured, eager)
     assert_same(average, eager_average)
     assert totals == eager_totals
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_reads_the_weight_anew_and_gives_way_to_the_next_phase():
+    models = [new_model().cuda() for _ in range(2)]
+    steps = [
+        take_phases(m, 14, engine=engine) for m, engine in zip(models, ("eager", "cuda_graph"), strict=True)
+    ]
+    assert steps[1].captured and not steps[0].captured
+    assert_same(*models)
+    assert_same(*(step.average.model() for step in steps))

@@ -22,6 +22,7 @@ from fastflow.training.phases import (
     passes,
     phase_starts,
 )
+from fastflow.training.step import TrainingStep
 
 PHASES = parse_schedule("likelihood:0.8,hybrid:0.2:weight=0.1:temperature=10:rivals=3:ramp=0.5")
 
@@ -146,3 +147,16 @@ def test_an_average_that_restarts_forgets_the_phases_before():
     averages, weights = step.average.model().parameters(), model.parameters()
     for average, weight, start in zip(averages, weights, before.parameters(), strict=True):
         assert torch.allclose(average, start + 0.1 * (weight - start), atol=1e-6)
+
+
+def test_a_step_takes_the_weight_of_its_moment():
+    ramping, whole = new_model(), new_model()
+    config = settings(schedule=(Phase("pairwise", weight=0.4, ramp=1.0),))
+    step = TrainingStep(ramping, config, torch.Generator().manual_seed(3), capturable=True)
+    torch.manual_seed(7)
+    step.set_moment(config.moment(0, 4))
+    step(*next(batches(1)))
+    run_steps(whole, settings(schedule=(Phase("pairwise", weight=0.1),)), batches(1), capturable=True)
+    assert_same(ramping, whole)
+    run_steps(other := new_model(), config, batches(1), capturable=True)
+    assert any(not torch.equal(a, b) for a, b in zip(other.parameters(), whole.parameters(), strict=True))
