@@ -127,19 +127,18 @@ def test_unknown_settings_are_named_with_the_nearest():
 
 def test_all_rivals_are_the_step_over_all_labels():
     found = []
-    for rivals in (None, 2, 5):
+    for rivals in (None, 2):
         model = new_model()
-        run_steps(model, settings(schedule=(Phase("hybrid", rivals=rivals),)), batches(2))
+        run_steps(model, settings(schedule=(Phase("hybrid", rivals=rivals),)), batches(1))
         found.append(model)
-    assert_same(found[0], found[1])
-    assert_same(found[0], found[2])
+    assert_same(*found)
 
 
 def test_an_average_that_restarts_forgets_the_phases_before():
     phases = (Phase("likelihood", 0.5), Phase("likelihood", 0.5, restart_average=True))
     config = settings(schedule=phases, ema=0.9)
     model = new_model()
-    step = run_steps(model, config, batches(3))
+    step = run_steps(model, config, batches(2))
     step.set_moment(config.moment(3, 6))
     assert_same(step.average.model(), model)
     before = copy.deepcopy(model)
