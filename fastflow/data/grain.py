@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 GRAIN_NUMBERS = ("variance", "across", "down", "deviation", "mean", "spread")
-# The residual is what a Gaussian of so many pixels leaves.
-SMOOTHING = 1.0
-# The head is found in a smoother image, as single pixels of a noisy background are brighter than dark tissue.
-HEAD_SMOOTHING, HEAD_SHARE, HEAD_LEVEL = 2.0, 0.25, 10.0
+# The residual is what a Gaussian of so many pixels leaves; a narrow one leaves little anatomy in it. Beyond so
+# many median deviations, the residual is an edge and not grain.
+SMOOTHING, LARGEST = 0.5, 3.0
+# The head is found in a smoother image, as single pixels of a noisy background are brighter than dark tissue. It
+# is brighter than this share of the brightest pixel there, which padding does not change, and than this level.
+HEAD_SMOOTHING, HEAD_SHARE, HEAD_LEVEL = 1.5, 0.2, 10.0
 # A filter reaches so many standard deviations.
 REACH = 4.0
 
@@ -29,23 +31,25 @@ def grain_numbers(pixels: NDArray[np.uint8]) -> Array:
         pixels: (n, H, W), without padding or with black padding.
 
     Returns:
-        (n, 6) in the order of `GRAIN_NUMBERS`: variance of the residual in the head (squared grey levels),
-        its correlations with the pixel to the right and with the pixel below, its median absolute value, mean
+        (n, 6) in the order of `GRAIN_NUMBERS`: variance of the clipped residual in the head (squared grey
+        levels), its correlations with the pixel to the right and with the pixel below, its median absolute value, mean
         and standard deviation of the head (grey levels). Zeros for a slice without a head.
     """
     return np.array([_of_slice(each.astype(np.float64)) for each in pixels]).reshape(-1, len(GRAIN_NUMBERS))
 
 
 def _of_slice(pixels: Array) -> Array:
-    head = _smooth(pixels, HEAD_SMOOTHING) > max(HEAD_LEVEL, HEAD_SHARE * float(np.percentile(pixels, 90)))
+    smooth = _smooth(pixels, HEAD_SMOOTHING)
+    head = smooth > max(HEAD_LEVEL, HEAD_SHARE * float(smooth.max()))
     if not head.any():
         return np.zeros(len(GRAIN_NUMBERS))
     residual = pixels - _smooth(pixels, SMOOTHING)
+    deviation = float(np.median(np.abs(residual[head])))
+    residual = np.clip(residual, -LARGEST * deviation, LARGEST * deviation)
     across = _correlation(residual[:, 1:], residual[:, :-1], head[:, 1:] & head[:, :-1])
     down = _correlation(residual[1:], residual[:-1], head[1:] & head[:-1])
-    inside, grain = pixels[head], residual[head]
-    deviation = float(np.median(np.abs(grain)))
-    return np.array([grain.var(), across, down, deviation, inside.mean(), inside.std()])
+    inside = pixels[head]
+    return np.array([residual[head].var(), across, down, deviation, inside.mean(), inside.std()])
 
 
 def _smooth(pixels: Array, sigma: float) -> Array:

@@ -17,6 +17,9 @@ from fastflow.data.grain import GRAIN_NUMBERS, grain_numbers
 from fastflow.data.slices import SliceSet
 
 BINS = 64
+# These of the grain numbers are positive, and enter as logarithms: ratios tell scanners apart, not differences.
+POSITIVE = ("variance", "deviation", "mean", "spread")
+LEAST_NUMBER = 1e-3
 
 
 class _Baseline:
@@ -127,8 +130,13 @@ def volume_histograms(data: SliceSet) -> NDArray[np.float64]:
 
 
 def volume_grain(data: SliceSet) -> NDArray[np.float64]:
-    """(V, 6): the mean of `fastflow.data.grain.grain_numbers` over the slices of each volume."""
+    """(V, 6): the mean of `fastflow.data.grain.grain_numbers` over the slices of each volume.
+
+    Those in `POSITIVE` are logarithms of the mean.
+    """
     out = np.zeros((len(data.paths), len(GRAIN_NUMBERS)))
     np.add.at(out, data.volumes, grain_numbers(data.images[:, 0]))
-    counts = np.bincount(data.volumes, minlength=len(out))
-    return out / np.maximum(counts, 1)[:, None]
+    out /= np.maximum(np.bincount(data.volumes, minlength=len(out)), 1)[:, None]
+    positive = [GRAIN_NUMBERS.index(name) for name in POSITIVE]
+    out[:, positive] = np.log(np.maximum(out[:, positive], LEAST_NUMBER))
+    return out
