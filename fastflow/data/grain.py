@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 GRAIN_NUMBERS = ("variance", "across", "down", "deviation", "mean", "spread")
-# The residual is what a Gaussian of so many pixels leaves; a narrow one leaves little anatomy in it. Beyond so
-# many median deviations, the residual is an edge and not grain.
+# The residual is what a Gaussian of so many pixels leaves; a narrow one leaves little anatomy in it. Beyond
+# so many median deviations, the residual is an edge and not grain.
 SMOOTHING, LARGEST = 0.5, 3.0
-# The head is found in a smoother image, as single pixels of a noisy background are brighter than dark tissue. It
-# is brighter than this share of the brightest pixel there, which padding does not change, and than this level.
+# The head is found in a smoother image, as single pixels of a noisy background are brighter than dark tissue.
+# It is brighter than this share of the brightest pixel there, which padding does not change, and than this
+# level.
 HEAD_SMOOTHING, HEAD_SHARE, HEAD_LEVEL = 1.5, 0.2, 10.0
 # A filter reaches so many standard deviations.
 REACH = 4.0
@@ -32,8 +33,8 @@ def grain_numbers(pixels: NDArray[np.uint8]) -> Array:
 
     Returns:
         (n, 6) in the order of `GRAIN_NUMBERS`: variance of the clipped residual in the head (squared grey
-        levels), its correlations with the pixel to the right and with the pixel below, its median absolute value, mean
-        and standard deviation of the head (grey levels). Zeros for a slice without a head.
+        levels), its correlations with the pixel to the right and with the pixel below, its median absolute
+        value, mean and standard deviation of the head (grey levels). Zeros for a slice without a head.
     """
     return np.array([_of_slice(each.astype(np.float64)) for each in pixels]).reshape(-1, len(GRAIN_NUMBERS))
 

@@ -17,7 +17,7 @@ from fastflow.data.grain import GRAIN_NUMBERS, grain_numbers
 from fastflow.data.slices import SliceSet
 
 BINS = 64
-# These of the grain numbers are positive, and enter as logarithms: ratios tell scanners apart, not differences.
+# These of the grain numbers are positive, and enter as logarithms: scanners differ by ratios of them.
 POSITIVE = ("variance", "deviation", "mean", "spread")
 LEAST_NUMBER = 1e-3
 
