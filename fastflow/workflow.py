@@ -31,7 +31,8 @@ from fastflow.data.demo.distortions import DISTORTIONS, Distortion
 from fastflow.data.manifest import Record, class_names, write_manifest
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import SliceSet, load_slices
-from fastflow.evaluation.classification import HistogramBaseline, classification_metrics
+from fastflow.evaluation.baselines import GrainBaseline, HistogramBaseline
+from fastflow.evaluation.classification import classification_metrics
 from fastflow.evaluation.report import PROVENANCE, DistortedSet, TestSet, write_report
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
@@ -201,7 +202,7 @@ def _load_sets(
 
 def _evaluate(model: MagicFlow, sets: Mapping[str, SliceSet], summary: Summary) -> dict[str, TestSet]:
     names = summary.class_names
-    baseline = HistogramBaseline().fit(sets["train"])
+    histogram, grain = HistogramBaseline().fit(sets["train"]), GrainBaseline().fit(sets["train"])
     rows = list(read_results(summary.out))
     tests = {}
     for name, (_, heading, note) in TESTS.items():
@@ -214,10 +215,11 @@ def _evaluate(model: MagicFlow, sets: Mapping[str, SliceSet], summary: Summary) 
         tests[name] = TestSet(
             heading,
             classification_metrics(labels, predictions, len(names), names),
-            classification_metrics(data.volume_labels, baseline.predict(data), len(names), names),
+            classification_metrics(data.volume_labels, histogram.predict(data), len(names), names),
             evaluate_bits_per_dim(model, data.images, data.labels),
             note,
             sum(row["status"] != "ok" for row in all_rows) / len(all_rows),
+            classification_metrics(data.volume_labels, grain.predict(data), len(names), names),
         )
     return tests
 
@@ -226,6 +228,11 @@ def _metrics(tests: Mapping[str, TestSet], distorted: Sequence[Noticed]) -> dict
     metrics: dict[str, float] = {}
     for name, test in tests.items():
         prefix = TESTS[name][0]
+        if test.grain is not None:
+            metrics |= {
+                f"{prefix}grain_accuracy": test.grain["accuracy"],
+                f"{prefix}grain_balanced_accuracy": test.grain["balanced_accuracy"],
+            }
         metrics |= {
             f"{prefix}accuracy": test.metrics["accuracy"],
             f"{prefix}balanced_accuracy": test.metrics["balanced_accuracy"],

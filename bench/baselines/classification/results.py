@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.files import replacing
 from fastflow import __version__
-from fastflow._files import write_text
 from fastflow.data.slices import SliceSet
 from fastflow.errors import OutputFolderError
 from fastflow.evaluation.metrics import probability_metrics
@@ -54,7 +54,9 @@ def versions() -> dict[str, str]:
 
 def write_run(path: Path, document: Mapping[str, Any]) -> None:
     """Write a run's document whole."""
-    write_text(path, json.dumps({"kind": KIND, "format": FORMAT, **document}, indent=1) + "\n")
+    text = json.dumps({"kind": KIND, "format": FORMAT, **document}, indent=1) + "\n"
+    with replacing(path) as stream:
+        stream.write(text.encode("utf-8", "backslashreplace"))
 
 
 def read_run(path: Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastflow._files import replacing
+from bench.files import replacing
 from fastflow.data.folds import folds_of
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.records import Record, class_names

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.baselines.classification.results import read_run
-from fastflow._files import write_text
+from bench.files import replacing, write_csv
 
 METRICS = (
     *("accuracy", "balanced_accuracy", "auc", "precision", "recall", "f1", "kappa"),
@@ -45,12 +43,9 @@ def make_table(places: Sequence[Path], out: Path | None = None) -> str:
     markdown = _markdown(rows)
     if out is not None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(out.with_name(f"{out.name}.csv"), text.getvalue())
-        write_text(out.with_name(f"{out.name}.md"), markdown)
+        write_csv(out.with_name(f"{out.name}.csv"), columns, [[row[key] for key in columns] for row in rows])
+        with replacing(out.with_name(f"{out.name}.md")) as stream:
+            stream.write(markdown.encode())
     return markdown
 
 
