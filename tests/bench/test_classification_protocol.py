@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def tiny(classes: int, size: tuple[int, int]) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Flat and striped pictures: two files of each of twelve subjects, and an unseen head of four subjects."""
+    """Flat and striped pictures: two files of each of twelve subjects, and an unseen head of four."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     records = []
@@ -177,7 +178,7 @@ def test_a_budget_of_time_ends(kind: str, manifest: Path, tmp_path: Path) -> Non
 def test_learning_rate_rises_and_falls() -> None:
     rates = [rate_at(progress) for progress in np.linspace(0, 1, 101)]
     assert rates[0] == pytest.approx(0.01) and max(rates) == rates[5] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.01) and all(a > b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert rates[-1] == pytest.approx(0.01) and all(a > b for a, b in itertools.pairwise(rates[5:]))
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def test_radimagenet_files_fill_the_trunk_by_order(name: str, tmp_path: Path) ->
     first, *values = state.values()
     torch.testing.assert_close(trunk[0], first.sum(dim=1, keepdim=True))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(trunk[1:], values, strict=True))
+    torch.save(dict(list(state.items())[:-1]), tmp_path / "short.pt")
     with pytest.raises(ValueError, match="numbered entries"):
-        torch.save(dict(list(state.items())[:-1]), tmp_path / "short.pt")
         load_weights(model, tmp_path / "short.pt", name)
 
 
