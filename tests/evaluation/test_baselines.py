@@ -9,8 +9,10 @@ from fastflow.evaluation.baselines import (
     BINS,
     GrainBaseline,
     HistogramBaseline,
+    ThumbnailBaseline,
     volume_grain,
     volume_histograms,
+    volume_thumbnails,
 )
 
 
@@ -101,3 +103,30 @@ def test_grain_of_a_volume_does_not_depend_on_the_order_of_its_slices() -> None:
         data.class_names,
     )
     np.testing.assert_allclose(volume_grain(other), volume_grain(data), rtol=1e-12)
+
+
+def make_shades(sides: list[int], seed: int = 0) -> SliceSet:
+    """Volumes of two noisy slices, brighter at the top (0) or at the bottom (1), of one histogram."""
+    rng = np.random.default_rng(seed)
+    volumes = np.repeat(np.arange(len(sides)), 2)
+    ramp = np.linspace(0.0, 30.0, 36)[:, None] + rng.normal(100.0, 12.0, (len(volumes), 1, 36, 24))
+    images = np.where(np.array(sides)[volumes][:, None, None, None] == 1, ramp, ramp[:, :, ::-1])
+    names = tuple(str(v) for v in range(len(sides)))
+    labels = np.array(sides)[volumes]
+    return SliceSet(images.clip(0, 255).astype(np.uint8), labels, volumes, names, names, ("top", "bottom"))
+
+
+def test_thumbnails_tell_shading_that_no_histogram_sees() -> None:
+    train, test = make_shades([0, 1] * 12), make_shades([1, 0, 1, 1, 0, 0], seed=1)
+    assert ThumbnailBaseline().fit(train).predict(test).tolist() == [1, 0, 1, 1, 0, 0]
+    assert HistogramBaseline().fit(train).predict(test).tolist() != [1, 0, 1, 1, 0, 0]
+
+
+def test_thumbnails_are_means_of_cells() -> None:
+    data = make_shades([0, 1])
+    blocks = data.images[:, 0].reshape(2, 2, 12, 3, 12, 2).astype(np.float64).mean(axis=(1, 3, 5))
+    np.testing.assert_allclose(volume_thumbnails(data), blocks.reshape(2, -1))
+    small = make_set([10, 240])
+    np.testing.assert_allclose(
+        volume_thumbnails(small), small.images[:, 0].reshape(2, 2, 64).astype(float).mean(axis=1)
+    )

@@ -29,10 +29,10 @@ from bench.baselines.classification.weights import load_weights
 from fastflow.archive.train import preprocess_like
 from fastflow.data.listing import list_records
 from fastflow.data.slices import SliceSet
-from fastflow.evaluation.baselines import GrainBaseline, HistogramBaseline
+from fastflow.evaluation.baselines import GrainBaseline, HistogramBaseline, ThumbnailBaseline
 
 # These have no learning rate and no budget.
-FITTED = {"histogram": HistogramBaseline, "grain": GrainBaseline}
+FITTED = {"histogram": HistogramBaseline, "grain": GrainBaseline, "thumbnail": ThumbnailBaseline}
 SCRATCH = "scratch"
 
 Say = Callable[[str], None]
