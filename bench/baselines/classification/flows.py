@@ -59,6 +59,11 @@ RECIPES = {
     "pairwise": ("pairwise", "pairwise"),
     "pairwise then hybrid": ("pairwise", "hybrid"),
 }
+# These settings of a training identify it; the others are those of every recipe.
+SETTINGS = (
+    *("epochs", "batch_size", "learning_rate", "warmup_epochs", "schedule"),
+    *("augment", "sampler", "ema", "select", "seed"),
+)
 READOUTS = ("argmax", "tempered", "gaussian")
 
 
@@ -98,7 +103,8 @@ class FlowRun:
 
     def identity(self, recipe: str, readout: str) -> dict[str, Any]:
         """What makes two runs the same run, as it stands in the document."""
-        settings = dataclasses.asdict(self.config(recipe))
+        config = dataclasses.asdict(self.config(recipe))
+        settings = {name: config[name] for name in SETTINGS}
         return {
             "method": f"flow, {recipe}, {readout}",
             "start": "scratch",
