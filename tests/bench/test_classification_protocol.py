@@ -24,7 +24,7 @@ from fastflow.data.preprocess import Preprocess
 from fastflow.data.records import Record
 from fastflow.errors import ManifestError, OutputFolderError
 
-SETTINGS = Settings(Budget("images", 64), rates=(1e-3, 3e-2), batch_size=8, evaluations=2)
+SETTINGS = Settings(Budget("images", 60), rates=(1e-3, 3e-2), batch_size=8, evaluations=2)
 
 
 def tiny(classes: int, size: tuple[int, int]) -> nn.Module:
@@ -120,9 +120,9 @@ def test_a_run_trains_on_no_test_row_and_keeps_to_its_budget(
     assert not trained & set().union(*tested.values())
     # Training looks at validation volumes only.
     assert len(scored) == 4 and all(subjects == tested["val"] for subjects in scored)
-    assert sum(count for _, count in seen) == 2 * 64
-    assert document["images"] == 64 and [tried["images"] for tried in document["tried"]] == [64, 64]
-    assert document["budget"] == {"kind": "images", "amount": 64} and document["parameters"] == 170
+    assert sum(count for _, count in seen) == 2 * 56
+    assert document["images"] == 56 and [tried["images"] for tried in document["tried"]] == [56, 56]
+    assert document["budget"] == {"kind": "images", "amount": 60} and document["parameters"] == 170
     metrics = document["sets"]["unseen_head"]["metrics"]
     right = np.argmax(document["sets"]["unseen_head"]["probabilities"], axis=1)
     assert metrics["accuracy"] == np.mean(right == document["sets"]["unseen_head"]["labels"])
