@@ -140,7 +140,7 @@ def run_demo(
 
     say("training", 0, training.epochs)
     history = train(model, sets["train"], sets["val"], training, folder / "model", watch, epoch_done, device)
-    calibrate(model, sets["val"])
+    calibrate(model, sets["val"], sets["train"], training.calibration_volumes, seed)
     model.save(folder / "model")
 
     held_out = [record for record in records if record.split in TESTS]
