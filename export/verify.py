@@ -27,7 +27,7 @@ from fastflow.errors import ExportError
 from fastflow.models.checkpoint import CONFIG
 from fastflow.models.flow import Flow
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.models.scoring import LabelScorer, score_slices
+from fastflow.models.scoring import LabelScorer, score_slices, score_slices_with_latents
 from fastflow.numerics import LOG_2PI
 from fastflow.readout import readout_of
 from fastflow.runtime.export_folder import Export, read_export
@@ -45,6 +45,8 @@ PIXEL_LIMIT = 1.0 / 255.0
 # Root mean square, relative to the latent's own; a latent with its elements in wrong places is off by about
 # 1.4.
 LATENT_LIMIT = 0.01
+# Correlations within a latent lie in [-1, 1], those of scans of one scanner within some hundredths.
+CORRELATION_LIMIT = 0.005
 BATCH_SIZES = (1, 2, 3, 5)
 # This many images go through the graphs other than the scorer, each under every label.
 MAX_LABELLED_IMAGES = 2
@@ -62,9 +64,10 @@ class Parity:
             labels). ``score`` also has its root mean square, ``agreement`` (share of images whose likeliest
             label is the model's) and ``batch_difference`` (nats; between the same image in batches of other
             sizes), and of a model with a read-out ``readout_log_odds_error`` (nats; of single images) and
-            ``readout_limit``, which is `limit` times what the read-out makes of such an error; ``sample`` has
-            the ``pixel_error`` in [-1, 1], ``latent`` the ``latent_error`` (root mean
-            square, relative), ``attribution`` the ``map_error`` (nats, of an element).
+            ``readout_limit``, which is `limit` times what the read-out makes of such an error, and where it
+            gives correlations within the latent their ``correlation_error``; ``sample`` has the
+            ``pixel_error`` in [-1, 1], ``latent`` the ``latent_error`` (root mean square, relative),
+            ``attribution`` the ``map_error`` (nats, of an element).
         float32: the same errors of the PyTorch model in float32.
         smallest_gap: nats between the two likeliest labels, the smallest of the images; infinite where there
             is one label.
@@ -108,6 +111,7 @@ class Parity:
                 ("pixel_error", PIXEL_LIMIT),
                 ("latent_error", LATENT_LIMIT),
                 ("map_error", self.limit),
+                ("correlation_error", CORRELATION_LIMIT),
             ):
                 error = errors.get(key, 0.0)
                 if not error <= limit:
@@ -180,6 +184,7 @@ def verify(
         if name == "score":
             scorer = OnnxScorer(folder, providers)
             errors[name], provider = _compare_scores(scorer, images, want, limit), scorer.provider
+            errors[name] |= _compare_correlations(scorer, exact, images)
         else:
             graph, few = _GraphRunner(paths[name], providers), slice(MAX_LABELLED_IMAGES)
             errors[name] = _COMPARISONS[name](graph, exact.model, images[few], want[few])
@@ -251,6 +256,20 @@ def _compare_scores(
         # A read-out weighs log-likelihoods, and their errors with them.
         found["readout_limit"] = limit * max(1.0, readout.gain)
     return found
+
+
+def _compare_correlations(
+    scorer: OnnxScorer, exact: LabelScorer, images: NDArray[np.uint8]
+) -> dict[str, float]:
+    """The largest error of a correlation within the latent, where the graph gives them."""
+    if not scorer.latent_blocks:
+        return {}
+    few = images[:MAX_LABELLED_IMAGES]
+    try:
+        got = scorer.score_with_latents(few)[1]
+    except RuntimeError as error:
+        raise ExportError(str(error)) from error
+    return {"correlation_error": float(np.abs(got - score_slices_with_latents(exact, few)[1]).max())}
 
 
 def _every_label(model: Flow, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -24,6 +24,7 @@ from fastflow.archive.distorted import Noticed, classify_distorted
 from fastflow.archive.explain import explain_slice
 from fastflow.archive.results import read_results
 from fastflow.archive.sample import draw
+from fastflow.archive.scanners import describe_scanners
 from fastflow.archive.summary import Summary
 from fastflow.archive.train import calibrate, describe_images
 from fastflow.data.demo import SCANNERS, build_archive
@@ -141,6 +142,7 @@ def run_demo(
     say("training", 0, training.epochs)
     history = train(model, sets["train"], sets["val"], training, folder / "model", watch, epoch_done, device)
     calibrate(model, sets["val"], sets["train"], training.calibration_volumes, seed)
+    describe_scanners(model, sets)
     model.save(folder / "model")
 
     held_out = [record for record in records if record.split in TESTS]

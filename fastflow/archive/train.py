@@ -17,6 +17,7 @@ from fastflow._files import write_text
 from fastflow.archive.calibrate import calibrate as calibrate
 from fastflow.archive.model_folder import INVENTORY, UNFINISHED, model_folder, read_history
 from fastflow.archive.options import pick_device
+from fastflow.archive.scanners import describe_scanners
 from fastflow.archive.training_data import TRAIN, VAL, Reading, choose, load_chosen
 from fastflow.archive.training_run import TrainingRun, TrainingRunFields
 from fastflow.data.grids import majority_grid, read_grids
@@ -154,6 +155,7 @@ def train_on_archive(
             train(model, sets[TRAIN], validation, config, work, None, notify, device, control=control)
             if validation is not None:
                 calibrate(model, validation, sets[TRAIN], config.calibration_volumes, config.seed)
+                describe_scanners(model, sets)
                 model.save(work)
     if was_complete:
         model = MagicFlow.load(folder)
