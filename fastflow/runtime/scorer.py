@@ -284,11 +284,9 @@ class OnnxScorer:
         except Exception as error:
             # A bad file, whatever is in it, must not cost more than its own result.
             raise VolumeError(name, "unreadable", f"{type(error).__name__}: {error}") from error
-        known, correlations = self.scanners, None
-        if known is None:
-            slice_log_probs = self.score(image.images)
-        else:
-            slice_log_probs, correlations = self.score_with_latents(image.images)
+        known = self.scanners
+        scored = (self.score(image.images), None) if known is None else self.score_with_latents(image.images)
+        slice_log_probs, correlations = scored
         validation = self.export.comparable(preprocess.slices)
         try:
             rule = DecisionRule(
