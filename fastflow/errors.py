@@ -45,6 +45,18 @@ class RunStoppedError(FastflowError, RuntimeError):
     """A run gave up by its own rules: an error row too many. Its results stay, and it can be resumed."""
 
 
+class OtherProcessError(RunStoppedError):
+    """Another process of a training on several devices stopped; the message is its own.
+
+    Attributes:
+        is_first: whether this process is the first, which tells the user.
+    """
+
+    def __init__(self, message: str, is_first: bool) -> None:
+        self.is_first = is_first
+        super().__init__(message)
+
+
 class VolumeError(FastflowError, ValueError):
     """A volume cannot be used.
 

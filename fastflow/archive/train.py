@@ -6,7 +6,9 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import score_slices, volume_log_probs
 from fastflow.training.calibration import fit_temperature
+from fastflow.training.devices import Ranks, joined
 from fastflow.training.trainer import EpochRecord, TrainConfig, train
 
 
@@ -41,12 +44,14 @@ class Trained:
         history: one record per epoch.
         errors: files that could not be read and were left out.
         inventory: everything that was found, and why files were left out.
+        is_first: whether this process is the first of a training on several devices, or the only one.
     """
 
     model: MagicFlow
     history: list[EpochRecord]
     errors: list[VolumeError]
     inventory: Inventory
+    is_first: bool = True
 
 
 def read_records(path: str | PathLike[str]) -> list[Record]:
@@ -88,6 +93,9 @@ def train_on_archive(
     The voxel size and grid of most training volumes become the model's: what lies on another one is an error,
     in training and afterwards, since a density model punishes any background that it has not seen.
 
+    With several devices (`TrainConfig.devices`), the first process reads, writes and calibrates; the model
+    that the others return is not calibrated.
+
     The folder is held from before the first volume is read to the end. An earlier model in it stays as it is
     until the new one is finished; until then, history and checkpoints lie in ``unfinished/`` inside it.
 
@@ -116,6 +124,7 @@ def train_on_archive(
         OutputFolderError: the folder holds something else, or another run writes into it.
         ValueError: a setting does not fit.
         OSError: the folder cannot be written into.
+        OtherProcessError: another process of a training on several devices has failed.
     """
     config = config or TrainConfig()
     pick_device(device)
@@ -125,23 +134,38 @@ def train_on_archive(
     size = (flow.input_shape[1], flow.input_shape[2])
     # Settings are tried out before files are read.
     Preprocess(size, slices)
-    with model_folder(folder, overwrite, lock) as work:
+    with joined(config, device) as ranks, _folder_of(ranks, folder, overwrite, lock) as work:
         torch.manual_seed(config.seed)
         model = MagicFlow(flow, application_mask)
-        preprocess = preprocess_like(chosen.splits[TRAIN], size, slices, workers)
-        sets, usable = load_chosen(chosen, preprocess, workers, reading)
-        if counted is not None:
-            counted(usable)
-        usable.check()
-        write_text(work / INVENTORY, json.dumps(usable.inventory.to_dict(), indent=1) + "\n")
-        model.metadata["preprocess"] = preprocess.to_dict()
-        model.metadata["training_data"] = usable.to_dict()
-        describe_images(model, sets)
-        history = train(model, sets[TRAIN], sets.get(VAL), config, work, progress=progress, device=device)
-        if VAL in sets:
+
+        def read() -> tuple[dict[str, SliceSet], UsableFiles]:
+            preprocess = preprocess_like(chosen.splits[TRAIN], size, slices, workers)
+            sets, usable = load_chosen(chosen, preprocess, workers, reading)
+            if counted is not None:
+                counted(usable)
+            usable.check()
+            write_text(work / INVENTORY, json.dumps(usable.inventory.to_dict(), indent=1) + "\n")
+            model.metadata["preprocess"] = preprocess.to_dict()
+            model.metadata["training_data"] = usable.to_dict()
+            describe_images(model, sets)
+            return sets, usable
+
+        # Volumes are decoded once, by the first of the ranks, which sends the slices to the others.
+        sets, usable = ranks.from_first(read)
+        history = train(
+            model, sets[TRAIN], sets.get(VAL), config, work, progress=progress, device=device, ranks=ranks
+        )
+        if VAL in sets and ranks.is_first:
             calibrate(model, sets[VAL])
             model.save(work)
-    return Trained(model, history, list(usable.errors), usable.inventory)
+    return Trained(model, history, list(usable.errors), usable.inventory, ranks.is_first)
+
+
+def _folder_of(
+    ranks: Ranks, folder: str | PathLike[str], overwrite: bool, lock: bool
+) -> AbstractContextManager[Path]:
+    """The folder that a training writes into; the first rank alone checks, holds and makes it."""
+    return model_folder(folder, overwrite, lock) if ranks.is_first else nullcontext(Path(folder))
 
 
 def preprocess_like(

@@ -63,3 +63,7 @@ app.command("doctor")(doctor.doctor)
 def run() -> None:
     """Entry point of the console script."""
     app()
+
+
+if __name__ == "__main__":
+    run()

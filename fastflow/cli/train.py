@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastflow.cli._console import print_epoch, progress_bar, report_errors, warn
+from fastflow.cli._console import FAILED, print_epoch, progress_bar, report_errors, warn
 from fastflow.cli._options import Device, DeviceOption, NoLock, Seed, Workers, takes
+from fastflow.errors import OtherProcessError
 
 if TYPE_CHECKING:
     from fastflow.archive.training_data import UsableFiles
@@ -79,7 +82,10 @@ class TrainOptions:
     preset: Annotated[Preset, typer.Option(help="Size of the model.")] = Preset.demo
     task: Annotated[Task, typer.Option(help="What the model is for.")] = Task.classification
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training slices.")] = None
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Slices per step.")] = None
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Slices per step, over all devices.")] = None
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Micro-batches of a step, one after the other: less memory.")
+    ] = 1
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None
     warmup: Annotated[float | None, typer.Option(min=0.0, help="Epochs of linear warm-up.")] = None
     objective: Annotated[
@@ -119,6 +125,13 @@ class TrainOptions:
     seed: Seed = 0
     workers: Workers = 1
     device: DeviceOption = Device.auto
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Devices of this machine, with a process for each; torchrun's where it started this."
+        ),
+    ] = None
+    num_nodes: Annotated[int, typer.Option(min=1, help="Machines, each of which runs this command.")] = 1
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -158,6 +171,9 @@ def train(options: TrainOptions) -> None:
         seed=options.seed,
         engine=options.engine.value,
         precision=options.precision.value,
+        accumulate=options.accumulate,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
         **{name: value for name, value in given.items() if value is not None},
     )
     changes: dict[str, Any] = {
@@ -166,7 +182,7 @@ def train(options: TrainOptions) -> None:
         "condition_from_step": options.condition_from_step,
     }
     changes |= {"dequantize": "uniform"} if options.dequantize else {}
-    with progress_bar("reading volumes") as reading:
+    with progress_bar("reading volumes") as reading, said_once():
         trained = train_on_archive(
             list_records(options.manifest, options.label),
             options.out,
@@ -183,12 +199,31 @@ def train(options: TrainOptions) -> None:
             options.overwrite,
             lock=not options.no_lock,
         )
+    if not trained.is_first:
+        return
     last = trained.history[-1]
     typer.echo(
         f"{options.out}: {len(trained.history)} epochs, "
         + ", ".join(f"{k} {v:.4g}" for k, v in last.items() if "_" in k)
     )
     report_errors(trained.errors)
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """A block in which the message of another process of the training ends this one without a second word.
+
+    The first process, which talks to the user, is the one that prints it.
+
+    Raises:
+        typer.Exit: another process failed, and this one is not the first.
+    """
+    try:
+        yield
+    except OtherProcessError as error:
+        if error.is_first:
+            raise
+        raise typer.Exit(FAILED) from error
 
 
 def _print_usable(usable: UsableFiles) -> None:

@@ -14,6 +14,8 @@ from fastflow.data.slices import SliceSet
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import from_uint8
 from fastflow.training import objective as objectives
+from fastflow.training.devices import Ranks
+from fastflow.training.rows import BatchRows
 
 # So many slices are scored at once; each takes the memory of K, one for each label.
 ACCURACY_BATCH_SIZE = 32
@@ -60,11 +62,17 @@ def middle_slices(data: SliceSet) -> tuple[NDArray[Any], NDArray[Any]]:
 
 @torch.no_grad()
 def evaluate_bits_per_dim(
-    model: MagicFlow, images: NDArray[Any], labels: NDArray[Any], batch_size: int = 64, seed: int = 0
+    model: MagicFlow,
+    images: NDArray[Any],
+    labels: NDArray[Any],
+    batch_size: int = 64,
+    seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> float:
     """Mean bits/dim of 8-bit slices under their own labels.
 
-    The dequantisation noise that the model uses is drawn from a seed.
+    The dequantisation noise that the model uses is drawn from a seed, for each slice the same whatever the
+    number of ranks.
 
     Args:
         model: the flow, in evaluation mode.
@@ -72,32 +80,59 @@ def evaluate_bits_per_dim(
         labels: (N,) integers.
         batch_size: images per pass.
         seed: of the noise.
+        ranks: each evaluates a part of the slices, none of them twice; all must come here together. None is
+            this process alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    total = 0.0
-    for start in range(0, len(images), batch_size):
-        x = from_uint8(torch.from_numpy(images[start : start + batch_size]))
+    world_size = 1 if ranks is None else ranks.world_size
+    values = torch.zeros(len(images), dtype=torch.float64)
+    for start in range(0, len(images), batch_size * world_size):
+        end = min(start + batch_size * world_size, len(images))
+        rows = _rows(ranks, end - start)
+        x = from_uint8(torch.from_numpy(images[start:end][rows.index]))
         if model.config.dequantize == "uniform":
-            x = objectives.dequantize(x, generator)
-        y = torch.from_numpy(labels[start : start + batch_size])
+            x = objectives.dequantize(x, generator, rows)
+        if not len(x):
+            continue
+        y = torch.from_numpy(labels[start:end][rows.index])
         lp = model.log_prob(x.to(model.device), y.to(model.device))
-        total += float(objectives.bits_per_dim(lp, model.config.num_dims).double().sum())
-    return total / len(images)
+        values[start:end][rows.index] = objectives.bits_per_dim(lp, model.config.num_dims).double().cpu()
+    values = _of_all(values, model, ranks)
+    # The sums of passes are those of one rank.
+    return sum(float(part.sum()) for part in values.split(batch_size)) / len(images)
 
 
 @torch.no_grad()
-def evaluate_accuracy(model: MagicFlow, images: NDArray[Any], labels: NDArray[Any], fabric: Fabric) -> float:
+def evaluate_accuracy(
+    model: MagicFlow, images: NDArray[Any], labels: NDArray[Any], ranks: Ranks | None = None
+) -> float:
     """Share of 8-bit slices whose likeliest label is their own.
 
     Args:
         model: the flow, in evaluation mode.
         images: (N, C, H, W) uint8.
         labels: (N,) integers.
-        fabric: whose ranks each evaluate a part.
+        ranks: each evaluates a part of the slices, none of them twice; all must come here together. None is
+            this process alone.
     """
-    mean = SampleMean(fabric)
-    batches = -(-len(images) // ACCURACY_BATCH_SIZE)
-    for part, y in zip(np.array_split(images, batches), np.array_split(labels, batches), strict=True):
-        x = from_uint8(torch.from_numpy(part).to(fabric.device))
-        mean.update(model.log_prob_all(x).argmax(dim=1).cpu() == torch.from_numpy(y))
-    return mean.compute()
+    rows = _rows(ranks, len(images))
+    hits = torch.zeros(len(images), dtype=torch.float64)
+    own = hits[rows.index]
+    batches = -(-len(own) // ACCURACY_BATCH_SIZE)
+    found = []
+    if batches:
+        parts = np.array_split(images[rows.index], batches), np.array_split(labels[rows.index], batches)
+        for part, y in zip(*parts, strict=True):
+            x = from_uint8(torch.from_numpy(part).to(model.device))
+            found.append(model.log_prob_all(x).argmax(dim=1).cpu() == torch.from_numpy(y))
+        own.copy_(torch.cat(found))
+    return float(_of_all(hits, model, ranks).mean())
+
+
+def _rows(ranks: Ranks | None, whole: int) -> BatchRows:
+    return BatchRows.all(whole) if ranks is None else ranks.rows(whole)
+
+
+def _of_all(values: Tensor, model: MagicFlow, ranks: Ranks | None) -> Tensor:
+    """Numbers of all rows, from those that each rank has put at its own, zeros elsewhere."""
+    return values if ranks is None else ranks.sum(values.to(model.device)).cpu()

@@ -19,7 +19,8 @@ class Batch(NamedTuple):
         labels: (B,) int64.
         wrong: (B,) int64, labels to tell apart from the right ones; None where the step draws them itself.
         report: (2 + B,) float64: the loss, the number of steps in a row that were skipped, and the logistic
-            losses of the pairs of labels.
+            losses of the pairs of labels. Where several processes share a batch, the report and wrong labels
+            are those of the whole batch, images and labels those of the rows of this one.
     """
 
     images: Tensor

@@ -22,6 +22,9 @@ from fastflow.training.augment import AUGMENTS
 from fastflow.training.average import WeightAverage
 from fastflow.training.capture import CapturedFunction, StepGraph, graph_for
 from fastflow.training.config import TrainConfig
+from fastflow.training.devices import Ranks
+from fastflow.training.gradients import GradientSum, differentiate
+from fastflow.training.rows import BatchRows
 from fastflow.training.staging import (
     FIRST_LOGISTIC,
     LOSS,
@@ -73,6 +76,8 @@ class TrainingStep:
             the weights of weight-normalised convolutions are made once for both halves of a coupling,
             gradients are clipped inside of Adam, and reports are read late. A CPU gains nothing by it.
         graph: what captures the function, in place of what ``config.engine`` asks for.
+        ranks: the processes that share a batch, each with a step of its own; they take equal steps together.
+            None is this process alone. Several run eager steps on any device.
 
     Raises:
         ValueError: ``config.engine`` is ``"cuda_graph"`` and the model is on no CUDA device.
@@ -91,11 +96,14 @@ class TrainingStep:
         autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         capturable: bool = False,
         graph: StepGraph | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model, self._config, self._generator, self._autocast = model, config, generator, autocast
         self._device = device = model.device
         on_cuda = device.type == "cuda"
-        graph = graph or graph_for(config.engine, device)
+        self._sum = None if ranks is None or ranks.world_size == 1 else GradientSum(ranks)
+        if self._sum is None:
+            graph = graph or graph_for(config.engine, device)
         self._capturable = capturable or on_cuda or graph is not None
         # A CPU takes the rate as a float64, the Python number itself; CUDA kernels of Adam read a float32.
         self._rate = torch.tensor(
@@ -117,12 +125,14 @@ class TrainingStep:
         self._reports = Reports(device, late=self._capturable)
         self._last_report: HostReport | None = None
         self._staging: Staging | None = None
-        self._stages = on_cuda or graph is not None
+        self._stages = self._sum is None and (on_cuda or graph is not None)
         falls_back = config.engine == "auto"
         self._captured = (
             None if graph is None else CapturedFunction(self._run_staged, graph, model, falls_back)
         )
         self._drawn: Tensor | None = None
+        # The labels of the whole batch, where this process computes some of its rows.
+        self._labels: Tensor | None = None
 
     @property
     def captured(self) -> bool:
@@ -142,8 +152,8 @@ class TrainingStep:
         """Take a step.
 
         Args:
-            images: (B, C, H, W) uint8, on the host.
-            labels: (B,) int64 on the host, from 0 to K - 1; they are not looked at.
+            images: (n, C, H, W) uint8, on the host: all images of the batch, or those of `Ranks.rows`.
+            labels: (B,) int64 on the host, from 0 to K - 1, of the whole batch; they are not looked at.
 
         Raises:
             FloatingPointError: ``config.max_skipped`` steps in a row were not finite. The weights are those
@@ -156,6 +166,7 @@ class TrainingStep:
             self._staging = Staging(images.shape, self._device)
         if self._staging is not None and self._staging.batch.images.shape == images.shape:
             batch = self._staging.load(images, labels, wrong)
+            report = batch.report
             if self._captured is None:
                 self.run(batch)
             else:
@@ -163,10 +174,11 @@ class TrainingStep:
         else:
             to = self._device
             placed = None if wrong is None else wrong.to(to)
-            batch = Batch(images.to(to), labels.to(to), placed, empty_report(len(labels), to))
-            self.run(batch)
+            own, report = labels[self._rows(len(labels)).index], empty_report(len(labels), to)
+            self._labels = labels if self._sum is not None else None
+            self.run(Batch(images.to(to), own.to(to), placed, report))
         wrong = wrong if self._capturable else self._drawn
-        self._take_in(self._reports.push(batch.report, labels, wrong))
+        self._take_in(self._reports.push(report, labels, wrong))
 
     def take_totals(self) -> Totals:
         """The figures of the steps since the last call; waits for the device.
@@ -192,30 +204,38 @@ class TrainingStep:
             ValueError: the first batch has no finite statistics at some layer; the next one sets ActNorm.
         """
         model = self._model
-        x = self._augmented(batch.images)
+        rows = self._rows(batch.report.numel() - FIRST_LOGISTIC)
+        x = self._augmented(batch.images, rows)
         if not self._ready:
             self._prepare(x, batch.labels)
         wrong = batch.wrong
         if self._pairs and wrong is None:
-            wrong = self._drawn = self._draw_wrong(batch.labels)
+            wrong = self._drawn = self._draw_wrong(batch.labels if self._labels is None else self._labels)
+        if wrong is not None:
+            wrong = wrong[rows.index]
         self.optimizer.zero_grad(set_to_none=True)
         statistics = _statistics(model)
         before = [value.clone() for value in statistics]
-        with parametrize.cached() if self._capturable else contextlib.nullcontext():
-            loss, log_probs, logistic = self._loss(x, batch.labels, wrong)
-        loss.backward()
-        finite = self._update(loss.detach())
+
+        def loss_of(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+            with parametrize.cached() if self._capturable else contextlib.nullcontext():
+                return self._loss(x[part], batch.labels[part], None if wrong is None else wrong[part])
+
+        loss, log_probs, logistic = differentiate(loss_of, len(x), self._config.accumulate, rows.whole)
+        if self._sum is not None:
+            loss, logistic = self._sum(self._optimized(), rows, loss, logistic)
+        finite = self._update(loss)
         # The forward pass has taken a step that is skipped into the running statistics.
         for value, earlier in zip(statistics, before, strict=True):
             value.copy_(torch.where(finite, value, earlier))
-        bits = objectives.bits_per_dim(log_probs.detach(), model.config.num_dims).double().sum()
+        bits = objectives.bits_per_dim(log_probs, model.config.num_dims).double().sum()
         zero = torch.zeros_like(bits)
         # A choice, unlike a product with 0, keeps the NaN of a skipped step out of the totals.
         taken = torch.stack((bits, torch.full_like(bits, len(x)), zero))
         skipped = torch.stack((zero, zero, torch.ones_like(bits)))
         self._totals.add_(torch.where(finite, taken, skipped))
         self._skipped.add_(1.0).masked_fill_(finite, 0.0)
-        batch.report[LOSS].copy_(loss.detach())
+        batch.report[LOSS].copy_(loss)
         batch.report[SKIPPED].copy_(self._skipped)
         if logistic is not None:
             batch.report[FIRST_LOGISTIC:].copy_(logistic)
@@ -224,13 +244,19 @@ class TrainingStep:
         assert self._staging is not None
         self.run(self._staging.batch)
 
-    def _augmented(self, images: Tensor) -> Tensor:
-        generator = None if self._capturable else self._generator
+    def _rows(self, whole: int) -> BatchRows:
+        return BatchRows.all(whole) if self._sum is None else self._sum.ranks.rows(whole)
+
+    def _augmented(self, images: Tensor, rows: BatchRows) -> Tensor:
+        generator: torch.Generator | None = self._generator
+        if self._capturable:
+            # Each device draws for its own rows.
+            generator, rows = None, BatchRows.all(len(images))
         x, augment = from_uint8(images), AUGMENTS[self._config.augment]
         if augment is not None:
-            x = augment(x, generator)
+            x = augment(x, generator, rows)
         if self._model.config.dequantize == "uniform":
-            x = objectives.dequantize(x, generator)
+            x = objectives.dequantize(x, generator, rows)
         return x
 
     def _prepare(self, x: Tensor, labels: Tensor) -> None:

@@ -17,7 +17,6 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 
 from fastflow._files import write_text
 from fastflow.data.slices import SliceSet
@@ -26,6 +25,7 @@ from fastflow.models.magic_flow import MagicFlow
 from fastflow.numerics import float32_products
 from fastflow.training.batches import iterate_batches
 from fastflow.training.config import TrainConfig as TrainConfig
+from fastflow.training.devices import Ranks, check_share, joined
 from fastflow.training.metrics import SampleMean, evaluate_accuracy
 from fastflow.training.metrics import evaluate_bits_per_dim as evaluate_bits_per_dim
 from fastflow.training.metrics import middle_slices as middle_slices
@@ -45,6 +45,7 @@ def train(
     watch: Mapping[str, SliceSet] | None = None,
     progress: Callable[[EpochRecord], None] | None = None,
     device: str = "auto",
+    ranks: Ranks | None = None,
 ) -> list[EpochRecord]:
     """Train `model` in place and leave the best checkpoint in `folder`.
 
@@ -58,6 +59,8 @@ def train(
         watch: further sets whose bits/dim are recorded each epoch and never influence anything.
         progress: called after each epoch with its record.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        ranks: the processes that train together, where `joined` has made them already; all call this with
+            the same arguments. The first one alone writes files and reports progress.
 
     Returns:
         One record per epoch: ``epoch``, ``seconds``, ``learning_rate``, ``train_bits_per_dim``, and with a
@@ -66,17 +69,22 @@ def train(
         were not finite, where there are any; they change no weight and are in no mean.
 
     Raises:
-        ValueError: a set is empty, has unknown labels or does not fit the model, or the engine is
-            ``"cuda_graph"`` and the device is no CUDA device.
+        ValueError: a set is empty, has unknown labels or does not fit the model, the engine is
+            ``"cuda_graph"`` and the device is no CUDA device, or devices do not share a batch evenly.
         FloatingPointError: the loss or its gradients were not finite in ``config.max_skipped`` steps in a
             row, or in all steps of an epoch.
+        OtherProcessError: another process of the training has failed; the message is its own.
     """
+    if ranks is None:
+        with joined(config, device) as ranks:
+            return train(model, train_set, val_set, config, folder, watch, progress, device, ranks)
     watch = dict(watch or {})
     for name, data in {"train_set": train_set, "val_set": val_set, **watch}.items():
         if data is not None:
             _check_set(name, data, model.config)
+    _check_shares(model.config, config, ranks, len(train_set))
     with _cpu_threads(config.threads), float32_products(tf32=config.precision == "tf32"):
-        run = _Run(model, config, Path(folder), device)
+        run = _Run(model, config, Path(folder), ranks)
         history = run.fit(train_set, val_set, watch, progress)
         run.finish()
     return history
@@ -107,25 +115,37 @@ def _check_set(name: str, data: SliceSet, config: FlowConfig) -> None:
         )
 
 
+def _check_shares(flow: FlowConfig, config: TrainConfig, ranks: Ranks, slices: int) -> None:
+    check_share(config, ranks.world_size)
+    if slices < ranks.world_size:
+        raise ValueError(f"train_set has {slices} slices, fewer than the {ranks.world_size} devices")
+    if flow.norm == "batch" and ranks.world_size * config.accumulate > 1:
+        raise ValueError(
+            "norm='batch' takes its statistics from a whole batch: train on one device with accumulate 1, or "
+            "take norm='group'"
+        )
+
+
 class _Run:
     """One training run: the state that `train` keeps between epochs."""
 
-    def __init__(self, model: MagicFlow, config: TrainConfig, folder: Path, device: str) -> None:
-        self.model, self.config, self.folder = model, config, folder
-        # Fabric knows no name for the products of float32, which `float32_products` decides.
-        precision = "32-true" if config.precision == "tf32" else config.precision
-        self.fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
+    def __init__(self, model: MagicFlow, config: TrainConfig, folder: Path, ranks: Ranks) -> None:
+        self.model, self.config, self.folder, self.ranks = model, config, folder, ranks
+        self.fabric = ranks.fabric
+        # One generator is the same on all ranks; what each draws by itself differs from rank to rank.
         self.generator = torch.Generator().manual_seed(config.seed)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(ranks.seed(config.seed))
+        ranks.share_weights(model)
         self.best = {"accuracy": -math.inf, "loss": math.inf}
         self.kept = {"accuracy": 0, "loss": 0}
         # The model itself is placed and cast; the wrapper is not called, as it would round images to the
         # dtype of conditioners.
         self.fabric.setup_module(model)
-        self.step = TrainingStep(model, config, self.generator, self.fabric.autocast)
-        folder.mkdir(parents=True, exist_ok=True)
-        # The best epochs of an earlier run must not pass for those of this run.
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        self.step = TrainingStep(model, config, self.generator, self.fabric.autocast, ranks=ranks)
+        if ranks.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            # The best epochs of an earlier run must not pass for those of this run.
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
     # -- epochs ----------------------------------------------------------------------------------------------
 
@@ -147,7 +167,7 @@ class _Run:
             history.append(record)
             self._keep(record)
             self._write_history(history)
-            if progress is not None:
+            if progress is not None and self.ranks.is_first:
                 progress(record)
         return history
 
@@ -157,7 +177,8 @@ class _Run:
 
     def _train_epoch(self, data: SliceSet, epoch: int, steps: int) -> EpochRecord:
         self.model.train()
-        for i, batch in enumerate(iterate_batches(data, steps, self.config, self.generator)):
+        batches = iterate_batches(data, steps, self.config, self.generator, rows=self.ranks.rows)
+        for i, batch in enumerate(batches):
             self.step.set_learning_rate(self._rate(epoch * steps + i, steps))
             self.step(*batch)
         totals = self.step.take_totals()
@@ -180,10 +201,12 @@ class _Run:
         model = self.candidate.eval()
         record: EpochRecord = {}
         for name, data in (({"val": val_set} if val_set is not None else {}) | dict(watch)).items():
-            record[f"{name}_bits_per_dim"] = evaluate_bits_per_dim(model, *middle_slices(data))
+            record[f"{name}_bits_per_dim"] = evaluate_bits_per_dim(
+                model, *middle_slices(data), ranks=self.ranks
+            )
         # One class is always the likeliest, so its accuracy would say nothing.
         if val_set is not None and self.model.config.num_classes > 1:
-            record["val_accuracy"] = evaluate_accuracy(model, *middle_slices(val_set), self.fabric)
+            record["val_accuracy"] = evaluate_accuracy(model, *middle_slices(val_set), self.ranks)
         return record
 
     def _keep(self, record: EpochRecord) -> None:
@@ -194,15 +217,21 @@ class _Run:
             return
         if loss < self.best["loss"]:
             self.best["loss"], self.kept["loss"] = loss, int(record["epoch"])
-            self.candidate.save(checkpoints / "loss")
+            self._save(checkpoints / "loss")
         if "val_accuracy" not in record:
             return
         score = record["val_accuracy"] - 1e-6 * loss
         if score > self.best["accuracy"]:
             self.best["accuracy"], self.kept["accuracy"] = score, int(record["epoch"])
-            self.candidate.save(checkpoints / "accuracy")
+            self._save(checkpoints / "accuracy")
+
+    def _save(self, folder: Path) -> None:
+        if self.ranks.is_first:
+            self.candidate.save(folder)
 
     def _write_history(self, history: list[EpochRecord]) -> None:
+        if not self.ranks.is_first:
+            return
         write_text(self.folder / HISTORY, "".join(json.dumps(record) + "\n" for record in history))
 
     def finish(self) -> None:
@@ -210,10 +239,14 @@ class _Run:
         select = self.config.select if self.model.config.num_classes > 1 else "loss"
         kept = self.kept[select]
         chosen = self.folder / CHECKPOINTS / select
-        self.model.load_state_dict(
-            MagicFlow.load(chosen).state_dict() if kept else self.candidate.state_dict()
-        )
+        if self.ranks.is_first:
+            self.model.load_state_dict(
+                MagicFlow.load(chosen).state_dict() if kept else self.candidate.state_dict()
+            )
+        self.ranks.share_weights(self.model)
         kept = kept or self.config.epochs
         settings = dataclasses.asdict(self.config) | {"select": select}
         self.model.metadata["training"] = settings | {"kept_epoch": kept}
-        self.model.eval().save(self.folder)
+        self.model.eval()
+        if self.ranks.is_first:
+            self.model.save(self.folder)
