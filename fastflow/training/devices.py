@@ -27,6 +27,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from fastflow.errors import OtherProcessError
 from fastflow.training import launch
 from fastflow.training.config import TrainConfig
 from fastflow.training.messages import Messages
@@ -218,10 +219,10 @@ def joined(config: TrainConfig, device: str = "auto") -> Iterator[Ranks]:
         try:
             with ranks.messages.failing_together():
                 yield ranks
-        except BaseException:
+        except BaseException as error:
             # Others may wait for this rank, and are woken by the end of its connections.
             dist.destroy_process_group()
-            if ranks.is_first:
+            if ranks.is_first and not isinstance(error, OtherProcessError):
                 ranks.messages.wait_for_others()
             raise
         dist.destroy_process_group()
