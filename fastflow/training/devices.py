@@ -53,6 +53,7 @@ class Ranks:
 
     Args:
         fabric: launched.
+        precision: that Fabric was made with, to compare settings with; None compares none.
 
     Attributes:
         fabric: devices, precision and collectives.
@@ -60,12 +61,12 @@ class Ranks:
         rank: of this process, from 0 on.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
-        self.fabric = fabric
+    def __init__(self, fabric: Fabric, precision: str | None = None) -> None:
+        self.fabric, self.precision = fabric, precision
         self.world_size, self.rank = fabric.world_size, fabric.global_rank
         self._calls = 0
         if self.world_size > 1:
-            # What is not of a device goes through a group of its own, which works without a GPU and waits as
+            # Objects of the host go through a group of their own, which works without a GPU and waits as
             # long as the first rank reads files.
             self._host = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
             address = os.environ["MASTER_ADDR"]
@@ -159,7 +160,9 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         """How to make the value anew."""
-        if isinstance(value, np.memmap) and type(value.base) is mmap.mmap:
+        # NumPy's annotations know no array whose base is a file.
+        base: object = getattr(value, "base", None)
+        if isinstance(value, np.memmap) and isinstance(base, mmap.mmap):
             return np.memmap, (value.filename, value.dtype, "r", value.offset, value.shape)
         return NotImplemented
 
@@ -176,7 +179,8 @@ def _on_host(state: dict[str, Any]) -> dict[str, Any]:
 
 def alone(config: TrainConfig, device: str = "auto") -> Ranks:
     """The one rank of a training on one device: ``"auto"``, ``"cpu"`` or ``"cuda"``."""
-    return Ranks(Fabric(accelerator=device, devices=1, precision=_precision(config)))
+    precision = _precision(config)
+    return Ranks(Fabric(accelerator=device, devices=1, precision=precision), precision)
 
 
 def _precision(config: TrainConfig) -> Any:
@@ -215,7 +219,7 @@ def joined(config: TrainConfig, device: str = "auto") -> Iterator[Ranks]:
     with _started(fabric, count, nodes):
         with _quiet():
             fabric.launch()
-        ranks = Ranks(fabric)
+        ranks = Ranks(fabric, _precision(config))
         try:
             with ranks.messages.failing_together():
                 yield ranks
@@ -227,7 +231,7 @@ def joined(config: TrainConfig, device: str = "auto") -> Iterator[Ranks]:
             raise
         dist.destroy_process_group()
     if launch.is_started():
-        # What follows is for the process that was started by the user.
+        # The rest of the program is for the process that the user started.
         raise SystemExit(0)
 
 
@@ -282,6 +286,16 @@ def _check_devices(device: str, count: int, config: TrainConfig) -> None:
         raise ValueError(
             f"devices is {count}, but this machine has {found} CUDA devices; take at most so many, or device "
             "'cpu'"
+        )
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError unless the ranks were joined for such a training."""
+    check_share(config, ranks.world_size)
+    if ranks.precision not in (None, _precision(config)):
+        raise ValueError(
+            f"precision is {config.precision}, but the ranks were joined with {ranks.precision}; give "
+            "`joined` the settings of the training"
         )
 
 

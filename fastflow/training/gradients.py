@@ -13,7 +13,7 @@ from torch import Tensor
 from fastflow.training.devices import Ranks
 from fastflow.training.rows import BatchRows, merged
 
-# Of a part of the batch: the mean loss, log p(x|y) of its samples, and their logistic losses or None.
+# It gives the mean loss of a part of the batch, log p(x|y) of its samples, and their logistic losses or None.
 PartLoss = Callable[[slice], tuple[Tensor, Tensor, Tensor | None]]
 
 

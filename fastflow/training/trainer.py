@@ -25,7 +25,7 @@ from fastflow.models.magic_flow import MagicFlow
 from fastflow.numerics import float32_products
 from fastflow.training.batches import iterate_batches
 from fastflow.training.config import TrainConfig as TrainConfig
-from fastflow.training.devices import Ranks, check_share, joined
+from fastflow.training.devices import Ranks, check_ranks, joined
 from fastflow.training.metrics import SampleMean, evaluate_accuracy
 from fastflow.training.metrics import evaluate_bits_per_dim as evaluate_bits_per_dim
 from fastflow.training.metrics import middle_slices as middle_slices
@@ -116,7 +116,7 @@ def _check_set(name: str, data: SliceSet, config: FlowConfig) -> None:
 
 
 def _check_shares(flow: FlowConfig, config: TrainConfig, ranks: Ranks, slices: int) -> None:
-    check_share(config, ranks.world_size)
+    check_ranks(config, ranks)
     if slices < ranks.world_size:
         raise ValueError(f"train_set has {slices} slices, fewer than the {ranks.world_size} devices")
     if flow.norm == "batch" and ranks.world_size * config.accumulate > 1:

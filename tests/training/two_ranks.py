@@ -1,7 +1,7 @@
 """Trainings that two ranks and one must do alike, and one that a rank leaves in its middle.
 
-``python two_ranks.py same FOLDER``, or ``python two_ranks.py MODE FOLDER`` with the way in which the second
-rank leaves: ``kill`` or ``error``.
+``python two_ranks.py MODE FOLDER``: the mode is a precision, in which all of its cases are trained, or the
+way in which the second rank leaves, ``kill`` or ``error``.
 """
 
 import os
@@ -28,6 +28,12 @@ CASES = {
 }
 
 
+def cases_of(precision):
+    return [
+        case for case, (_, changes, _) in CASES.items() if changes.get("precision", "64-true") == precision
+    ]
+
+
 def slices(count, seed):
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 3
@@ -49,7 +55,7 @@ def train_case(case, folder, ranks=None, epochs=2):
 
 
 def leave(mode, folder):
-    with joined(TrainConfig(batch_size=8, devices=2)) as ranks:
+    with joined(TrainConfig(batch_size=8, devices=2, precision="64-true")) as ranks:
         train_case("few", folder, ranks, epochs=1)
         if ranks.rank == 1 and mode == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -60,11 +66,11 @@ def leave(mode, folder):
 
 def main():
     mode, folder = sys.argv[1], Path(sys.argv[2])
-    if mode != "same":
+    if mode in ("kill", "error"):
         leave(mode, folder)
-    with joined(TrainConfig(batch_size=8, devices=2)) as ranks:
+    with joined(TrainConfig(batch_size=8, devices=2, precision=mode)) as ranks:
         threads = torch.get_num_threads()
-        found = {case: train_case(case, folder, ranks) for case in CASES}
+        found = {case: train_case(case, folder, ranks) for case in cases_of(mode)}
         torch.save((found, threads, ranks.world_size), folder / f"{ranks.rank}.pt")
 
 
