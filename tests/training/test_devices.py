@@ -242,10 +242,10 @@ def start(mode, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "of_weights", "of_figures"), [("64-true", 1e-9, 1e-9), ("32-true", 2e-3, 1e-4)]
+    ("precision", "of_weights", "of_figures"), [("64-true", 1e-8, 1e-9), ("32-true", 2e-3, 1e-4)]
 )
 def test_two_ranks_train_what_one_trains(tmp_path, precision, of_weights, of_figures):
-    """In float32, Adam makes whole steps of gradients that are zero but for rounding."""
+    """Adam divides gradients by their size, and so makes much of rounding where they are nearly zero."""
     done = start(precision, tmp_path)
     assert done.returncode == 0, done.stderr
     (first, threads, world_size), (second, _, _) = (
