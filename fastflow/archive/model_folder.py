@@ -243,7 +243,7 @@ def _publish(work: Path, folder: Path) -> None:
         if _WEIGHTS.fullmatch(path.name) and path.name != weights:
             path.unlink()
     sync_folder(folder)
-    # What is left goes in one step, and is removed under a name that no training looks for.
+    # The rest goes in one step, and is removed under a name that no training looks for.
     left = folder / temporary_name(UNFINISHED, "old")
     os.replace(work, left)
     shutil.rmtree(left, ignore_errors=True)

@@ -44,8 +44,6 @@ def a_state(step=3, value=1.0):
         step=step,
         seconds=2.5,
         history=[{"epoch": 1, "b": 0.1, "a": float("nan")}],
-        best={"loss": 0.25, "accuracy": -float("inf")},
-        kept={"loss": 1, "accuracy": 0},
         checkpoints={},
         changes=["epochs was 1 and is now 2"],
         tensors=tensors,
