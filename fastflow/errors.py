@@ -67,6 +67,18 @@ class ReadoutError(FastflowError, ValueError):
     """A read-out is missing, damaged, belongs to something else, or cannot be fitted to so few volumes."""
 
 
+class OtherProcessError(RunStoppedError):
+    """Another process of a training on several devices stopped; the message is its own.
+
+    Attributes:
+        is_first: whether this process is the first, which tells the user.
+    """
+
+    def __init__(self, message: str, is_first: bool) -> None:
+        self.is_first = is_first
+        super().__init__(message)
+
+
 class VolumeError(FastflowError, ValueError):
     """A volume cannot be used.
 

@@ -18,7 +18,7 @@ from fastflow.archive.calibrate import calibrate as calibrate
 from fastflow.archive.model_folder import INVENTORY, UNFINISHED, model_folder, read_history
 from fastflow.archive.options import pick_device
 from fastflow.archive.scanners import describe_scanners
-from fastflow.archive.training_data import TRAIN, VAL, Reading, choose, load_chosen
+from fastflow.archive.training_data import TRAIN, VAL, Reading, UsableFiles, choose, load_chosen
 from fastflow.archive.training_run import TrainingRun, TrainingRunFields
 from fastflow.data.grids import majority_grid, read_grids
 from fastflow.data.inventory import Inventory
@@ -31,7 +31,12 @@ from fastflow.data.training_images import TrainingImages
 from fastflow.errors import TrainingInterrupted, VolumeError
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.training.fingerprint import architecture_fingerprint, settings_fingerprint
+from fastflow.training.devices import Ranks, joined
+from fastflow.training.fingerprint import (
+    architecture_fingerprint,
+    ranks_fingerprint,
+    settings_fingerprint,
+)
 from fastflow.training.logs import check_tensorboard
 from fastflow.training.state import check_fingerprint, has_state, is_complete
 from fastflow.training.trainer import EpochRecord, TrainConfig, train
@@ -46,12 +51,14 @@ class Trained:
         history: one record per epoch.
         errors: files that could not be read and were left out.
         inventory: everything that was found, and why files were left out.
+        is_first: whether this process is the first of a training on several devices, or the only one.
     """
 
     model: MagicFlow
     history: list[EpochRecord]
     errors: list[VolumeError]
     inventory: Inventory
+    is_first: bool = True
 
 
 def read_records(path: str | PathLike[str]) -> list[Record]:
@@ -90,6 +97,9 @@ def train_on_archive(
     The voxel size and grid of most training volumes become the model's: what lies on another one is an error,
     in training and afterwards, since a density model punishes any background that it has not seen.
 
+    With several devices (`TrainConfig.devices`), the first process reads, writes and calibrates; the model
+    that the others return is not calibrated.
+
     The folder is held from before the first volume is read to the end. An earlier model in it stays as it is
     until the new one is finished; until then, history, checkpoints and the state that a stopped training goes
     on from lie in ``unfinished/`` inside it.
@@ -118,6 +128,7 @@ def train_on_archive(
         ValueError: a setting does not fit.
         OSError: the folder cannot be written into.
         TrainingInterrupted: a signal stopped the training; there is a state to go on from.
+        OtherProcessError: another process of a training on several devices has failed.
     """
     config = config or TrainConfig()
     run = dataclasses.replace(run or TrainingRun(), **options)
@@ -130,36 +141,68 @@ def train_on_archive(
     size = (flow.input_shape[1], flow.input_shape[2])
     # Settings are tried out before files are read.
     Preprocess(size, slices)
-    with _stopped_in_words(Path(folder)), model_folder(folder, run.overwrite, run.lock, run.resume) as work:
-        torch.manual_seed(config.seed)
-        model = MagicFlow(flow, application_mask)
-        if run.resume:
-            # The settings are compared before files are read, and all else before the first step.
-            check_fingerprint(work, settings_fingerprint(config), run.allow_changes)
-            check_fingerprint(work, architecture_fingerprint(model))
-        cache = run.reading.cache if isinstance(run.reading, Reading) else None
-        preprocess = preprocess_like(chosen.splits[TRAIN], size, slices, workers, cache)
-        sets, usable = load_chosen(chosen, preprocess, workers, run.reading)
-        if run.counted is not None:
-            run.counted(usable)
-        usable.check()
-        model.metadata["preprocess"] = preprocess.to_dict()
-        model.metadata["training_data"] = usable.to_dict()
-        # A training that was stopped while its files were moved to their places has nothing left to learn.
-        was_complete = is_complete(work)
-        if not was_complete:
-            write_text(work / INVENTORY, json.dumps(usable.inventory.to_dict(), indent=1) + "\n")
-            describe_images(model, sets)
-            control = dataclasses.replace(run, keep_state=True)
-            validation, notify = sets.get(VAL), run.progress
-            train(model, sets[TRAIN], validation, config, work, None, notify, device, control=control)
-            if validation is not None:
-                calibrate(model, validation, sets[TRAIN], config.calibration_volumes, config.seed)
-                describe_scanners(model, sets)
-                model.save(work)
-    if was_complete:
-        model = MagicFlow.load(folder)
-    return Trained(model, read_history(folder), list(usable.errors), usable.inventory)
+    with _stopped_in_words(Path(folder)), joined(config, device) as ranks:
+        with _folder_of(ranks, folder, run) as work:
+            torch.manual_seed(config.seed)
+            model = MagicFlow(flow, application_mask)
+
+            def read() -> tuple[dict[str, SliceSet], UsableFiles, bool]:
+                if run.resume:
+                    # The settings are compared before files are read, and all else before the first step.
+                    check_fingerprint(work, settings_fingerprint(config), run.allow_changes)
+                    check_fingerprint(work, architecture_fingerprint(model))
+                    check_fingerprint(work, ranks_fingerprint(ranks.world_size))
+                cache = run.reading.cache if isinstance(run.reading, Reading) else None
+                preprocess = preprocess_like(chosen.splits[TRAIN], size, slices, workers, cache)
+                sets, usable = load_chosen(chosen, preprocess, workers, run.reading)
+                if run.counted is not None:
+                    run.counted(usable)
+                usable.check()
+                model.metadata["preprocess"] = preprocess.to_dict()
+                model.metadata["training_data"] = usable.to_dict()
+                was_complete = is_complete(work)
+                if not was_complete:
+                    write_text(work / INVENTORY, json.dumps(usable.inventory.to_dict(), indent=1) + "\n")
+                    describe_images(model, sets)
+                return sets, usable, was_complete
+
+            # Volumes are decoded once, by the first of the ranks, which sends the slices to the others.
+            sets, usable, was_complete = ranks.from_first(read)
+            # A training that was stopped while its files were moved has nothing left to learn.
+            if not was_complete:
+                control = dataclasses.replace(run, keep_state=True)
+                _train_and_calibrate(model, sets, config, work, device, ranks, control)
+        if was_complete and ranks.is_first:
+            model = MagicFlow.load(folder)
+        history = ranks.from_first(lambda: read_history(folder))
+    return Trained(model, history, list(usable.errors), usable.inventory, ranks.is_first)
+
+
+def _train_and_calibrate(
+    model: MagicFlow,
+    sets: Mapping[str, SliceSet],
+    config: TrainConfig,
+    work: Path,
+    device: str,
+    ranks: Ranks,
+    control: TrainingRun,
+) -> None:
+    """Leave a calibrated model in a folder; the first rank alone calibrates it."""
+    validation, notify = sets.get(VAL), control.progress
+    train(model, sets[TRAIN], validation, config, work, None, notify, device, control=control, ranks=ranks)
+    if validation is not None and ranks.is_first:
+        calibrate(model, validation, sets[TRAIN], config.calibration_volumes, config.seed)
+        describe_scanners(model, sets)
+        model.save(work)
+
+
+def _folder_of(
+    ranks: Ranks, folder: str | PathLike[str], run: TrainingRun
+) -> contextlib.AbstractContextManager[Path]:
+    """The folder that a training writes into; the first rank alone checks, holds and makes it."""
+    if ranks.is_first:
+        return model_folder(folder, run.overwrite, run.lock, run.resume)
+    return contextlib.nullcontext(Path(folder) / UNFINISHED)
 
 
 @contextlib.contextmanager

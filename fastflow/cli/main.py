@@ -83,3 +83,7 @@ app.command("doctor")(doctor.doctor)
 def run() -> None:
     """Entry point of the console script."""
     app()
+
+
+if __name__ == "__main__":
+    run()

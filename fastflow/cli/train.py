@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastflow.cli._console import messages, print_epoch, report_errors, warn
+from fastflow.cli._console import FAILED, messages, print_epoch, report_errors, warn
 from fastflow.cli._options import Device, DeviceOption, NoLock, Seed, Workers, takes
 from fastflow.cli._training_progress import training_bar
+from fastflow.errors import OtherProcessError
 
 if TYPE_CHECKING:
     from fastflow.archive.training_data import UsableFiles
@@ -94,7 +96,10 @@ class TrainOptions:
     preset: Annotated[Preset, typer.Option(help="Size of the model.")] = Preset.demo
     task: Annotated[Task, typer.Option(help="What the model is for.")] = Task.classification
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training slices.")] = None
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Slices per step.")] = None
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Slices per step, over all devices.")] = None
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Micro-batches of a step, one after the other: less memory.")
+    ] = 1
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None
     warmup: Annotated[float | None, typer.Option(min=0.0, help="Epochs of linear warm-up.")] = None
     objective: Annotated[
@@ -155,6 +160,13 @@ class TrainOptions:
     seed: Seed = 0
     workers: Workers = 1
     device: DeviceOption = Device.auto
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Devices of this machine, with a process for each; torchrun's where it started this."
+        ),
+    ] = None
+    num_nodes: Annotated[int, typer.Option(min=1, help="Machines, each of which runs this command.")] = 1
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -218,7 +230,7 @@ def train(options: TrainOptions) -> None:
     from fastflow.data.listing import list_records
 
     config = config_of(options)
-    with training_bar() as bar:
+    with training_bar() as bar, said_once():
         trained = train_on_archive(
             list_records(options.manifest, options.label),
             options.out,
@@ -240,6 +252,8 @@ def train(options: TrainOptions) -> None:
             progress=print_epoch,
             on_step=bar.step,
         )
+    if not trained.is_first:
+        return
     last = trained.history[-1]
     typer.echo(
         f"{options.out}: {len(trained.history)} epochs, "
@@ -248,6 +262,23 @@ def train(options: TrainOptions) -> None:
     for line in calibration_lines(trained.model.metadata):
         typer.echo(line)
     report_errors(trained.errors)
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """A block in which the message of another process of the training ends this one without a second word.
+
+    The first process, which talks to the user, is the one that prints it.
+
+    Raises:
+        typer.Exit: another process failed, and this one is not the first.
+    """
+    try:
+        yield
+    except OtherProcessError as error:
+        if error.is_first:
+            raise
+        raise typer.Exit(FAILED) from error
 
 
 def config_of(options: TrainOptions) -> TrainConfig:
@@ -277,6 +308,9 @@ def config_of(options: TrainOptions) -> TrainConfig:
         engine=options.engine.value,
         precision=options.precision.value,
         calibration_volumes=options.calibration_volumes,
+        accumulate=options.accumulate,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
         **{name: value for name, value in given.items() if value is not None},
     )
 

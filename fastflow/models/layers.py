@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,55 @@ from torch import Tensor, nn
 from fastflow.kernels.lu_mixing import lu_factors, lu_inverse, lu_weight
 
 STD_FLOOR = 1e-3
+
+
+class Moments(NamedTuple):
+    """What the mean and the deviation of channels follow from, all in float64.
+
+    Attributes:
+        pixels: (1,) how many a channel has.
+        mean: (C,); 0 where there is no pixel.
+        squares: (C,) sum of the squared deviations from the mean.
+    """
+
+    pixels: Tensor
+    mean: Tensor
+    squares: Tensor
+
+
+def moments(x: Tensor) -> Moments:
+    """The moments of the channels of x (B, C, H, W)."""
+    x = x.detach().double()
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    mean = x.sum(dim=(0, 2, 3)) / max(pixels, 1)
+    deviation = x - mean[:, None, None]
+    return Moments(mean.new_full((1,), float(pixels)), mean, (deviation * deviation).sum(dim=(0, 2, 3)))
+
+
+def combine(parts: Sequence[Moments]) -> Moments:
+    """The moments of several parts of a batch together.
+
+    Source: Chan, Golub and LeVeque, 1979, equation 2.1. Parts are added up in the order given.
+    """
+    whole, *rest = parts
+    for part in rest:
+        pixels = whole.pixels + part.pixels
+        share = part.pixels / pixels.clamp_min(1.0)
+        apart = part.mean - whole.mean
+        squares = whole.squares + part.squares + apart * apart * (whole.pixels * share)
+        whole = Moments(pixels, whole.mean + apart * share, squares)
+    return whole
+
+
+def _of_all_ranks(own: Moments) -> list[Moments]:
+    """The moments of every rank of the default process group, in the order of ranks; one's own without it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    flat = torch.cat(own)
+    gathered = [torch.empty_like(flat) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, flat)
+    sizes = [len(part) for part in own]
+    return [Moments(*part.split(sizes)) for part in gathered]
 
 
 class ActNorm(nn.Module):
@@ -47,13 +96,8 @@ class ActNorm(nn.Module):
         if self.ready:
             return
         shape = tuple(x.shape)
-        x = x.detach().double()
-        count = torch.tensor(
-            float(x.shape[0] * x.shape[2] * x.shape[3]), dtype=torch.float64, device=x.device
-        )
-        mean = _all_ranks(x.sum(dim=(0, 2, 3))) / (total := _all_ranks(count))
-        deviation = x - mean[:, None, None]
-        std = (_all_ranks((deviation * deviation).sum(dim=(0, 2, 3))) / total).sqrt().clamp_min(STD_FLOOR)
+        total, mean, squares = combine(_of_all_ranks(moments(x)))
+        std = (squares / total).sqrt().clamp_min(STD_FLOOR)
         scale = 1.0 / (std + 1e-6)
         # They are checked as they will be stored, since a narrow dtype may not hold them.
         log_scale, bias = scale.log().to(self.log_scale), (-mean * scale).to(self.bias)
@@ -104,12 +148,6 @@ def all_or_none(waiting: Sequence[ActNorm]) -> Iterator[None]:
             if layer.ready:
                 layer.unset(*values)
         raise
-
-
-def _all_ranks(value: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-    return value
 
 
 def _read_initialized(module: ActNorm, _: Any) -> None:

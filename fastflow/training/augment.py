@@ -6,10 +6,13 @@ Source: the published recipe (rotation, shift, noise, and their probabilities).
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastflow.training.rows import BatchRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,32 +33,38 @@ class Augment:
     noise_probability: float = 0.6
     noise: float = 0.01
 
-    def __call__(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def __call__(self, x: Tensor, generator: torch.Generator | None, rows: BatchRows | None = None) -> Tensor:
         """Augment x (B, C, H, W) in [-1, 1]; uncovered pixels become -1, values are clamped to [-1, 1].
 
         Numbers are drawn from `generator`; where it is None, from the default one of the device of x, which
-        nothing waits for.
+        nothing waits for. `rows` says which rows of a larger batch those of x are: they get the numbers that
+        the larger batch would give them.
         """
+        rows = BatchRows.all(len(x)) if rows is None else rows
         if self.move_probability > 0:
-            moved = _move(x, self._draw_moves(x, generator), "bilinear" if self.degrees else "nearest")
-            x = torch.where(self._chosen(x, self.move_probability, generator), moved, x)
+            moves = self._draw_moves(x, generator, rows)
+            moved = _move(x, moves, "bilinear" if self.degrees else "nearest")
+            x = torch.where(self._chosen(x, self.move_probability, generator, rows), moved, x)
         if self.noise_probability > 0 and self.noise > 0:
-            drawn = torch.randn(x.shape, generator=generator, device=_source(x, generator))
+            drawn = rows.draw(torch.randn, *x.shape[1:], generator=generator, device=_source(x, generator))
             noise = self.noise * drawn.to(x)
             x = torch.where(
-                self._chosen(x, self.noise_probability, generator), (x + noise).clamp(-1.0, 1.0), x
+                self._chosen(x, self.noise_probability, generator, rows), (x + noise).clamp(-1.0, 1.0), x
             )
         return x
 
-    def _chosen(self, x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
-        drawn = torch.rand(x.shape[0], 1, 1, 1, generator=generator, device=_source(x, generator))
+    def _chosen(
+        self, x: Tensor, probability: float, generator: torch.Generator | None, rows: BatchRows
+    ) -> Tensor:
+        drawn = rows.draw(torch.rand, 1, 1, 1, generator=generator, device=_source(x, generator))
         return (drawn < probability).to(x.device)
 
-    def _draw_moves(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        batch, source = x.shape[0], _source(x, generator)
-        drawn = torch.rand(batch, generator=generator, device=source)
+    def _draw_moves(self, x: Tensor, generator: torch.Generator | None, rows: BatchRows) -> Tensor:
+        source = _source(x, generator)
+        drawn = rows.draw(torch.rand, generator=generator, device=source)
         angle = torch.deg2rad(self.degrees * (2.0 * drawn - 1.0))
-        shift = torch.randint(-self.pixels, self.pixels + 1, (batch, 2), generator=generator, device=source)
+        pixels = functools.partial(torch.randint, -self.pixels, self.pixels + 1)
+        shift = rows.draw(pixels, 2, generator=generator, device=source)
         return torch.cat((angle[:, None], shift), dim=1)
 
 

@@ -45,6 +45,10 @@ class TrainConfig:
         max_skipped: a step whose loss or gradients are not finite changes no weight; training stops after so
             many in a row.
         seed: of shuffling, augmentation, dequantisation and dropout.
+        accumulate: micro-batches of a step, whose gradients are added up: each holds ``batch_size / devices /
+            accumulate`` slices, which decides the memory that a step takes.
+        devices: of a machine, with a process for each; None for one, or as many as torchrun has started.
+        num_nodes: machines that take part.
         threads: of a CPU that training computes with, None for as many as torch has. Gradients are sums that
             ATen splits over threads: their last bits, and so the model that a seed gives, depend on it.
         calibration_volumes: training volumes of each class that are scored at most to fit the read-out; 0
@@ -74,6 +78,9 @@ class TrainConfig:
     max_skipped: int = 10
     seed: int = 0
     threads: int | None = None
+    accumulate: int = 1
+    devices: int | None = None
+    num_nodes: int = 1
     calibration_volumes: int = 60
 
     def __post_init__(self) -> None:
@@ -93,6 +100,8 @@ class TrainConfig:
             ("epochs", 1),
             ("batch_size", 1),
             ("max_skipped", 1),
+            ("accumulate", 1),
+            ("num_nodes", 1),
             ("warmup_epochs", 0),
             ("contrast_weight", 0),
             ("select_tolerance", 0),
@@ -100,8 +109,10 @@ class TrainConfig:
         ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)!r}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1 or None, got {self.threads!r}")
+        for name in ("threads", "devices"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value!r}")
         for name in ("learning_rate", "min_learning_rate", "clip_norm", "contrast_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")

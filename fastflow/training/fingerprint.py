@@ -14,13 +14,13 @@ from fastflow.data.slices import SliceSet
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.training.config import TrainConfig
 
-# These settings decide nothing but when a training gives up.
-INDIFFERENT = ("max_skipped",)
+# These settings decide when a training gives up, and how its ranks, whose number is compared, are started.
+INDIFFERENT = ("max_skipped", "devices", "num_nodes")
 # These may differ where it was asked for: the state has the same tensors, and the order of images stays.
 CHANGEABLE = (
     *("epochs", "learning_rate", "warmup_epochs", "min_learning_rate", "clip_norm"),
     *("objective", "contrast_weight", "contrast_temperature", "schedule", "augment"),
-    *("select", "select_tolerance", "calibration_volumes"),
+    *("select", "select_tolerance", "calibration_volumes", "accumulate"),
 )
 DIGEST_BYTES = 16
 
@@ -46,6 +46,11 @@ def architecture_fingerprint(model: MagicFlow) -> Fingerprint:
 def preprocess_fingerprint(model: MagicFlow) -> Fingerprint:
     """The preprocessing that the metadata of a model name, if they do."""
     return {"preprocess": _as_json(model.metadata.get("preprocess", {}))}
+
+
+def ranks_fingerprint(world_size: int) -> Fingerprint:
+    """The number of ranks, each of which has generators of its own."""
+    return {"ranks": {"ranks": world_size}}
 
 
 def data_fingerprint(sets: Mapping[str, SliceSet]) -> Fingerprint:

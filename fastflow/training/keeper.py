@@ -43,8 +43,12 @@ class StateKeeper:
         """
         start = time.monotonic()
         write_state(self._folder, state)
-        self._last = time.monotonic()
-        self._cost, self._steps, self._saved = self._last - start, 0, state.where()
+        self._cost = time.monotonic() - start
+        self.note(state)
+
+    def note(self, state: RunState) -> None:
+        """Take note of a state that has been written, by another process or by this one."""
+        self._last, self._steps, self._saved = time.monotonic(), 0, state.where()
 
     def what_stays(self) -> str:
         """What there is to go on from, in words."""

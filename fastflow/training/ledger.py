@@ -117,6 +117,15 @@ class StepLedger:
         return report
 
 
+def not_finite(report: HostReport, learning_rate: float) -> FloatingPointError:
+    """The error of a training that gives up after a step."""
+    loss, skipped = float(report.values[LOSS]), int(report.values[SKIPPED])
+    return FloatingPointError(
+        f"the loss became {loss}; steps in a row whose loss or gradients are not finite, all skipped: "
+        f"{skipped}; lower learning_rate ({learning_rate}) or set dequantize"
+    )
+
+
 def _figures(report: HostReport, before: StepFigures | None) -> StepFigures:
     """The figures of a step, whose own bits/dim are what its totals have more than those before."""
     values = report.values

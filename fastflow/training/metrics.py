@@ -1,4 +1,4 @@
-"""Figures that training reports: means over samples, bits/dim and accuracy on held-out slices."""
+"""Figures that training reports of held-out slices: bits/dim, and how well likelihoods tell labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,40 +15,11 @@ from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import from_uint8
 from fastflow.training import objective as objectives
 from fastflow.training.calibration import fit_temperature, negative_log_posterior
+from fastflow.training.devices import Ranks
+from fastflow.training.rows import BatchRows
 
 # So many slices are scored at once; each takes the memory of K, one for each label.
 ACCURACY_BATCH_SIZE = 32
-
-
-class SampleMean:
-    """The mean of one number per sample, over all samples of all ranks, summed in float64.
-
-    Args:
-        fabric: whose ranks each see a part of the samples.
-    """
-
-    def __init__(self, fabric: Fabric) -> None:
-        self._fabric = fabric
-        self._total, self._count = 0.0, 0
-
-    def update(self, values: Tensor) -> None:
-        """Take in numbers of any shape."""
-        self.add(float(values.detach().cpu().double().sum()), values.numel())
-
-    def add(self, total: float, count: int) -> None:
-        """Take in numbers of which the sum and the count are known."""
-        self._total += total
-        self._count += count
-
-    def compute(self) -> float:
-        """The mean so far; NaN where no rank has seen a sample. All ranks must call it together."""
-        total, count = self._total, float(self._count)
-        if self._fabric.world_size > 1:
-            # Sums over ranks stay right where ranks have seen unequal numbers of samples.
-            local = torch.tensor([total, count], dtype=torch.float64, device=self._fabric.device)
-            reduced = self._fabric.all_reduce(local, reduce_op="sum")
-            total, count = reduced.tolist()  # type: ignore[union-attr]
-        return total / count if count else float("nan")
 
 
 def middle_slices(data: SliceSet) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -65,11 +35,17 @@ def middle_slices(data: SliceSet) -> tuple[NDArray[Any], NDArray[Any]]:
 
 @torch.no_grad()
 def evaluate_bits_per_dim(
-    model: MagicFlow, images: NDArray[Any], labels: NDArray[Any], batch_size: int = 64, seed: int = 0
+    model: MagicFlow,
+    images: NDArray[Any],
+    labels: NDArray[Any],
+    batch_size: int = 64,
+    seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> float:
     """Mean bits/dim of 8-bit slices under their own labels.
 
-    The dequantisation noise that the model uses is drawn from a seed.
+    The dequantisation noise that the model uses is drawn from a seed, for each slice the same whatever the
+    number of ranks.
 
     Args:
         model: the flow, in evaluation mode.
@@ -77,35 +53,40 @@ def evaluate_bits_per_dim(
         labels: (N,) integers.
         batch_size: images per pass.
         seed: of the noise.
+        ranks: each evaluates a part of the slices, none of them twice; all must come here together. None is
+            this process alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    total = 0.0
-    for start in range(0, len(images), batch_size):
-        x = from_uint8(torch.from_numpy(images[start : start + batch_size]))
+    world_size = 1 if ranks is None else ranks.world_size
+    values = torch.zeros(len(images), dtype=torch.float64)
+    for start in range(0, len(images), batch_size * world_size):
+        end = min(start + batch_size * world_size, len(images))
+        rows = _rows(ranks, end - start)
+        own = np.arange(start, end)[rows.index]
+        x = from_uint8(torch.from_numpy(images[own]))
         if model.config.dequantize == "uniform":
-            x = objectives.dequantize(x, generator)
-        y = torch.from_numpy(labels[start : start + batch_size])
+            x = objectives.dequantize(x, generator, rows)
+        if not len(x):
+            continue
+        y = torch.from_numpy(labels[own])
         lp = model.log_prob(x.to(model.device), y.to(model.device))
-        total += float(objectives.bits_per_dim(lp, model.config.num_dims).double().sum())
-    return total / len(images)
+        values[own] = objectives.bits_per_dim(lp, model.config.num_dims).double().cpu()
+    values = _of_all(values, model, ranks)
+    # The sums of passes are those of one rank.
+    return sum(float(part.sum()) for part in values.split(batch_size)) / len(images)
 
 
 @torch.no_grad()
-def evaluate_accuracy(model: MagicFlow, images: NDArray[Any], labels: NDArray[Any], fabric: Fabric) -> float:
-    """Share of 8-bit slices whose likeliest label is their own.
-
-    Args:
-        model: the flow, in evaluation mode.
-        images: (N, C, H, W) uint8.
-        labels: (N,) integers.
-        fabric: whose ranks each evaluate a part.
-    """
-    return evaluate_labels(model, images, labels, fabric)["accuracy"]
+def evaluate_accuracy(
+    model: MagicFlow, images: NDArray[Any], labels: NDArray[Any], ranks: Ranks | None = None
+) -> float:
+    """Share of 8-bit slices whose likeliest label is their own; arguments as those of `evaluate_labels`."""
+    return evaluate_labels(model, images, labels, ranks)["accuracy"]
 
 
 @torch.no_grad()
 def evaluate_labels(
-    model: MagicFlow, images: NDArray[Any], labels: NDArray[Any], fabric: Fabric
+    model: MagicFlow, images: NDArray[Any], labels: NDArray[Any], ranks: Ranks | None = None
 ) -> dict[str, float]:
     """How well the likelihoods of 8-bit slices tell their labels.
 
@@ -113,7 +94,8 @@ def evaluate_labels(
         model: the flow, in evaluation mode.
         images: (N, C, H, W) uint8.
         labels: (N,) integers.
-        fabric: on whose device the slices are scored.
+        ranks: each scores a part of the slices, none of them twice, and has the figures of all; all must come
+            here together. None is this process alone.
 
     Returns:
         ``accuracy``: share of the slices whose likeliest label is their own. ``balanced_accuracy``: mean of
@@ -121,16 +103,7 @@ def evaluate_labels(
         at the temperature that makes it least, as the posterior of a finished model is calibrated; so it
         compares epochs however large their log-odds are. It is NaN where a likelihood is not finite.
     """
-    batches = -(-len(images) // ACCURACY_BATCH_SIZE)
-    log_probs = np.concatenate(
-        [
-            model.log_prob_all(from_uint8(torch.from_numpy(images[rows]).to(fabric.device)))
-            .cpu()
-            .double()
-            .numpy()
-            for rows in np.array_split(np.arange(len(images)), batches)
-        ]
-    )
+    log_probs = _log_probs(model, images, ranks)
     right = log_probs.argmax(axis=1) == labels
     count = np.bincount(labels)
     recall = np.bincount(labels, weights=right)[count > 0] / count[count > 0]
@@ -138,3 +111,22 @@ def evaluate_labels(
     if np.isfinite(log_probs).all():
         nll = negative_log_posterior(log_probs, labels, fit_temperature(log_probs, labels))
     return {"accuracy": float(right.mean()), "balanced_accuracy": float(recall.mean()), "nll": nll}
+
+
+def _log_probs(model: MagicFlow, images: NDArray[Any], ranks: Ranks | None) -> NDArray[Any]:
+    """Log-likelihoods (N, K) under all labels, float64; each rank scores its rows in batches."""
+    own = np.arange(len(images))[_rows(ranks, len(images)).index]
+    values = torch.zeros((len(images), model.config.num_classes), dtype=torch.float64)
+    for rows in np.array_split(own, -(-len(own) // ACCURACY_BATCH_SIZE)) if len(own) else ():
+        x = from_uint8(torch.from_numpy(images[rows]).to(model.device))
+        values[rows] = model.log_prob_all(x).double().cpu()
+    return _of_all(values, model, ranks).numpy()
+
+
+def _rows(ranks: Ranks | None, whole: int) -> BatchRows:
+    return BatchRows.all(whole) if ranks is None else ranks.rows(whole)
+
+
+def _of_all(values: Tensor, model: MagicFlow, ranks: Ranks | None) -> Tensor:
+    """Numbers of all rows, from those that each rank has put at its own, zeros elsewhere."""
+    return values if ranks is None else ranks.sum(values.to(model.device)).cpu()

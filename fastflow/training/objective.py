@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastflow import kernels
 from fastflow.data.preprocess import GREY_LEVEL
+from fastflow.training.rows import BatchRows
 
 OBJECTIVES = ("likelihood", "pairwise", "hybrid")
 
@@ -39,14 +40,17 @@ def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
     return -(log_prob / dims + math.log(GREY_LEVEL)) / math.log(2.0)
 
 
-def dequantize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def dequantize(x: Tensor, generator: torch.Generator | None = None, rows: BatchRows | None = None) -> Tensor:
     """Add centred uniform noise of one grey level.
 
-    The density of 8-bit data, padding included, then has an upper bound.
+    The density of 8-bit data, padding included, then has an upper bound. `rows` says which rows of a larger
+    batch those of x (B, C, H, W) are: they get the noise that the larger batch would give them.
 
     Source: Theis et al., 2016, section 3.1.
     """
-    return x + GREY_LEVEL * (torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator) - 0.5)
+    rows = BatchRows.all(len(x)) if rows is None else rows
+    noise = rows.draw(torch.rand, *x.shape[1:], dtype=x.dtype, device=x.device, generator=generator)
+    return x + GREY_LEVEL * (noise - 0.5)
 
 
 def log_prob(flow: Flow, x: Tensor, y: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from fastflow._files import write_text
@@ -19,18 +18,19 @@ from fastflow.models.magic_flow import MagicFlow
 from fastflow.training.batches import iterate_batches
 from fastflow.training.config import TrainConfig
 from fastflow.training.control import RunControl
+from fastflow.training.devices import Ranks
 from fastflow.training.fingerprint import (
     Fingerprint,
     architecture_fingerprint,
     data_fingerprint,
     preprocess_fingerprint,
+    ranks_fingerprint,
     settings_fingerprint,
 )
 from fastflow.training.keeper import StateKeeper
 from fastflow.training.logs import TENSORBOARD, is_event_file
 from fastflow.training.optimizer_state import part, with_prefix
 from fastflow.training.random_state import random_state, set_random_state
-from fastflow.training.ranks import of_all_ranks, of_this_rank
 from fastflow.training.selection import Selection
 from fastflow.training.state import (
     RunState,
@@ -44,7 +44,7 @@ from fastflow.training.state import (
     write_fingerprint,
     younger_checkpoints,
 )
-from fastflow.training.step import SHARED_BY_RANKS, TrainingStep
+from fastflow.training.step import TrainingStep
 
 EpochRecord = dict[str, float]
 # The names of what a training leaves in its folder, beside the model.
@@ -59,8 +59,9 @@ class SavedRun:
         config: how to train.
         folder: of the training.
         control: how the training is run.
-        fabric: the ranks and the device.
-        generator: of the host; augmentation may draw from it, and the order of each epoch does.
+        ranks: the processes that train together.
+        generator: of the host, the same on all ranks; augmentation may draw from it, and the order of each
+            epoch does.
         step: the training step.
         keeper: decides when a state is saved.
         selection: the best epochs so far.
@@ -77,7 +78,7 @@ class SavedRun:
     config: TrainConfig
     folder: Path
     control: RunControl
-    fabric: Fabric
+    ranks: Ranks
     generator: torch.Generator
     step: TrainingStep
     keeper: StateKeeper
@@ -101,7 +102,7 @@ class SavedRun:
             self.generator.set_state(self.order)
         else:
             self.order = now
-        left = iterate_batches(data, steps, self.config, self.generator, self.next_step)
+        left = iterate_batches(data, steps, self.config, self.generator, self.next_step, self.ranks.rows)
         if self.next_step:
             # The order is drawn with the first batch; what was drawn after it had been drawn already.
             first = next(left, None)
@@ -111,20 +112,15 @@ class SavedRun:
 
     def write_history(self) -> None:
         """Write `history.jsonl` anew."""
-        write_text(self.folder / HISTORY, "".join(json.dumps(record) + "\n" for record in self.history))
+        if self.ranks.is_first:
+            lines = (json.dumps(record) + "\n" for record in self.history)
+            write_text(self.folder / HISTORY, "".join(lines))
 
     def begin(self, sets: Mapping[str, SliceSet]) -> None:
         """Make the folder ready for a new training, or go on with the one that is in it."""
-        fingerprint = {
-            **settings_fingerprint(self.config),
-            **architecture_fingerprint(self.model),
-            **preprocess_fingerprint(self.model),
-            **data_fingerprint(sets),
-            "ranks": {"ranks": self.fabric.world_size},
-        }
         if self.control.resume:
-            self._resume(fingerprint)
-        elif self.fabric.global_rank == 0:
+            self._resume(sets)
+        elif self.ranks.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             # The best epochs of an earlier run must not pass for those of this run.
             shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
@@ -132,24 +128,36 @@ class SavedRun:
             for path in (self.folder / TENSORBOARD).glob("*"):
                 if is_event_file(path.name):
                     path.unlink()
-            write_fingerprint(self.folder, fingerprint)
+            write_fingerprint(self.folder, self._fingerprint(sets))
 
-    def _resume(self, fingerprint: Fingerprint) -> None:
-        changes = check_fingerprint(self.folder, fingerprint, self.control.allow_changes)
-        state, notes = read_state(self.folder)
-        warn_of_other_software(notes)
-        clear_unfinished_files(self.folder)
+    def _fingerprint(self, sets: Mapping[str, SliceSet]) -> Fingerprint:
+        return {
+            **settings_fingerprint(self.config),
+            **architecture_fingerprint(self.model),
+            **preprocess_fingerprint(self.model),
+            **data_fingerprint(sets),
+            **ranks_fingerprint(self.ranks.world_size),
+        }
+
+    def _resume(self, sets: Mapping[str, SliceSet]) -> None:
+        def read() -> tuple[RunState, list[str], set[str]]:
+            changes = check_fingerprint(self.folder, self._fingerprint(sets), self.control.allow_changes)
+            state, notes = read_state(self.folder)
+            warn_of_other_software(notes)
+            clear_unfinished_files(self.folder)
+            return state, changes, younger_checkpoints(self.folder / CHECKPOINTS, state)
+
+        state, changes, younger = self.ranks.from_first(read)
         with described_as_damaged(self.folder):
             self.model.load_state_dict(part(state.tensors, "model."))
-            own = of_this_rank(self.fabric, part(state.tensors, "rank."))
-            self.step.load_state_dict(part(state.tensors, "step.") | part(own, "step."))
-            set_random_state(part(own, "random."), self.generator, self.fabric.device)
-            self.order = own["order"]
+            self.step.load_state_dict(part(state.tensors, "step."))
+            random = self.ranks.own_part(part(state.tensors, "random."))
+            set_random_state(random, self.generator, self.model.device)
+            self.order = state.tensors["order"]
         self.epoch, self.next_step, self.earlier_seconds = state.epoch, state.step, state.seconds
         self.history = [dict(record) for record in state.history]
         self.changes = [*state.changes, *(f"from {state.where()}: {text}" for text in changes)]
         # A checkpoint that is younger than the state is of an epoch that is done again, and kept again.
-        younger = younger_checkpoints(self.folder / CHECKPOINTS, state)
         for record in self.history:
             self.selection.take(record)
         for name in younger & set(self.selection.kept):
@@ -158,28 +166,28 @@ class SavedRun:
         self.write_history()
         if changes:
             self.save()
-            write_fingerprint(self.folder, fingerprint)
+            if self.ranks.is_first:
+                write_fingerprint(self.folder, self._fingerprint(sets))
 
     def save(self) -> None:
         """Write the state between two steps. All ranks must call it together."""
-        step = self.step.state_dict()
-        shared = {name: value for name, value in step.items() if name.startswith(SHARED_BY_RANKS)}
-        own = {f"step.{name}": value for name, value in step.items() if name not in shared}
-        own |= {"order": self.order}
-        own |= with_prefix("random.", random_state(self.generator, self.fabric.device))
+        random = self.ranks.all_parts(random_state(self.generator, self.model.device))
         tensors = {
             **with_prefix("model.", self.model.state_dict()),
-            **with_prefix("step.", shared),
-            **with_prefix("rank.", of_all_ranks(self.fabric, own)),
+            **with_prefix("step.", self.step.state_dict()),
+            **with_prefix("random.", random),
+            "order": self.order,
         }
-        if self.fabric.global_rank == 0:
-            state = RunState(
-                epoch=self.epoch,
-                step=self.next_step,
-                seconds=self.seconds(),
-                history=self.history,
-                checkpoints=kept_weights(self.folder / CHECKPOINTS),
-                changes=self.changes,
-                tensors=tensors,
-            )
+        state = RunState(
+            epoch=self.epoch,
+            step=self.next_step,
+            seconds=self.seconds(),
+            history=self.history,
+            checkpoints=kept_weights(self.folder / CHECKPOINTS),
+            changes=self.changes,
+            tensors=tensors,
+        )
+        if self.ranks.is_first:
             self.keeper.save(state)
+        else:
+            self.keeper.note(state)

@@ -22,7 +22,9 @@ class Batch(NamedTuple):
         wrong: (B,) or (B, R) int64, labels to tell apart from the right ones; None where the step draws them
             itself.
         report: (5 + B R) float64: the loss; the counters, which are the figures of `Totals` so far and the
-            number of steps in a row that were skipped; and the logistic losses of the pairs of labels.
+            number of steps in a row that were skipped; and the logistic losses of the pairs of labels. Where
+            several processes share a batch, the report and wrong labels are those of the whole batch, images
+            and labels those of the rows of this one.
     """
 
     images: Tensor

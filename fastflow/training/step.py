@@ -11,8 +11,8 @@ import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
+from torch import Tensor
+from torch.nn.utils import parametrize
 
 from fastflow.models.magic_flow import MagicFlow
 from fastflow.models.scoring import from_uint8
@@ -21,10 +21,13 @@ from fastflow.training.augment import AUGMENTS
 from fastflow.training.average import WeightAverage
 from fastflow.training.capture import CapturedFunction, StepGraph, graph_for
 from fastflow.training.config import TrainConfig
-from fastflow.training.ledger import StepFigures, StepLedger
+from fastflow.training.devices import Ranks
+from fastflow.training.gradients import GradientSum, differentiate
+from fastflow.training.ledger import StepFigures, StepLedger, not_finite
 from fastflow.training.ledger import Totals as Totals
 from fastflow.training.optimizer_state import load_optimizer, optimizer_tensors, part, with_prefix
 from fastflow.training.phases import Moment, Phase
+from fastflow.training.rows import BatchRows
 from fastflow.training.staging import (
     BITS,
     COUNTERS,
@@ -36,17 +39,7 @@ from fastflow.training.staging import (
     Staging,
     empty_report,
 )
-
-# Entries of a step's state that begin so are the same on all ranks.
-SHARED_BY_RANKS = ("optimizer.", "average.")
-
-
-def _statistics(model: MagicFlow) -> list[Tensor]:
-    """The running statistics of batch norms, which forward passes in training write to."""
-    if model.config.norm != "batch":
-        return []
-    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
-    return [value for norm in norms for value in norm.buffers()]
+from fastflow.training.update import ClippedAdam, RunningStatistics
 
 
 class TrainingStep:
@@ -68,6 +61,8 @@ class TrainingStep:
             gradients are clipped inside of Adam, and reports are read late. A CPU gains nothing by it.
         graph: what captures the function of the first phase, in place of what ``config.engine`` asks for; its
             successors capture those of the other phases.
+        ranks: the processes that share a batch, each with a step of its own; they take equal steps together.
+            None is this process alone. Several run eager steps on any device.
 
     Raises:
         ValueError: ``config.engine`` is ``"cuda_graph"`` and the model is on no CUDA device.
@@ -87,22 +82,17 @@ class TrainingStep:
         autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         capturable: bool = False,
         graph: StepGraph | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model, self._config, self._generator, self._autocast = model, config, generator, autocast
         self._device = device = model.device
         on_cuda = device.type == "cuda"
-        graph = graph or graph_for(config.engine, device)
+        self._sum = None if ranks is None or ranks.world_size == 1 else GradientSum(ranks)
+        if self._sum is None:
+            graph = graph or graph_for(config.engine, device)
         self._capturable = capturable or on_cuda or graph is not None
-        # A CPU takes the rate as a float64, the Python number itself; CUDA kernels of Adam read a float32.
-        self._rate = torch.tensor(
-            config.learning_rate, dtype=torch.float32 if on_cuda else torch.float64, device=device
-        )
-        self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=self._rate, fused=True, capturable=on_cuda and graph is not None
-        )
-        # PyTorch would warn that the first steps are not captured, which is as intended.
-        self.optimizer._warned_capturable_if_run_uncaptured = True
-        self._clips_in_adam = self._capturable and model.dtype == torch.float32
+        self._adam = ClippedAdam(model, config, self._capturable, graph is not None)
+        self.optimizer = self._adam.optimizer
         # A weight that ramps up must be a tensor, which a replay reads anew.
         self._weight = torch.zeros(
             (), dtype=torch.float64 if model.dtype == torch.float64 else torch.float32, device=device
@@ -115,6 +105,8 @@ class TrainingStep:
         self._totals, self._skipped = self._counters[: SKIPPED - BITS], self._counters[SKIPPED - BITS]
         self._ledger = StepLedger(device, late=self._capturable)
         self._drawn: Tensor | None = None
+        # The labels of the whole batch, where this process computes some of its rows.
+        self._labels: Tensor | None = None
         self._enter(0, graph)
         assert self._phase.weight is not None
         self._weight.fill_(self._phase.weight)
@@ -152,7 +144,7 @@ class TrainingStep:
 
     def set_learning_rate(self, value: float) -> None:
         """Take steps with this learning rate from now on."""
-        self._rate.fill_(value)
+        self._adam.set_learning_rate(value)
 
     def set_moment(self, moment: Moment) -> None:
         """Take steps of this phase, with this weight of the discriminative term, from now on.
@@ -170,8 +162,8 @@ class TrainingStep:
         """Take a step.
 
         Args:
-            images: (B, C, H, W) uint8, on the host.
-            labels: (B,) int64 on the host, from 0 to K - 1; they are not looked at.
+            images: (n, C, H, W) uint8, on the host: all images of the batch, or those of `Ranks.rows`.
+            labels: (B,) int64 on the host, from 0 to K - 1, of the whole batch; they are not looked at.
 
         Raises:
             FloatingPointError: ``config.max_skipped`` steps in a row were not finite. The weights are those
@@ -180,23 +172,21 @@ class TrainingStep:
             ValueError: ActNorm cannot be set from the first batch; no layer is, and the next batch sets it.
         """
         wrong = self._draw_wrong(labels) if self._capturable else None
-        if (self._device.type == "cuda" or self._captured is not None) and self._staging is None:
+        stages = self._sum is None and (self._device.type == "cuda" or self._captured is not None)
+        if stages and self._staging is None:
             self._staging = Staging(images.shape, self._device, self.rivals)
         if self._staging is not None and self._staging.batch.images.shape == images.shape:
-            batch = self._staging.load(images, labels, wrong)
-            if self._captured is None:
-                self.run(batch)
-            else:
-                self._captured()
+            report = self._staging.load(images, labels, wrong).report
+            (self._captured or self._run_staged)()
         else:
             to = self._device
             placed = None if wrong is None else wrong.to(to)
-            batch = Batch(
-                images.to(to), labels.to(to), placed, empty_report(len(labels), to, self.rivals or 1)
-            )
-            self.run(batch)
+            report = empty_report(len(labels), to, self.rivals or 1)
+            own = labels[self._rows(len(labels)).index]
+            self._labels = None if self._sum is None else labels
+            self.run(Batch(images.to(to), own.to(to), placed, report))
         wrong = wrong if self._capturable else self._drawn
-        self._take_in(self._ledger.push(batch.report, labels, wrong))
+        self._take_in(self._ledger.push(report, labels, wrong))
 
     def flush(self) -> None:
         """Take in the report that is still on its way; waits for the device.
@@ -217,7 +207,7 @@ class TrainingStep:
         self._totals.zero_()
         self._ledger.forget_totals()
         if skipped and not samples and self._ledger.last is not None:
-            raise self._not_finite(self._ledger.last)
+            raise not_finite(self._ledger.last, self._config.learning_rate)
         return Totals(bits, int(samples), int(skipped))
 
     # -- its state -------------------------------------------------------------------------------------------
@@ -225,7 +215,7 @@ class TrainingStep:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything by which the steps that follow differ from those of a new object, but for the weights.
 
-        Waits for the device. A report that is pending stays so.
+        It is the same on all ranks. Waits for the device. A report that is pending stays so.
         """
         state = optimizer_tensors(self._model, self.optimizer) | self._ledger.state_dict()
         state |= {"counters": self._counters, "negatives": self.negatives.losses}
@@ -261,30 +251,36 @@ class TrainingStep:
             ValueError: the first batch has no finite statistics at some layer; the next one sets ActNorm.
         """
         model = self._model
-        x = self._augmented(batch.images)
+        rows = self._rows((batch.report.numel() - FIRST_LOGISTIC) // (self.rivals or 1))
+        x = self._augmented(batch.images, rows)
         if not self._ready:
             self._prepare(x, batch.labels)
         wrong = batch.wrong
         if self._draws and wrong is None:
-            wrong = self._drawn = self._draw_wrong(batch.labels)
+            wrong = self._drawn = self._draw_wrong(batch.labels if self._labels is None else self._labels)
+        own_wrong = None if wrong is None else wrong[rows.index]
         self.optimizer.zero_grad(set_to_none=True)
-        statistics = _statistics(model)
-        before = [value.clone() for value in statistics]
-        with parametrize.cached() if self._capturable else contextlib.nullcontext():
-            loss, log_probs, logistic = self._loss(x, batch.labels, wrong)
-        loss.backward()
-        finite = self._update(loss.detach())
-        # The forward pass has taken a step that is skipped into the running statistics.
-        for value, earlier in zip(statistics, before, strict=True):
-            value.copy_(torch.where(finite, value, earlier))
-        bits = objectives.bits_per_dim(log_probs.detach(), model.config.num_dims).double().sum()
+        statistics = RunningStatistics(model)
+
+        def loss_of(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+            with parametrize.cached() if self._capturable else contextlib.nullcontext():
+                return self._loss(x[part], batch.labels[part], None if own_wrong is None else own_wrong[part])
+
+        loss, log_probs, logistic = differentiate(loss_of, len(x), self._config.accumulate, rows.whole)
+        bits = objectives.bits_per_dim(log_probs, model.config.num_dims).double().sum()
+        if self._sum is not None:
+            loss, bits, logistic = self._sum(self._adam.parameters, rows, loss, bits, logistic)
+        finite = self._adam.step(loss)
+        if self.average is not None:
+            self.average.update()
+        statistics.restore_unless(finite)
         zero = torch.zeros_like(bits)
         # A choice, unlike a product with 0, keeps the NaN of a skipped step out of the totals.
-        taken = torch.stack((bits, torch.full_like(bits, len(x)), zero))
+        taken = torch.stack((bits, torch.full_like(bits, rows.whole), zero))
         skipped = torch.stack((zero, zero, torch.ones_like(bits)))
         self._totals.add_(torch.where(finite, taken, skipped))
         self._skipped.add_(1.0).masked_fill_(finite, 0.0)
-        batch.report[LOSS].copy_(loss.detach())
+        batch.report[LOSS].copy_(loss)
         batch.report[BITS:FIRST_LOGISTIC].copy_(self._counters)
         if logistic is not None:
             batch.report[FIRST_LOGISTIC:].copy_(logistic.flatten())
@@ -293,13 +289,19 @@ class TrainingStep:
         assert self._staging is not None
         self.run(self._staging.batch)
 
-    def _augmented(self, images: Tensor) -> Tensor:
-        generator = None if self._capturable else self._generator
+    def _rows(self, whole: int) -> BatchRows:
+        return BatchRows.all(whole) if self._sum is None else self._sum.ranks.rows(whole)
+
+    def _augmented(self, images: Tensor, rows: BatchRows) -> Tensor:
+        generator: torch.Generator | None = self._generator
+        if self._capturable:
+            # Each device draws for its own rows.
+            generator, rows = None, BatchRows.all(len(images))
         x, augment = from_uint8(images), AUGMENTS[self._config.augment]
         if augment is not None:
-            x = augment(x, generator)
+            x = augment(x, generator, rows)
         if self._model.config.dequantize == "uniform":
-            x = objectives.dequantize(x, generator)
+            x = objectives.dequantize(x, generator, rows)
         return x
 
     def _prepare(self, x: Tensor, labels: Tensor) -> None:
@@ -326,27 +328,6 @@ class TrainingStep:
         loss = objectives.pairwise_loss if phase.objective == "pairwise" else objectives.rivals_loss
         return loss(self._flow, x, y, wrong, weight, temperature)
 
-    def _update(self, loss: Tensor) -> Tensor:
-        """Clip the gradients, step, and average the weights; returns whether all was finite, else no step."""
-        parameters = self._optimized()
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        largest = self._config.clip_norm
-        # Adam divides gradients by the scale, and takes no step where `found_inf` is 1. A CPU multiplies them
-        # before, as `clip_grad_norm_` does; the quotient may differ from that product in its last bit.
-        if self._clips_in_adam:
-            self.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)  # type: ignore[attr-defined]
-        else:
-            clip_grads_with_norm_(parameters, largest, norm)
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update()
-        return finite
-
-    def _optimized(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
     # -- the host --------------------------------------------------------------------------------------------
 
     def _draw_wrong(self, labels: Tensor) -> Tensor | None:
@@ -362,11 +343,4 @@ class TrainingStep:
             losses = report.values[FIRST_LOGISTIC:].view(report.wrong.shape)
             self.negatives.update(report.labels, report.wrong, losses)
         if skipped >= self._config.max_skipped:
-            raise self._not_finite(report)
-
-    def _not_finite(self, report: HostReport) -> FloatingPointError:
-        loss, skipped = float(report.values[LOSS]), int(report.values[SKIPPED])
-        return FloatingPointError(
-            f"the loss became {loss}; steps in a row whose loss or gradients are not finite, all skipped: "
-            f"{skipped}; lower learning_rate ({self._config.learning_rate}) or set dequantize"
-        )
+            raise not_finite(report, self._config.learning_rate)

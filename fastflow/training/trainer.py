@@ -14,7 +14,6 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 
 from fastflow.data.slices import SliceSet
 from fastflow.errors import TrainingInterrupted
@@ -23,13 +22,13 @@ from fastflow.models.magic_flow import MagicFlow
 from fastflow.numerics import float32_products
 from fastflow.training.config import TrainConfig as TrainConfig
 from fastflow.training.control import RunControl, StopRequests
+from fastflow.training.devices import Ranks, check_ranks, joined
 from fastflow.training.keeper import StateKeeper
-from fastflow.training.metrics import SampleMean, evaluate_labels
 from fastflow.training.metrics import evaluate_bits_per_dim as evaluate_bits_per_dim
+from fastflow.training.metrics import evaluate_labels
 from fastflow.training.metrics import middle_slices as middle_slices
 from fastflow.training.monitor import Monitor, skipped_steps
 from fastflow.training.phases import mean_passes
-from fastflow.training.ranks import highest
 from fastflow.training.saved_run import CHECKPOINTS as CHECKPOINTS
 from fastflow.training.saved_run import HISTORY as HISTORY
 from fastflow.training.saved_run import EpochRecord as EpochRecord
@@ -53,6 +52,7 @@ def train(
     device: str = "auto",
     resume: bool = False,
     control: RunControl | None = None,
+    ranks: Ranks | None = None,
 ) -> list[EpochRecord]:
     """Train `model` in place and leave the best checkpoint in `folder`.
 
@@ -69,6 +69,8 @@ def train(
         resume: go on with the unfinished training in `folder`, as ``control.resume`` does. `model` is a new
             one, made as that of the training was.
         control: how the training is saved, logged and watched; see `RunControl`.
+        ranks: the processes that train together, where `joined` has made them already; all call this with
+            the same arguments. The first one alone writes files and reports progress.
 
     Returns:
         One record per epoch: ``epoch``, ``seconds``, ``learning_rate``, ``train_bits_per_dim``, ``phase``
@@ -80,25 +82,32 @@ def train(
         has any; they change no weight and are in no mean.
 
     Raises:
-        ValueError: a set is empty, has unknown labels or does not fit the model, or the engine is
-            ``"cuda_graph"`` and the device is no CUDA device.
+        ValueError: a set is empty, has unknown labels or does not fit the model, the engine is
+            ``"cuda_graph"`` and the device is no CUDA device, or devices do not share a batch evenly.
         FloatingPointError: the loss or its gradients were not finite in ``config.max_skipped`` steps in a
             row, or in all steps of an epoch. The last state that was saved stays in the folder.
         ResumeError: there is nothing to resume, its state is damaged, or data, settings or the architecture
             differ from those of the state; no step was taken.
         TrainingInterrupted: SIGINT or SIGTERM stopped the training after a step, whose state was saved.
+        OtherProcessError: another process of the training has failed; the message is its own.
     """
+    control = control or RunControl()
+    control = dataclasses.replace(control, resume=resume or control.resume)
+    if ranks is None:
+        with joined(config, device) as ranks:
+            return train(
+                model, train_set, val_set, config, folder, watch, progress, control=control, ranks=ranks
+            )
     watch = dict(watch or {})
     for name, data in {"train_set": train_set, "val_set": val_set, **watch}.items():
         if data is not None:
             _check_set(name, data, model.config)
-    control = control or RunControl()
-    control = dataclasses.replace(control, resume=resume or control.resume)
+    _check_shares(model.config, config, ranks, len(train_set))
     if control.resume:
-        check_resumable(folder)
+        ranks.from_first(lambda: check_resumable(folder))
     sets = {"train": train_set, **({} if val_set is None else {"val": val_set}), **watch}
     with _cpu_threads(config.threads), float32_products(tf32=config.precision == "tf32"):
-        run = _Run(model, config, Path(folder), device, control)
+        run = _Run(model, config, Path(folder), ranks, control)
         run.begin(sets)
         run.fit(train_set, val_set, watch, progress)
         run.finish()
@@ -130,26 +139,37 @@ def _check_set(name: str, data: SliceSet, config: FlowConfig) -> None:
         )
 
 
+def _check_shares(flow: FlowConfig, config: TrainConfig, ranks: Ranks, slices: int) -> None:
+    check_ranks(config, ranks)
+    if slices < ranks.world_size:
+        raise ValueError(f"train_set has {slices} slices, fewer than the {ranks.world_size} devices")
+    if flow.norm == "batch" and ranks.world_size * config.accumulate > 1:
+        raise ValueError(
+            "norm='batch' takes its statistics from a whole batch: train on one device with accumulate 1, or "
+            "take norm='group'"
+        )
+
+
 class _Run(SavedRun):
     """One training run: the loop over epochs, and what is evaluated and kept."""
 
     def __init__(
-        self, model: MagicFlow, config: TrainConfig, folder: Path, device: str, control: RunControl
+        self, model: MagicFlow, config: TrainConfig, folder: Path, ranks: Ranks, control: RunControl
     ) -> None:
-        self.model, self.config, self.folder, self.control = model, config, folder, control
-        # Fabric knows no name for the products of float32, which `float32_products` decides.
-        precision = "32-true" if config.precision == "tf32" else config.precision
-        self.fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
+        self.model, self.config, self.folder, self.ranks = model, config, folder, ranks
+        self.control = control if ranks.is_first else dataclasses.replace(control, on_step=None)
+        # One generator is the same on all ranks; what each draws by itself differs from rank to rank.
         self.generator = torch.Generator().manual_seed(config.seed)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(ranks.seed(config.seed))
+        ranks.share_weights(model)
         self.selection = Selection(config.select_tolerance)
         self.epoch, self.next_step, self.order = 0, 0, self.generator.get_state()
         self.earlier_seconds, self.started = 0.0, time.perf_counter()
         self.history, self.changes = [], []
         # The model itself is placed and cast; the wrapper is not called, as it would round images to the
         # dtype of conditioners.
-        self.fabric.setup_module(model)
-        self.step = TrainingStep(model, config, self.generator, self.fabric.autocast)
+        ranks.fabric.setup_module(model)
+        self.step = TrainingStep(model, config, self.generator, ranks.fabric.autocast, ranks=ranks)
         self.keeper = StateKeeper(folder, control)
 
     # -- epochs ----------------------------------------------------------------------------------------------
@@ -167,7 +187,7 @@ class _Run(SavedRun):
             while self.epoch < self.config.epochs:
                 record = self._run_epoch(train_set, val_set, watch, steps)
                 self.monitor.epoch(record)
-                if progress is not None:
+                if progress is not None and self.ranks.is_first:
                     progress(record)
                 self._stop_if_asked()
 
@@ -180,7 +200,7 @@ class _Run(SavedRun):
             self.control,
             *(self.config.epochs, steps, 0 if figures is None else figures.steps),
             lambda step: (self._objective(step, steps), self._rate(step, steps)),
-            self.fabric.global_rank == 0,
+            self.ranks.is_first,
         )
         try:
             yield
@@ -223,14 +243,12 @@ class _Run(SavedRun):
             self.step.set_learning_rate(self._rate(step, steps))
             self.step(*batch)
             self.next_step += 1
-            self.monitor.count(len(batch[1]) * self.fabric.world_size)
+            self.monitor.count(len(batch[1]))
             self._after_step()
         self.step.flush()
         self.monitor.step(self.step.figures, self.history)
         totals = self.step.take_totals()
-        mean = SampleMean(self.fabric)
-        mean.add(totals.bits_per_dim, totals.samples)
-        record: EpochRecord = {"train_bits_per_dim": mean.compute()}
+        record: EpochRecord = {"train_bits_per_dim": totals.bits_per_dim / totals.samples}
         span = range(epoch * steps, (epoch + 1) * steps)
         record["phase"] = self.config.moment(span[-1], total).phase + 1
         record["passes"] = mean_passes(self.config.phases, span, total, self.model.config.num_classes)
@@ -244,17 +262,17 @@ class _Run(SavedRun):
         figures = self.step.figures
         self.monitor.step(figures, self.history)
         due = self.keeper.due()
-        if self.fabric.world_size > 1 and self.next_step % AGREEMENT_STEPS:
+        if self.ranks.world_size > 1 and self.next_step % AGREEMENT_STEPS:
             return
         # Weights are good after a skipped step too, but a state amid several would only be skipped through.
         good = figures is None or not figures.skipped_in_a_row
-        if highest(self.fabric, self.stops.signum):
+        if self.ranks.highest(self.stops.signum):
             self._stop_if_asked(saves=True)
-        elif highest(self.fabric, int(due and good)):
+        elif self.ranks.highest(int(due and good)):
             self.save()
 
     def _stop_if_asked(self, saves: bool = False) -> None:
-        signum = highest(self.fabric, self.stops.signum)
+        signum = self.ranks.highest(self.stops.signum)
         if signum:
             if saves:
                 self.save()
@@ -272,30 +290,38 @@ class _Run(SavedRun):
         model = self.candidate.eval()
         record: EpochRecord = {}
         for name, data in (({"val": val_set} if val_set is not None else {}) | dict(watch)).items():
-            record[f"{name}_bits_per_dim"] = evaluate_bits_per_dim(model, *middle_slices(data))
+            record[f"{name}_bits_per_dim"] = evaluate_bits_per_dim(
+                model, *middle_slices(data), ranks=self.ranks
+            )
         # One class is always the likeliest, so its accuracy would say nothing.
         if val_set is not None and self.model.config.num_classes > 1:
-            figures = evaluate_labels(model, *middle_slices(val_set), self.fabric)
+            figures = evaluate_labels(model, *middle_slices(val_set), self.ranks)
             record |= {f"val_{name}": value for name, value in figures.items()}
         return record
 
     def _keep(self, record: EpochRecord) -> None:
         """Save the epoch for every rule by which it is the best so far."""
         for rule in self.selection.take(record):
-            self.candidate.save(self.folder / CHECKPOINTS / rule)
+            if self.ranks.is_first:
+                self.candidate.save(self.folder / CHECKPOINTS / rule)
 
     def finish(self) -> None:
         """Put the selected epoch into the model and into the folder."""
         select = self.config.select if self.model.config.num_classes > 1 else "loss"
         kept = self.selection.kept[select]
         chosen = self.folder / CHECKPOINTS / select
-        self.model.load_state_dict(
-            MagicFlow.load(chosen).state_dict() if kept else self.candidate.state_dict()
-        )
+        if self.ranks.is_first:
+            self.model.load_state_dict(
+                MagicFlow.load(chosen).state_dict() if kept else self.candidate.state_dict()
+            )
+        self.ranks.share_weights(self.model)
         kept = kept or self.config.epochs
         settings = dataclasses.asdict(self.config) | {"select": select}
         changes = {"changes": self.changes} if self.changes else {}
         self.model.metadata["training"] = settings | {"kept_epoch": kept} | changes
-        self.model.eval().save(self.folder)
+        self.model.eval()
+        if not self.ranks.is_first:
+            return
+        self.model.save(self.folder)
         if not self.control.keep_state:
             remove_state(self.folder)

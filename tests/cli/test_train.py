@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +155,37 @@ def test_a_schedule_that_cannot_be_is_named(tmp_path: Path, options: tuple[str, 
     result = train(tmp_path / "m.csv", "--out", tmp_path / "model", *options)
     assert result.exit_code == 2 and message in result.stderr
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["--devices", "torchrun"])
+def test_two_processes_write_one_model(records: list[Record], tmp_path: Path, launcher: str) -> None:
+    write_manifest(records, tmp_path / "m.csv")
+    model = tmp_path / "model"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    starts = {"torchrun": [*torchrun, "-m", "fastflow"], "--devices": ["-m", "fastflow"]}
+    options = ["--preset", "tiny", "--epochs", "1", "--warmup", "0", "--batch-size", "4"]
+    options += ["--devices", "2"] if launcher == "--devices" else []
+    command = [*starts[launcher], "train", str(tmp_path / "m.csv"), "--out", str(model), *options]
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    # The first process alone speaks, and writes.
+    assert [line.split(":")[0] for line in done.stdout.splitlines()][1:] == [
+        "grid",
+        "train",
+        "val",
+        str(model),
+    ]
+    assert done.stderr.count("epoch 1") == 1
+    assert len((model / "history.jsonl").read_text().splitlines()) == 1
+    assert not (model / "unfinished").exists() and (model / "config.json").exists()
+    if launcher == "--devices":
+        again = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+        assert again.returncode == 2
+        assert again.stderr.count("holds a finished model") == 1

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastflow import FlowConfig
 from fastflow.kernels.cpu.convolution import convolve
+from fastflow.models import layers
 from fastflow.models.coupling import AffineCoupling
-from fastflow.models.layers import STD_FLOOR, ActNorm, InvertibleConv1x1
+from fastflow.models.layers import STD_FLOOR, ActNorm, InvertibleConv1x1, combine, moments
 from fastflow.models.masks import build_mask
 
 
@@ -101,6 +104,38 @@ def test_conv_gradient_reaches_every_factor_through_both_directions():
 def test_conv_refuses_a_singular_matrix():
     with pytest.raises(ValueError, match="singular"):
         InvertibleConv1x1(2).set_weight(torch.ones(2, 2), torch.float32)
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    level=st.sampled_from([0.0, 1000.0]),
+    seed=st.integers(0, 99),
+)
+def test_moments_of_parts_are_those_of_the_whole(sizes, level, seed):
+    """Whatever the sizes of the parts are; the last channel is constant."""
+    torch.manual_seed(seed)
+    x = torch.randn(sum(sizes), 3, 4, 4, dtype=torch.float64) + level
+    x[:, 2] = level
+    whole, parts = moments(x), combine([moments(part) for part in x.split(sizes)])
+    assert float(parts.pixels) == float(whole.pixels) == 16 * sum(sizes)
+    assert torch.allclose(parts.mean, whole.mean, rtol=1e-13, atol=1e-12)
+    assert torch.allclose(parts.squares, whole.squares, rtol=1e-9, atol=1e-12)
+    assert parts.squares[2] == 0
+
+
+def test_actnorm_starts_from_the_images_of_all_ranks(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float64) * 3 + 1
+    alone, shared = ActNorm(3).double(), [ActNorm(3).double() for _ in range(2)]
+    alone.initialize(x)
+    every = [moments(x[:2]), moments(x[2:])]
+    monkeypatch.setattr(layers, "_of_all_ranks", lambda own: every)
+    for layer, part in zip(shared, (x[:2], x[2:]), strict=True):
+        layer.initialize(part)
+        assert torch.allclose(layer.log_scale, alone.log_scale, atol=1e-13)
+        assert torch.allclose(layer.bias, alone.bias, atol=1e-13)
+    assert torch.equal(shared[0].log_scale, shared[1].log_scale)
 
 
 def _rank(rank, world, folder, results):
