@@ -27,13 +27,14 @@ from fastflow.errors import ExportError
 from fastflow.models.checkpoint import CONFIG
 from fastflow.models.flow import Flow
 from fastflow.models.magic_flow import MagicFlow
-from fastflow.models.scoring import LabelScorer, score_slices, score_slices_with_latents
+from fastflow.models.scoring import LabelScorer, score_slices
 from fastflow.numerics import LOG_2PI
 from fastflow.readout import readout_of
 from fastflow.runtime.export_folder import Export, read_export
 from fastflow.runtime.scorer import OnnxScorer
 from fastflow.runtime.sessions import import_onnxruntime, is_memory_error, open_session
 
+from .correlation_errors import correlation_errors
 from .images import SLICES as SLICES
 from .images import anatomy_slices
 from .images import load_images as load_images
@@ -184,7 +185,7 @@ def verify(
         if name == "score":
             scorer = OnnxScorer(folder, providers)
             errors[name], provider = _compare_scores(scorer, images, want, limit), scorer.provider
-            errors[name] |= _compare_correlations(scorer, exact, images)
+            errors[name] |= correlation_errors(scorer, exact, images[:MAX_LABELLED_IMAGES])
         else:
             graph, few = _GraphRunner(paths[name], providers), slice(MAX_LABELLED_IMAGES)
             errors[name] = _COMPARISONS[name](graph, exact.model, images[few], want[few])
@@ -256,20 +257,6 @@ def _compare_scores(
         # A read-out weighs log-likelihoods, and their errors with them.
         found["readout_limit"] = limit * max(1.0, readout.gain)
     return found
-
-
-def _compare_correlations(
-    scorer: OnnxScorer, exact: LabelScorer, images: NDArray[np.uint8]
-) -> dict[str, float]:
-    """The largest error of a correlation within the latent, where the graph gives them."""
-    if not scorer.latent_blocks:
-        return {}
-    few = images[:MAX_LABELLED_IMAGES]
-    try:
-        got = scorer.score_with_latents(few)[1]
-    except RuntimeError as error:
-        raise ExportError(str(error)) from error
-    return {"correlation_error": float(np.abs(got - score_slices_with_latents(exact, few)[1]).max())}
 
 
 def _every_label(model: Flow, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
