@@ -171,7 +171,9 @@ def volume_grain(data: SliceSet) -> NDArray[np.float64]:
     Those in `POSITIVE` are logarithms of the mean.
     """
     out = np.zeros((len(data.paths), len(GRAIN_NUMBERS)))
-    np.add.at(out, data.volumes, grain_numbers(data.images[:, 0]))
+    # Images may lie on the disk, and more of them than memory holds.
+    for image, volume in zip(data.images, data.volumes, strict=True):
+        out[volume] += grain_numbers(image)[0]
     out /= np.maximum(np.bincount(data.volumes, minlength=len(out)), 1)[:, None]
     positive = [GRAIN_NUMBERS.index(name) for name in POSITIVE]
     out[:, positive] = np.log(np.maximum(out[:, positive], LEAST_NUMBER))
