@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Tests compute with one thread each, so a process for each core makes the best use of the cores.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-all bench lint format install clean
+.PHONY: demo test test-all bench lint format install baselines clean
 
 # Trains MAGIC-Flow on simulated scanners on real anatomy, classifies held-out scans, writes demo/report.html.
 demo: $(INSTALLED)
@@ -31,8 +31,18 @@ format: $(INSTALLED)
 
 install: $(INSTALLED)
 
+# Networks of timm have an environment of their own, since torchvision breaks what imports it beside a CPU build
+# of torch.
+baselines: .venv-baselines/.installed
+
+.venv-baselines/.installed: setup.py constraints.txt constraints-baselines.txt
+	$(PYTHON) -m venv .venv-baselines
+	.venv-baselines/bin/python -m pip install --disable-pip-version-check -c constraints.txt \
+	  -c constraints-baselines.txt -e ".[baselines]" pytest hypothesis pytest-xdist
+	touch $@
+
 clean:
-	rm -rf .venv build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage
+	rm -rf .venv .venv-baselines build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage
 	find fastflow export tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an interrupted installation is repeated.

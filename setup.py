@@ -64,6 +64,10 @@ RAY = ["ray[data]>=2.40"]
 ONNX = ["onnx>=1.19", "onnx-ir>=0.1.12", "onnxscript>=0.5"]
 EXPORT_CPU = [*ONNX, "onnxruntime>=1.20"]
 
+# Networks that stand beside the flow (`bench/baselines`), in an environment of their own (`make baselines`):
+# torchvision cannot be imported beside a CPU build of torch without a shim, and breaks what imports it.
+BASELINES = ["timm>=1.0.20", "torchvision>=0.21"]
+
 setup(
     name="fastflow",
     version=version(),
@@ -107,6 +111,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "export": [*ONNX, "onnxruntime-gpu>=1.20"],
         "export-cpu": EXPORT_CPU,
+        "baselines": BASELINES,
     },
     entry_points={"console_scripts": ["fastflow = fastflow.cli.main:run"]},
     classifiers=[

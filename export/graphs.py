@@ -95,8 +95,7 @@ class Graph(nn.Module):
                 self._leaves.append(TensorSlot(name))
             else:
                 self._leaves.append(leaf)
-        # The index of each plane of the natural order.
-        self._orders = [torch.argsort(torch.cat(step.columns)) for step in constants.steps]
+        self._orders = plane_walk.plane_orders(constants.steps)
 
     @property
     def steps(self) -> tuple[FoldedStep, ...]:
@@ -140,20 +139,17 @@ class Graph(nn.Module):
 
     def _natural(self, planes: Planes, i: int) -> Tensor:
         """Planes of step i as (R, H, W, C)."""
-        several = len(planes) > 1
-        joined = torch.cat(planes, dim=-1).index_select(3, self._orders[i]) if several else planes[0]
-        _, height, width = self.config.step_shapes[i]
-        return from_planes(joined, self.phases)[:, :height, :width]
+        return plane_walk.natural_order(planes, self._orders[i], self.phases, self.config.step_shapes[i])
 
     def _split_block(self, i: int, planes: Planes) -> Tensor | None:
         """The block that step i splits off, as (R, H, W, C)."""
-        return self._natural(planes, i).chunk(2, dim=-1)[1] if i in self.config.split_after else None
+        if i not in self.config.split_after:
+            return None
+        return plane_walk.split_block(self.config, i, planes, self._orders[i], self.phases)
 
     def _final_block(self, planes: Planes) -> Tensor:
         """The planes that stay after the last step, as (R, H, W, C)."""
-        last = len(self.steps) - 1
-        h = self._natural(planes, last)
-        return h.chunk(2, dim=-1)[0] if last in self.config.split_after else h
+        return plane_walk.final_block(self.config, planes, self._orders[-1], self.phases)
 
     def _planes(self, h: Tensor, step: FoldedStep) -> Planes:
         """(R, H, W, C) as planes of a step."""
@@ -166,7 +162,8 @@ class Graph(nn.Module):
 class ScoreGraph(Graph):
     """image (B, C, H, W) -> log p(x|y) (B, K) in nats, float64: all labels, shared parts once per image."""
 
-    inputs, outputs = ("image",), ("log_probs",)
+    inputs = ("image",)
+    outputs: tuple[str, ...] = ("log_probs",)
 
     def example(self, batch: int) -> tuple[Tensor, ...]:
         """See `Graph.example`."""
@@ -174,30 +171,46 @@ class ScoreGraph(Graph):
 
     def forward(self, image: Tensor) -> Tensor:
         """See the class."""
+        return self._score(image, [], [])[0]
+
+    def _score(
+        self, image: Tensor, shared: list[Tensor], split: list[Tensor]
+    ) -> tuple[Tensor, PlaneWalk, Tensor]:
+        """The log-likelihoods, the last walk, and the image of each of its samples.
+
+        Latent blocks that are split off are put into `shared`, once per image, and into `split`.
+        """
         free, labels, batch = self.config.condition_from_step, self.config.num_classes, image.shape[0]
         none = torch.zeros(batch, dtype=torch.int64)
-        walk = self._walk(self._start(image), none, self.steps[:free])
-        shared = plane_walk.density_terms(walk)
+        walk = self._walk(self._start(image), none, range(free), shared)
+        known = plane_walk.density_terms(walk)
         planes = plane_walk.run_mix(walk.planes, self.steps[free], self.phases)
         each = torch.arange(batch).unsqueeze(1).expand(-1, labels).reshape(-1)
         label_index = torch.arange(labels).unsqueeze(0).expand(batch, -1).reshape(-1)
-        walk = self._walk(planes, label_index, self.steps[free:], each)
+        walk = self._walk(planes, label_index, range(free, len(self.steps)), split, each)
         terms = [*plane_walk.density_terms(walk), plane_walk.square_sum(walk.planes).double()]
         total = _add(terms).view(-1, labels) + self.constant
-        return total + _add(shared).unsqueeze(1) if shared else total
+        return (total + _add(known).unsqueeze(1) if known else total), walk, each
 
     def _walk(
         self,
         planes: Planes,
         label_index: Tensor,
-        steps: tuple[FoldedStep, ...],
+        indices: range,
+        blocks: list[Tensor],
         image: Tensor | None = None,
     ) -> PlaneWalk:
+        steps = self.steps[indices.start : indices.stop]
+
         def at_split(i: int, planes: Planes) -> Tensor | None:
+            self._keep(indices[i], planes, blocks)
             split = steps[i].split
             return None if split is None else plane_walk.square_sum(planes, split)
 
         return plane_walk.walk_planes(planes, label_index, steps, self.phases, self._half, at_split, image)
+
+    def _keep(self, i: int, planes: Planes, blocks: list[Tensor]) -> None:
+        """Nothing: the latent itself is not asked for."""
 
 
 class LatentGraph(Graph):

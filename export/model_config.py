@@ -89,7 +89,7 @@ def model_config(
 
     Args:
         name: the model's name.
-        graph: the graph that it serves; the outputs of ``"score"`` have labels.
+        graph: the graph that it serves; the log-likelihoods of ``"score"`` have labels.
         inputs: inputs of the graph.
         outputs: outputs of the graph.
         serving: how it is served.
@@ -97,8 +97,11 @@ def model_config(
     """
     message: _Message = [("name", name), ("backend", "onnxruntime"), ("max_batch_size", serving.max_batch)]
     message += [("input", _tensor_message(tensor)) for tensor in inputs]
-    labels: _Message = [("label_filename", LABELS)] if graph == "score" else []
-    message += [("output", _tensor_message(tensor) + labels) for tensor in outputs]
+    labels: _Message = [("label_filename", LABELS)]
+    message += [
+        ("output", _tensor_message(tensor) + (labels if tensor.name == "log_probs" else []))
+        for tensor in outputs
+    ]
     message.append(("version_policy", [("latest", [("num_versions", 1)])]))
     if serving.max_batch > 1:
         batching: _Message = [

@@ -30,11 +30,13 @@ from fastflow.decision import check_prior
 from fastflow.errors import ExportError
 from fastflow.models.checkpoint import CONFIG
 from fastflow.models.magic_flow import MagicFlow
+from fastflow.novelty import KEY
 from fastflow.runtime.export_folder import DOCUMENT, FORMAT
 
 from ._trace import trace
 from .bundle import write_bundle
 from .graphs import GRAPHS, PRECISIONS, Parts, fold
+from .latent_scores import ScoreWithLatentsGraph
 from .verify import Parity, verify
 
 WEIGHTS, BUNDLE = "weights.data", "runtime.pyz"
@@ -47,7 +49,7 @@ EXTERNAL_BYTES = 1024
 PAGE = 4096
 EXPORT = Kind("an earlier export", "an export needs a folder of its own")
 # These keys of `export.json` are about the folder, or long, and stay out of the metadata of the graphs.
-NOT_IN_GRAPHS = ("sha256", "graphs", "validation", "images")
+NOT_IN_GRAPHS = ("sha256", "graphs", "validation", "images", KEY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +210,7 @@ def _describe(
         "images": model.metadata.get("images"),
         "readout": model.metadata.get("readout"),
         "calibration": model.metadata.get("calibration"),
+        KEY: model.metadata.get(KEY),
         "parity": None,
     }
 
@@ -220,7 +223,9 @@ def _trace_all(
     models = {}
     for done, name in enumerate(graphs):
         tell("export", done, len(graphs))
-        models[name] = trace(GRAPHS[name](model, constants, parts), functions, opset)
+        # A model that knows its scanners tells others by its latents.
+        kind = ScoreWithLatentsGraph if name == "score" and model.metadata.get(KEY) else GRAPHS[name]
+        models[name] = trace(kind(model, constants, parts), functions, opset)
     tell("export", len(graphs), len(graphs))
     return models
 

@@ -208,7 +208,8 @@ def _write_model(export: _CheckedExport, graph: str, folder: Path, serving: Serv
     path = export.folder / file
     inputs = [_tensor(value, path) for value in model.graph.input if value.name not in constants]
     outputs = [_tensor(value, path) for value in model.graph.output]
-    if graph == "score" and [output.dims for output in outputs] != [(len(export.class_names),)]:
+    # The correlations that a model with known scanners gives come after the log-likelihoods.
+    if graph == "score" and [output.dims for output in outputs[:1]] != [(len(export.class_names),)]:
         found = ", ".join(f"{output.name} {list(output.dims)}" for output in outputs)
         raise ExportError(
             f"{export.folder / file} must give one number for each of the {len(export.class_names)} classes, "

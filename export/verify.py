@@ -34,6 +34,7 @@ from fastflow.runtime.export_folder import Export, read_export
 from fastflow.runtime.scorer import OnnxScorer
 from fastflow.runtime.sessions import import_onnxruntime, is_memory_error, open_session
 
+from .correlation_errors import correlation_errors
 from .images import SLICES as SLICES
 from .images import anatomy_slices
 from .images import load_images as load_images
@@ -45,6 +46,8 @@ PIXEL_LIMIT = 1.0 / 255.0
 # Root mean square, relative to the latent's own; a latent with its elements in wrong places is off by about
 # 1.4.
 LATENT_LIMIT = 0.01
+# Correlations within a latent lie in [-1, 1], those of scans of one scanner within some hundredths.
+CORRELATION_LIMIT = 0.005
 BATCH_SIZES = (1, 2, 3, 5)
 # This many images go through the graphs other than the scorer, each under every label.
 MAX_LABELLED_IMAGES = 2
@@ -62,9 +65,10 @@ class Parity:
             labels). ``score`` also has its root mean square, ``agreement`` (share of images whose likeliest
             label is the model's) and ``batch_difference`` (nats; between the same image in batches of other
             sizes), and of a model with a read-out ``readout_log_odds_error`` (nats; of single images) and
-            ``readout_limit``, which is `limit` times what the read-out makes of such an error; ``sample`` has
-            the ``pixel_error`` in [-1, 1], ``latent`` the ``latent_error`` (root mean
-            square, relative), ``attribution`` the ``map_error`` (nats, of an element).
+            ``readout_limit``, which is `limit` times what the read-out makes of such an error, and where it
+            gives correlations within the latent their ``correlation_error``; ``sample`` has the
+            ``pixel_error`` in [-1, 1], ``latent`` the ``latent_error`` (root mean square, relative),
+            ``attribution`` the ``map_error`` (nats, of an element).
         float32: the same errors of the PyTorch model in float32.
         smallest_gap: nats between the two likeliest labels, the smallest of the images; infinite where there
             is one label.
@@ -108,6 +112,7 @@ class Parity:
                 ("pixel_error", PIXEL_LIMIT),
                 ("latent_error", LATENT_LIMIT),
                 ("map_error", self.limit),
+                ("correlation_error", CORRELATION_LIMIT),
             ):
                 error = errors.get(key, 0.0)
                 if not error <= limit:
@@ -180,6 +185,7 @@ def verify(
         if name == "score":
             scorer = OnnxScorer(folder, providers)
             errors[name], provider = _compare_scores(scorer, images, want, limit), scorer.provider
+            errors[name] |= correlation_errors(scorer, exact, images[:MAX_LABELLED_IMAGES])
         else:
             graph, few = _GraphRunner(paths[name], providers), slice(MAX_LABELLED_IMAGES)
             errors[name] = _COMPARISONS[name](graph, exact.model, images[few], want[few])

@@ -24,6 +24,7 @@ from fastflow.archive.distorted import Noticed, classify_distorted
 from fastflow.archive.explain import explain_slice
 from fastflow.archive.results import read_results
 from fastflow.archive.sample import draw
+from fastflow.archive.scanners import describe_scanners
 from fastflow.archive.summary import Summary
 from fastflow.archive.train import calibrate, describe_images
 from fastflow.data.demo import SCANNERS, build_archive
@@ -31,7 +32,8 @@ from fastflow.data.demo.distortions import DISTORTIONS, Distortion
 from fastflow.data.manifest import Record, class_names, write_manifest
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import SliceSet, load_slices
-from fastflow.evaluation.classification import HistogramBaseline, classification_metrics
+from fastflow.evaluation.baselines import GrainBaseline, HistogramBaseline
+from fastflow.evaluation.classification import classification_metrics
 from fastflow.evaluation.report import PROVENANCE, DistortedSet, TestSet, write_report
 from fastflow.models.config import FlowConfig
 from fastflow.models.magic_flow import MagicFlow
@@ -139,7 +141,8 @@ def run_demo(
 
     say("training", 0, training.epochs)
     history = train(model, sets["train"], sets["val"], training, folder / "model", watch, epoch_done, device)
-    calibrate(model, sets["val"])
+    calibrate(model, sets["val"], sets["train"], training.calibration_volumes, seed)
+    describe_scanners(model, sets)
     model.save(folder / "model")
 
     held_out = [record for record in records if record.split in TESTS]
@@ -201,7 +204,7 @@ def _load_sets(
 
 def _evaluate(model: MagicFlow, sets: Mapping[str, SliceSet], summary: Summary) -> dict[str, TestSet]:
     names = summary.class_names
-    baseline = HistogramBaseline().fit(sets["train"])
+    histogram, grain = HistogramBaseline().fit(sets["train"]), GrainBaseline().fit(sets["train"])
     rows = list(read_results(summary.out))
     tests = {}
     for name, (_, heading, note) in TESTS.items():
@@ -214,10 +217,11 @@ def _evaluate(model: MagicFlow, sets: Mapping[str, SliceSet], summary: Summary) 
         tests[name] = TestSet(
             heading,
             classification_metrics(labels, predictions, len(names), names),
-            classification_metrics(data.volume_labels, baseline.predict(data), len(names), names),
+            classification_metrics(data.volume_labels, histogram.predict(data), len(names), names),
             evaluate_bits_per_dim(model, data.images, data.labels),
             note,
             sum(row["status"] != "ok" for row in all_rows) / len(all_rows),
+            classification_metrics(data.volume_labels, grain.predict(data), len(names), names),
         )
     return tests
 
@@ -226,6 +230,11 @@ def _metrics(tests: Mapping[str, TestSet], distorted: Sequence[Noticed]) -> dict
     metrics: dict[str, float] = {}
     for name, test in tests.items():
         prefix = TESTS[name][0]
+        if test.grain is not None:
+            metrics |= {
+                f"{prefix}grain_accuracy": test.grain["accuracy"],
+                f"{prefix}grain_balanced_accuracy": test.grain["balanced_accuracy"],
+            }
         metrics |= {
             f"{prefix}accuracy": test.metrics["accuracy"],
             f"{prefix}balanced_accuracy": test.metrics["balanced_accuracy"],

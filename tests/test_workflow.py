@@ -62,6 +62,7 @@ def test_the_folder_holds_what_was_promised(demo):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics == result.metrics
     keys = ("accuracy", "balanced_accuracy", "histogram_balanced_accuracy", "bits_per_dim")
+    keys += ("grain_accuracy", "grain_balanced_accuracy")
     assert {f"{prefix}{key}" for prefix in ("", "unseen_head_") for key in keys} | {"seconds"} <= set(metrics)
     assert MagicFlow.load(out / "model").temperature > 0
 

@@ -14,7 +14,7 @@ from fastflow.data.records import Record
 from fastflow.data.slices import SliceSet, load_slices
 from fastflow.data.words import class_indices
 from fastflow.errors import ManifestError, VolumeError
-from fastflow.evaluation.classification import HistogramBaseline
+from fastflow.evaluation.baselines import GrainBaseline, HistogramBaseline, ThumbnailBaseline
 from fastflow.evaluation.decisions import DecidedVolumes
 from fastflow.evaluation.metrics import logs_of
 
@@ -32,7 +32,11 @@ class Baseline(Protocol):
 
 
 # Each name is a row of every table.
-BASELINES: dict[str, Callable[[], Baseline]] = {"histogram": HistogramBaseline}
+BASELINES: dict[str, Callable[[], Baseline]] = {
+    "histogram": HistogramBaseline,
+    "grain": GrainBaseline,
+    "thumbnail": ThumbnailBaseline,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,8 @@ class ScoredInput:
         result: (n, K) nats of its slices, or why there are none.
         seconds: of reading and scoring.
         measured: see `Decoded`.
+        correlations: (n, K, J, 2) of its slices' latents, see `ImageScorer`; None where nobody asked.
+        grain: see `Decoded`.
     """
 
     item: Item
@@ -59,6 +61,8 @@ class ScoredInput:
     result: NDArray[np.float64] | VolumeError
     seconds: float
     measured: NDArray[np.float64] | None = None
+    correlations: NDArray[np.float64] | None = None
+    grain: NDArray[np.float64] | None = None
 
 
 # A runner reads and scores inputs, in order, batch by batch, and adds to the timings.
@@ -75,7 +79,9 @@ def slots_of(item: Item, per_volume: int) -> int:
     return 1 if is_image(item.path) else per_volume
 
 
-def local_runner(scorer: ImageScorer, preprocess: Preprocess, batch_size: int, workers: int) -> Runner:
+def local_runner(
+    scorer: ImageScorer, preprocess: Preprocess, batch_size: int, workers: int, latents: bool = False
+) -> Runner:
     """A runner that reads by processes of this machine and scores in this one.
 
     Args:
@@ -83,6 +89,7 @@ def local_runner(scorer: ImageScorer, preprocess: Preprocess, batch_size: int, w
         preprocess: which slices to read of the inputs, and how.
         batch_size: slices per pass.
         workers: processes that read.
+        latents: whether inputs get the correlations of their latents too.
     """
 
     def run(items: Iterator[Item], timings: Timings) -> Generator[list[ScoredInput], None, None]:
@@ -90,7 +97,8 @@ def local_runner(scorer: ImageScorer, preprocess: Preprocess, batch_size: int, w
         ahead = 2 * batch_size // slices_per_volume(preprocess)
         decoded = decode(items, preprocess, workers, ahead)
         with contextlib.closing(decoded):
-            yield from score_batches(scorer, timed(decoded, timings), preprocess, batch_size, timings)
+            inputs = timed(decoded, timings)
+            yield from score_batches(scorer, inputs, preprocess, batch_size, timings, latents)
 
     return run
 
@@ -113,24 +121,32 @@ def score_batches(
     preprocess: Preprocess,
     batch_size: int,
     timings: Timings,
+    latents: bool = False,
 ) -> Iterator[list[ScoredInput]]:
-    """Score inputs by batches of `batch_size` slices; an input's slices stay together."""
+    """Score inputs by batches of `batch_size` slices; an input's slices stay together.
+
+    With `latents`, they get the correlations of their latents too.
+    """
     per_volume = slices_per_volume(preprocess)
     batch: list[tuple[Decoded, int]] = []
     used = 0
     for one in decoded:
         slots = slots_of(one.item, per_volume)
         if batch and used + slots > batch_size:
-            yield _score(scorer, batch, batch_size, timings)
+            yield _score(scorer, batch, batch_size, timings, latents)
             batch, used = [], 0
         batch.append((one, slots))
         used += slots
     if batch:
-        yield _score(scorer, batch, batch_size, timings)
+        yield _score(scorer, batch, batch_size, timings, latents)
 
 
 def _score(
-    scorer: ImageScorer, batch: Sequence[tuple[Decoded, int]], batch_size: int, timings: Timings
+    scorer: ImageScorer,
+    batch: Sequence[tuple[Decoded, int]],
+    batch_size: int,
+    timings: Timings,
+    latents: bool,
 ) -> list[ScoredInput]:
     """Score one batch.
 
@@ -146,7 +162,11 @@ def _score(
         if not isinstance(one.result, VolumeError):
             images[start : start + slots] = one.result
     good = [not isinstance(one.result, VolumeError) for one, _ in batch]
-    scores = scorer.score(images) if any(good) else np.zeros((len(images), 0))
+    scores, correlations = np.zeros((len(images), 0)), None
+    if any(good) and latents:
+        scores, correlations = scorer.score_with_latents(images)
+    elif any(good):
+        scores = scorer.score(images)
     seconds = time.perf_counter() - begin
     timings.scoring += seconds
     share = seconds / max(1, sum(good))
@@ -159,6 +179,8 @@ def _score(
             one.result if isinstance(one.result, VolumeError) else scores[start : start + slots],
             one.seconds + (0.0 if isinstance(one.result, VolumeError) else share),
             one.measured,
+            None if correlations is None else correlations[start : start + slots],
+            one.grain,
         )
         for start, (one, slots) in zip(starts, batch, strict=False)
     ]

@@ -145,6 +145,7 @@ def classify(
         lock: hold the folder; without it, the caller sees to it that nothing else writes there.
         readout: ``"argmax"``, or ``"gaussian"`` for the model's Gaussian read-out, which then gives
             ``predicted``, ``posterior`` and ``margin``; a row's ``argmax`` is always that of the likelihoods.
+        reject_below: flag rows ``unknown_scanner`` whose ``scanner_p`` is below; None flags none.
 
     Raises:
         ManifestError: the inputs name nothing.

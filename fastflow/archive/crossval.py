@@ -18,11 +18,14 @@ from fastflow.archive.crossval_summary import DOCUMENT, document_of, write_all
 from fastflow.archive.evaluate import evaluate
 from fastflow.archive.evaluate_options import EvaluateOptions, Progress
 from fastflow.archive.evaluation_files import METRICS
+from fastflow.archive.model_folder import can_resume
 from fastflow.archive.rows import _hash_of
 from fastflow.archive.train import train_on_archive
+from fastflow.archive.training_data import Reading
 from fastflow.data.folds import FOLDS
 from fastflow.data.listing import Listing
 from fastflow.data.manifest import Record, write_manifest
+from fastflow.data.slice_cache import SliceCache
 from fastflow.errors import OutputFolderError, VolumeError
 from fastflow.evaluation.bootstrap import RESAMPLES
 from fastflow.models.checkpoint import CONFIG
@@ -85,6 +88,9 @@ class CrossvalOptions:
         resume: go on with a cross-validation that was interrupted; finished folds are kept.
         overwrite: replace an earlier cross-validation.
         lock: hold the folders.
+        cache: of decoded slices, which all folds share; None decodes for each training.
+        save_seconds: seconds between two states of a training, see `RunControl`.
+        tensorboard: write event files of each training.
         progress: called with what is done, how much of it, and the total (None until it is known).
         on_epoch: called after each epoch.
 
@@ -103,6 +109,9 @@ class CrossvalOptions:
     resume: bool = False
     overwrite: bool = False
     lock: bool = True
+    cache: SliceCache | None = None
+    save_seconds: float | None = 300.0
+    tensorboard: bool = False
     progress: Progress | None = None
     on_epoch: Callable[[EpochRecord], None] | None = None
 
@@ -203,7 +212,9 @@ def _manifest_of(folder: Path, fold: int) -> Path:
 def _train(
     folder: Path, round_: Round, training: FoldTraining, options: CrossvalOptions
 ) -> Sequence[VolumeError]:
-    """Train the model of a round. A training that was stopped before is begun anew."""
+    """Train the model of a round, or go on with a training of it that was stopped."""
+    place = folder / round_.name
+    resumes = can_resume(place)
 
     def reading(done: int, total: int) -> None:
         if options.progress is not None:
@@ -211,7 +222,7 @@ def _train(
 
     trained = train_on_archive(
         round_.records,
-        folder / round_.name,
+        place,
         training.preset,
         training.slices,
         dataclasses.replace(training.config, seed=round_.seed),
@@ -219,11 +230,14 @@ def _train(
         training.application_mask,
         options.workers,
         options.device,
-        reading=reading,
+        reading=Reading(reading, options.cache),
         progress=options.on_epoch,
-        # The plan says that whatever unfinished training is there is one of this cross-validation.
-        overwrite=True,
+        resume=resumes,
+        # The plan says that whatever else is there is of this cross-validation.
+        overwrite=not resumes,
         lock=options.lock,
+        save_seconds=options.save_seconds,
+        tensorboard=options.tensorboard,
     )
     return trained.errors
 

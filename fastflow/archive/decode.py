@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastflow.archive.inputs import Inputs, Item
+from fastflow.data.grain import grain_numbers
 from fastflow.data.preprocess import Preprocess
 from fastflow.data.slices import read_image
 from fastflow.errors import VolumeError
@@ -47,6 +48,7 @@ class Decoded:
         flags: (code, message) of each doubt about it.
         seconds: that reading took.
         measured: (n, 75) of its slices, see `fastflow.data.statistics.measure`; None where there are none.
+        grain: (n, 6) of its slices, see `fastflow.data.grain.grain_numbers`; None where there are none.
     """
 
     item: Item
@@ -56,6 +58,7 @@ class Decoded:
     flags: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
     measured: NDArray[np.float64] | None = None
+    grain: NDArray[np.float64] | None = None
 
 
 def file_state(path: str) -> tuple[int, int]:
@@ -74,18 +77,18 @@ def decode_one(item: Item, preprocess: Preprocess) -> Decoded:
     size, mtime = file_state(item.path)
     flags: tuple[tuple[str, str], ...] = ()
     result: Image | VolumeError
-    measured = None
+    measured = grain = None
     try:
         image = read_image(item.path, preprocess)
         result, flags = image.images, tuple((flag.code, flag.message) for flag in image.flags)
-        measured = image.measure()
+        measured, grain = image.measure(), grain_numbers(image.images[:, 0])
     except VolumeError as error:
         # The error is copied: its traceback would hold the file's buffers for as long as it is kept.
         reason = _folder_error(item.path, error)
         result = VolumeError(reason.path, reason.code, reason.message)
     except Exception as error:
         result = VolumeError(item.path, "unreadable", f"{type(error).__name__}: {error}")
-    return Decoded(item, size, mtime, result, flags, time.perf_counter() - start, measured)
+    return Decoded(item, size, mtime, result, flags, time.perf_counter() - start, measured, grain)
 
 
 def _folder_error(path: str, error: VolumeError) -> VolumeError:

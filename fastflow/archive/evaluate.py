@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -33,9 +34,10 @@ from fastflow.archive.scored import (
 from fastflow.data.listing import list_records
 from fastflow.data.manifest import Record, is_manifest, write_manifest
 from fastflow.data.words import split_name
-from fastflow.errors import CheckpointError, ManifestError, VolumeError
+from fastflow.errors import CheckpointError, ManifestError, ReadoutError, VolumeError
 from fastflow.evaluation.decisions import ScoredVolumes, evaluate_decisions, figures_of_part
-from fastflow.runtime.export_folder import DOCUMENT
+from fastflow.readout import GAUSSIAN, GaussianReadout, chosen_readout
+from fastflow.runtime.export_folder import DOCUMENT, read_export
 
 TRAIN, TEST, ALL = "train", "test", "all"
 RESULTS, MANIFEST = "results", "manifest.csv"
@@ -297,6 +299,21 @@ def _images_of(task: _Task, results: Results | None) -> tuple[Any, tuple[str, ..
     return settings.preprocess, settings.class_names
 
 
+def _readout(task: _Task, results: Results) -> GaussianReadout | None:
+    """The read-out of the model that is evaluated; None where there is none for these slices."""
+    if task.is_scored:
+        return None
+    try:
+        if (task.source / DOCUMENT).is_file():
+            metadata = read_export(task.source).document
+        else:
+            metadata = json.loads((task.source / CONFIG).read_text(encoding="utf-8")).get("metadata", {})
+        return chosen_readout(GAUSSIAN, metadata, results.class_names, results.preprocess.slices)
+    except ReadoutError as error:
+        task.warnings.append(f"no read-out stands beside the argmax: {error}")
+        return None
+
+
 # -- figures -------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +322,7 @@ def _evaluate_split(
 ) -> dict[str, Any]:
     options, names = task.options, results.class_names
     volumes = ScoredVolumes(scored.labels, scored.subjects, names)
-    decisions = decisions_of(results, scored)
+    decisions = decisions_of(results, scored, _readout(task, results))
     if isinstance(fitted, FittedBaselines) and scored.files is not None:
         workers = pick_workers(options.workers)
         try:

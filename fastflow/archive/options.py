@@ -54,6 +54,7 @@ class RunOptions:
     shard_rows: int = ROWS_PER_FILE
     lock: bool = True
     readout: str = ARGMAX
+    reject_below: float | None = None
 
     def __post_init__(self) -> None:
         if self.overwrite and self.resumes:
@@ -120,6 +121,7 @@ class ClassifyOptions(TypedDict, total=False):
     shard_rows: int
     lock: bool
     readout: str
+    reject_below: float | None
 
 
 def pick_workers(workers: int | None) -> int:

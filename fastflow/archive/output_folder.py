@@ -33,7 +33,8 @@ def identity_of(
     """The settings that must be equal where a run goes on, as JSON values."""
     fields = dataclasses.asdict(settings)
     # The model's hash covers the validation values, the statistics of the training images and the read-out.
-    del fields["validation"], fields["accepted"], fields["images"]
+    for name in ("validation", "accepted", "images", "scanners"):
+        del fields[name]
     fields["readout"] = settings.constant["readout"]
     return {
         "inputs": [os.path.abspath(source) for source in sources.sources],

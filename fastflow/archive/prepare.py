@@ -15,7 +15,6 @@ from fastflow.archive.batches import Runner, local_runner
 from fastflow.archive.options import ONNX, RAY, RunOptions, pick_device
 from fastflow.archive.rows import Settings, settings_of_export, settings_of_model
 from fastflow.archive.scorers import ExportScorer, ModelScorer, OnnxScorer, read_export
-from fastflow.data.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from fastflow.models.magic_flow import MagicFlow
@@ -54,7 +53,7 @@ def prepare(folder: str | PathLike[str], options: RunOptions) -> PreparedRun:
 
     model = MagicFlow.load(folder, pick_device(options.device))
     settings = settings_of_model(model, Path(folder), options)
-    runner = _runner_of_model(model, folder, settings.preprocess, options)
+    runner = _runner_of_model(model, folder, settings, options)
     return PreparedRun(settings, runner, options.precision, str(model.device), {"torch": version("torch")})
 
 
@@ -77,19 +76,27 @@ def _prepare_export(folder: str | PathLike[str], options: RunOptions) -> Prepare
             f"export the model with --precision {options.precision}"
         )
     scorer = OnnxScorer(folder, options.device)
-    runner = local_runner(ExportScorer(scorer), settings.preprocess, options.batch_size, options.num_workers)
+    runner = local_runner(
+        ExportScorer(scorer),
+        settings.preprocess,
+        options.batch_size,
+        options.num_workers,
+        # Exports of older versions have no such output.
+        latents=settings.scanners is not None and scorer.latent_blocks > 0,
+    )
     return PreparedRun(settings, runner, export.precision, scorer.device, {"onnxruntime": scorer.version})
 
 
 def _runner_of_model(
-    model: MagicFlow, folder: str | PathLike[str], preprocess: Preprocess, options: RunOptions
+    model: MagicFlow, folder: str | PathLike[str], settings: Settings, options: RunOptions
 ) -> Runner:
     batch_size, workers, precision = options.batch_size, options.num_workers, options.precision
+    preprocess, latents = settings.preprocess, settings.scanners is not None
     if options.engine == RAY:
         from fastflow.archive.ray_runner import ray_runner
 
-        return ray_runner(folder, preprocess, batch_size, workers, precision, options.device)
+        return ray_runner(folder, preprocess, batch_size, workers, precision, options.device, latents)
     from fastflow.models.scoring import LabelScorer
 
     scorer = ModelScorer(LabelScorer(model, precision, options.engine))
-    return local_runner(scorer, preprocess, batch_size, workers)
+    return local_runner(scorer, preprocess, batch_size, workers, latents)

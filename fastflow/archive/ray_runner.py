@@ -53,6 +53,7 @@ def ray_runner(
     workers: int,
     precision: str,
     device: str,
+    latents: bool = False,
 ) -> Runner:
     """A runner that spreads the work over Ray Data: tasks read, actors load the model once for many batches.
 
@@ -76,6 +77,7 @@ def ray_runner(
         workers: reading tasks at a time on this machine; a cluster's are as many as it has CPUs.
         precision: see `fastflow.models.scoring.LabelScorer`.
         device: ``"cuda"``: one GPU for each actor. ``"cpu"``. ``"auto"``: GPUs if Ray has any.
+        latents: whether inputs get the correlations of their latents too.
 
     Returns:
         The runner. Of its timings, ``scoring`` is the time of all actors in the model, ``waiting`` their time
@@ -99,6 +101,7 @@ def ray_runner(
         with _session(workers) as local, _quiet():
             reader = {"preprocess": preprocess}
             scorer = {"folder": model, "precision": precision, "batch_size": batch_size} | reader
+            scorer["latents"] = latents
             pipeline = _pipeline(reader, scorer, device, workers if local else None)
             # Other nodes have another working directory.
             base = "" if local else os.getcwd()
@@ -320,6 +323,7 @@ class _Scorer:
         precision: str,
         device: str,
         threads: int | None,
+        latents: bool,
     ) -> None:
         import torch
 
@@ -330,14 +334,14 @@ class _Scorer:
             # Ray would give it one thread, however many the machine has.
             torch.set_num_threads(threads)
         self.scorer = ModelScorer(LabelScorer(MagicFlow.load(folder, pick_device(device)), precision))
-        self.preprocess, self.batch_size = preprocess, batch_size
+        self.preprocess, self.batch_size, self.latents = preprocess, batch_size, latents
         self.idle_since = time.perf_counter()
 
     def __call__(self, row: Row) -> Row:
         timings = Timings(waiting=time.perf_counter() - self.idle_since)
         decoded = pickle.loads(row[DATA])
         timings.reading = sum(one.seconds for one in decoded)
-        batches = score_batches(self.scorer, decoded, self.preprocess, self.batch_size, timings)
+        batches = score_batches(self.scorer, decoded, self.preprocess, self.batch_size, timings, self.latents)
         result = {DATA: pickle.dumps(([one for batch in batches for one in batch], timings))}
         self.idle_since = time.perf_counter()
         return result

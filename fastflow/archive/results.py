@@ -57,6 +57,7 @@ def columns(names: Sequence[str]) -> list[str]:
         "margin",
         "bits_per_dim",
         "typicality",
+        "scanner_p",
         *(f"logp_{name}" for name in names),
         *(f"posterior_{name}" for name in names),
         "readout",

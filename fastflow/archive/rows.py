@@ -26,6 +26,13 @@ from fastflow.decision import (
     decide,
 )
 from fastflow.errors import FastflowError, VolumeError
+from fastflow.novelty import (
+    UNKNOWN_SCANNER,
+    KnownScanners,
+    check_reject_below,
+    known_scanners,
+    scanner_flags,
+)
 from fastflow.readout import ARGMAX, GAUSSIAN, GaussianReadout, chosen_readout
 
 if TYPE_CHECKING:
@@ -43,8 +50,9 @@ CODES = {
     "atypical": "the likelihood is beyond that of every validation volume, "
     f"or the typicality p-value is below {ATYPICAL}",
     READOUT_SLICES: "the read-out decides on another number of slices than it was fitted to",
+    UNKNOWN_SCANNER: "the p-value of a scanner that the model was trained on is below --reject-below",
 }
-FLAGS = (UNLIKE_TRAINING, "atypical", READOUT_SLICES)
+FLAGS = (UNLIKE_TRAINING, "atypical", READOUT_SLICES, UNKNOWN_SCANNER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Settings:
         images: statistics of the images of training, None where unknown.
         accepted: see `DecisionRule`.
         readout: see `DecisionRule`.
+        scanners: how the scanners of training look, None where unknown or of other slices.
+        reject_below: the p-value of a known scanner below which a row is flagged; None flags none.
     """
 
     model_hash: str
@@ -79,6 +89,8 @@ class Settings:
     images: TrainingImages | None = None
     accepted: tuple[float, float] | None = None
     readout: GaussianReadout | None = None
+    scanners: KnownScanners | None = None
+    reject_below: float | None = None
 
     @property
     def rule(self) -> DecisionRule:
@@ -114,7 +126,11 @@ def make_row(scored: ScoredInput, settings: Settings) -> Row:
         decision = decide(scored.result, settings.rule)
     except FloatingPointError as error:
         return row | _error("likelihood", str(error))
-    flags = (*scored.flags, *unlike_training(scored, settings), *decision.flags)
+    scanner_p = None
+    if settings.scanners is not None:
+        scanner_p = settings.scanners.p_of_volume(scored.result, scored.correlations, scored.grain)
+    unknown = scanner_flags(scanner_p, settings.reject_below)
+    flags = (*scored.flags, *unlike_training(scored, settings), *decision.flags, *unknown)
     return row | {
         "status": "flagged" if flags else "ok",
         "error_code": ";".join(code for code, _ in flags) or None,
@@ -124,6 +140,7 @@ def make_row(scored: ScoredInput, settings: Settings) -> Row:
         "margin": decision.margin,
         "bits_per_dim": -(decision.slice_log_prob / settings.dims + math.log(GREY_LEVEL)) / math.log(2.0),
         "typicality": decision.typicality,
+        "scanner_p": scanner_p,
         "logp": decision.log_probs.tolist(),
         "posterior": decision.posterior.tolist(),
     }
@@ -174,6 +191,18 @@ def images_of(model: MagicFlow) -> TrainingImages | None:
         raise FastflowError(f"the model's metadata cannot be used: {error}") from error
 
 
+def scanners_of(model: MagicFlow) -> KnownScanners | None:
+    """How the scanners that the model was trained on look; None where it does not know.
+
+    Raises:
+        FastflowError: they are of another format, or are damaged.
+    """
+    try:
+        return known_scanners(model.metadata)
+    except ValueError as error:
+        raise FastflowError(f"the model's metadata cannot be used: {error}") from error
+
+
 def settings_of_model(model: MagicFlow, folder: Path, options: RunOptions) -> Settings:
     """The settings of a run with a model.
 
@@ -203,6 +232,7 @@ def settings_of_model(model: MagicFlow, folder: Path, options: RunOptions) -> Se
             tuple(validation.get("log_prob") or ()),
             images_of(model),
             accepted_range(validation),
+            scanners=scanners_of(model),
         ),
         validation.get("slices"),
         options,
@@ -231,6 +261,7 @@ def settings_of_export(export: Export, options: RunOptions) -> Settings:
             export.validation or (),
             export.images,
             export.accepted,
+            scanners=export.scanners,
         ),
         export.validation_slices,
         options,
@@ -258,9 +289,16 @@ def _with_options(
     # Other slices have other likelihoods.
     comparable = own.validation and validation_slices == preprocess.slices
     validation = own.validation if comparable else None
-    readout = chosen_readout(options.readout, metadata, own.class_names, preprocess.slices)
+    check_reject_below(options.reject_below, own.scanners, preprocess.slices)
+    same = own.scanners is not None and own.scanners.slices == preprocess.slices
     return dataclasses.replace(
-        own, prior=prior, preprocess=preprocess, validation=validation, readout=readout
+        own,
+        prior=prior,
+        preprocess=preprocess,
+        validation=validation,
+        readout=chosen_readout(options.readout, metadata, own.class_names, preprocess.slices),
+        scanners=own.scanners if same else None,
+        reject_below=options.reject_below,
     )
 
 

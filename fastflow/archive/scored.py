@@ -26,8 +26,8 @@ from fastflow.decision import logits_of
 from fastflow.errors import FastflowError, ManifestError, OutputFolderError
 from fastflow.evaluation.decisions import DecidedVolumes
 from fastflow.evaluation.metrics import logs_of
+from fastflow.readout import ARGMAX, GAUSSIAN, GaussianReadout
 
-ARGMAX = "argmax"
 SHARDS = "shard-*-of-*"
 # The reasons for which a row is left out, beside the error codes of rows.
 NO_LABEL, UNKNOWN_LABEL, OTHER_SPLIT, NOT_LISTED = "no_label", "unknown_label", "other_split", "not_listed"
@@ -204,9 +204,7 @@ class Scored:
 
     def log_posterior(self, temperature: float, prior: Sequence[float] | None) -> Array:
         """(N, K) logarithms of the posterior that the likelihoods alone give."""
-        logits = logits_of(self.log_probs, temperature, prior)
-        highest = logits.max(axis=1, keepdims=True)
-        return np.asarray(logits - highest - np.log(np.exp(logits - highest).sum(axis=1, keepdims=True)))
+        return _log_softmax(logits_of(self.log_probs, temperature, prior))
 
 
 def read_scored(
@@ -259,12 +257,14 @@ def read_scored(
         details = "; ".join(inventory.details()) or "there are no rows"
         raise ManifestError(f"{results.folders[0]}: no volume{where} can be evaluated: {details}")
     predicted = [numbers[row["predicted"]] for row in rows]
+    # Bits per dim are those of the argmax, whatever rule decided; earlier results have no such column.
+    likeliest = [numbers[row.get("argmax") or row["predicted"]] for row in rows]
     log_probs = np.array([row["logp"] for row in rows], dtype=np.float64)
     return Scored(
         np.array(labels, dtype=np.int64),
         log_probs,
         np.array([row["posterior"] for row in rows], dtype=np.float64),
-        _slice_counts(log_probs, predicted, [row["bits_per_dim"] for row in rows], results.settings["dims"]),
+        _slice_counts(log_probs, likeliest, [row["bits_per_dim"] for row in rows], results.settings["dims"]),
         np.array(predicted, dtype=np.int64),
         tuple(subjects),
         None if records is None else tuple(files),
@@ -303,12 +303,15 @@ def _slice_counts(
     return np.maximum(1, np.rint(ratio)).astype(np.int64)
 
 
-def decisions_of(results: Results, scored: Scored) -> list[DecidedVolumes]:
+def decisions_of(
+    results: Results, scored: Scored, readout: GaussianReadout | None = None
+) -> list[DecidedVolumes]:
     """The rows of the table that are the model's: each rule that makes a label of its log-likelihoods.
 
     Args:
         results: with the settings of the rules.
         scored: their volumes.
+        readout: of the model; asked where rows were decided by argmax.
     """
     true, predicted = scored.bits_per_dim(results.settings["dims"])
     bits = {"bits_per_dim": true, "bits_per_dim_predicted": predicted}
@@ -319,4 +322,13 @@ def decisions_of(results: Results, scored: Scored) -> list[DecidedVolumes]:
     if rule != ARGMAX:
         # Rows that another rule decided hold its probabilities.
         decisions.append(DecidedVolumes(rule, logs_of(scored.posterior)))
+    elif readout is not None:
+        logits = readout.discriminants(scored.log_probs / scored.slice_counts[:, None])
+        own = _log_softmax(logits_of(logits, readout.temperature, settings["prior"]))
+        decisions.append(DecidedVolumes(GAUSSIAN, own))
     return decisions
+
+
+def _log_softmax(logits: Array) -> Array:
+    highest = logits.max(axis=1, keepdims=True)
+    return np.asarray(logits - highest - np.log(np.exp(logits - highest).sum(axis=1, keepdims=True)))

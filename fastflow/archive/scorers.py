@@ -5,6 +5,8 @@ Torch-free until a `ModelScorer` scores.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -38,6 +40,12 @@ class ImageScorer(Protocol):
         """Log-likelihoods of images, (B, C, H, W) uint8 -> (B, K) nats, in one pass."""
         ...
 
+    def score_with_latents(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """As `score`, with (B, K, J, 2) correlations of the J latent blocks under each label."""
+        ...
+
 
 class ModelScorer:
     """A model of PyTorch.
@@ -61,6 +69,14 @@ class ModelScorer:
         from fastflow.models.scoring import score_slices
 
         return score_slices(self.scorer, images, len(images))
+
+    def score_with_latents(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """See `ImageScorer`."""
+        from fastflow.models.scoring import score_slices_with_latents
+
+        return score_slices_with_latents(self.scorer, images, len(images))
 
 
 class ExportScorer:
@@ -89,7 +105,24 @@ class ExportScorer:
         Raises:
             RunStoppedError: ONNX Runtime fails.
         """
-        try:
+        with _runtime_errors():
             return self.scorer.score(images)
-        except RuntimeError as error:
-            raise RunStoppedError(f"{error}. The rows so far are kept; --resume goes on") from error
+
+    def score_with_latents(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """See `ImageScorer`.
+
+        Raises:
+            RunStoppedError: ONNX Runtime fails.
+        """
+        with _runtime_errors():
+            return self.scorer.score_with_latents(images)
+
+
+@contextlib.contextmanager
+def _runtime_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunStoppedError(f"{error}. The rows so far are kept; --resume goes on") from error

@@ -17,6 +17,7 @@ from fastflow._files import write_text
 from fastflow.archive.calibrate import calibrate as calibrate
 from fastflow.archive.model_folder import INVENTORY, UNFINISHED, model_folder, read_history
 from fastflow.archive.options import pick_device
+from fastflow.archive.scanners import describe_scanners
 from fastflow.archive.training_data import TRAIN, VAL, Reading, UsableFiles, choose, load_chosen
 from fastflow.archive.training_run import TrainingRun, TrainingRunFields
 from fastflow.data.grids import majority_grid, read_grids
@@ -191,6 +192,7 @@ def _train_and_calibrate(
     train(model, sets[TRAIN], validation, config, work, None, notify, device, control=control, ranks=ranks)
     if validation is not None and ranks.is_first:
         calibrate(model, validation, sets[TRAIN], config.calibration_volumes, config.seed)
+        describe_scanners(model, sets)
         model.save(work)
 
 

@@ -126,6 +126,13 @@ class ClassifyCommand:
             "ray: a Ray cluster; onnx: --model is an export, which ONNX Runtime runs."
         ),
     ] = Engine.auto
+    reject_below: Annotated[
+        float | None,
+        typer.Option(
+            help="Flag rows unknown_scanner whose scanner_p is below, e.g. 0.05, as such a share of known "
+            "scanners' rows is too. Nothing is flagged by default."
+        ),
+    ] = None
     format: Annotated[Format, typer.Option(help="Format of the result files.")] = Format.csv
     id_from: Annotated[IdFrom, typer.Option(help="hash: rows hold a hash in place of the path.")] = (
         IdFrom.relpath
@@ -203,6 +210,7 @@ def classify(options: ClassifyCommand) -> None:
             combine=options.combine.value,
             readout=options.readout.value,
             lock=not options.no_lock,
+            reject_below=options.reject_below,
         )
     typer.echo(describe(summary))
     for error in summary.errors:

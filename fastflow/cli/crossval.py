@@ -10,7 +10,7 @@ import typer
 
 from fastflow.cli._console import print_epoch, report_errors, stages, warn
 from fastflow.cli._options import takes
-from fastflow.cli.train import TrainOptions, config_of, flow_changes_of
+from fastflow.cli.train import TrainOptions, cache_of, config_of, flow_changes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,8 @@ class CrossvalCommand(TrainOptions):
         bool,
         typer.Option("--resume", help="Go on with the cross-validation in --out; finished folds are kept."),
     ] = False
+    # A plan has one setting for all of its folds.
+    allow_changes: Annotated[bool, typer.Option("--allow-changes", hidden=True)] = False
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the cross-validation in --out, its models too.")
     ] = False
@@ -67,6 +69,8 @@ def crossval(options: CrossvalCommand) -> None:
     from fastflow.archive.crossval import CrossvalOptions, FoldTraining, cross_validate
     from fastflow.data.listing import list_records
 
+    if options.allow_changes:
+        raise ValueError("--allow-changes is of `fastflow train`: all folds are trained alike")
     training = FoldTraining(
         options.preset.value,
         options.slices,
@@ -91,6 +95,9 @@ def crossval(options: CrossvalCommand) -> None:
                 resume=options.resume,
                 overwrite=options.overwrite,
                 lock=not options.no_lock,
+                cache=cache_of(options),
+                save_seconds=options.save_seconds,
+                tensorboard=options.tensorboard,
                 progress=lambda what, count, total: notify(what, count, total or count),
                 on_epoch=print_epoch,
             ),

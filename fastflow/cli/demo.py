@@ -37,19 +37,24 @@ def demo(
 
     with stages() as notify:
         result = run_demo(out, seed=seed, device=device.value, notify=notify, on_epoch=print_epoch)
-    table = _table(
-        "", "balanced\naccuracy", "histogram\nbalanced", "\naccuracy", "histogram\naccuracy", "\nbits/dim"
-    )
+    table = _table("", "", "balanced\naccuracy", "\naccuracy", "\nbits/dim")
     table.title = "Simulated scanners on real anatomy"
     for test in result.tests:
-        pairs = [(test.metrics[key], test.histogram[key]) for key in ("balanced_accuracy", "accuracy")]
-        table.add_row(
-            test.name, *(f"{value:.3f}" for pair in pairs for value in pair), f"{test.bits_per_dim:.3f}"
-        )
-    recall = _table("recall", *(name for test in result.tests for name in (test.name, "histogram")))
+        classifiers = (("flow", test.metrics), ("grain LDA", test.grain), ("histogram", test.histogram))
+        for name, metrics in classifiers:
+            if metrics is not None:
+                figures = (f"{metrics[key]:.3f}" for key in ("balanced_accuracy", "accuracy"))
+                own = (test.name, f"{test.bits_per_dim:.3f}") if name == "flow" else ("", "")
+                table.add_row(own[0], name, *figures, own[1])
+    recall = _table(
+        "recall",
+        *(name.replace(" ", "\n") for test in result.tests for name in (test.name, "grain LDA", "histogram")),
+    )
     for name in result.summary.class_names:
         values = [
-            m["per_class_recall"][name] for test in result.tests for m in (test.metrics, test.histogram)
+            None if metrics is None else metrics["per_class_recall"][name]
+            for test in result.tests
+            for metrics in (test.metrics, test.grain, test.histogram)
         ]
         recall.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
     results.print(table, recall, sep="\n")

@@ -247,7 +247,7 @@ def train(options: TrainOptions) -> None:
             tensorboard=options.tensorboard,
             overwrite=options.overwrite,
             lock=not options.no_lock,
-            reading=Reading(bar.reading, _cache(options)),
+            reading=Reading(bar.reading, cache_of(options)),
             counted=partial(_print_usable, config.phases),
             progress=print_epoch,
             on_step=bar.step,
@@ -325,7 +325,7 @@ def flow_changes_of(options: TrainOptions) -> dict[str, Any]:
     return changes | ({"dequantize": "uniform"} if options.dequantize else {})
 
 
-def _cache(options: TrainOptions) -> SliceCache | None:
+def cache_of(options: TrainOptions) -> SliceCache | None:
     """The cache that the options name. Raises ValueError where they contradict each other."""
     from fastflow.data.slice_cache import DEFAULT_NAME, SliceCache
 

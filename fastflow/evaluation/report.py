@@ -30,6 +30,7 @@ class TestSet:
         bits_per_dim: mean under the true label.
         note: a sentence on what this set tests.
         flagged: share of the volumes that were flagged or could not be used; None where it is not known.
+        grain: of the grain baseline, from `classification_metrics`; None where it was not fitted.
     """
 
     __test__ = False
@@ -40,6 +41,7 @@ class TestSet:
     bits_per_dim: float
     note: str = ""
     flagged: float | None = None
+    grain: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

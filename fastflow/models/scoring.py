@@ -7,7 +7,7 @@ volume's slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,20 @@ from torch import Tensor
 from fastflow.decision import check_prior, check_temperature
 from fastflow.models.flow import Flow
 from fastflow.models.inference.precision import PRECISIONS, has_bfloat16
-from fastflow.models.inference.scorer import ENGINES, LabelScorer, Scores, log_prob_all
+from fastflow.models.inference.scorer import ENGINES, LabelScorer, LatentScores, Scores, log_prob_all
 
 __all__ = [
     "ENGINES",
     "PRECISIONS",
     "LabelScorer",
+    "LatentScores",
     "Scores",
     "from_uint8",
     "has_bfloat16",
     "log_prob_all",
     "posterior_from_log_probs",
     "score_slices",
+    "score_slices_with_latents",
     "volume_log_probs",
 ]
 
@@ -77,18 +79,52 @@ def score_slices(
     Returns:
         (N, K) nats.
     """
-    scorer = model if isinstance(model, LabelScorer) else LabelScorer(model, engine="eager")
+    scorer = _scorer_of(model)
     out = np.empty((len(images), scorer.model.config.num_classes))
+    for start, x in _batches(scorer, images, batch_size):
+        out[start : start + len(x)] = scorer(x).double().cpu().numpy()
+        if progress is not None:
+            progress(start + len(x))
+    return out
+
+
+@torch.inference_mode()
+def score_slices_with_latents(
+    model: Flow | LabelScorer, images: NDArray[np.uint8], batch_size: int = 64
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """As `score_slices`, with the correlations within the latent from the same passes.
+
+    Args:
+        model: see `score_slices`.
+        images: (N, 1, H, W) uint8.
+        batch_size: images per pass.
+
+    Returns:
+        `(log_probs, correlations)`: (N, K) nats, and (N, K, J, 2), see `LatentScores`.
+    """
+    scorer = _scorer_of(model)
+    config = scorer.model.config
+    log_probs = np.empty((len(images), config.num_classes))
+    correlations = np.empty((*log_probs.shape, len(config.latent_shapes), 2))
+    for start, x in _batches(scorer, images, batch_size):
+        found = scorer.score_with_latents(x)
+        log_probs[start : start + len(x)] = found.log_probs.double().cpu().numpy()
+        correlations[start : start + len(x)] = found.correlations.double().cpu().numpy()
+    return log_probs, correlations
+
+
+def _scorer_of(model: Flow | LabelScorer) -> LabelScorer:
+    return model if isinstance(model, LabelScorer) else LabelScorer(model, engine="eager")
+
+
+def _batches(scorer: LabelScorer, images: NDArray[np.uint8], batch_size: int) -> Iterator[tuple[int, Tensor]]:
+    """The number of the first image of each batch, and the batch in [-1, 1] on the scorer's device."""
     for start in range(0, len(images), batch_size):
         batch = torch.from_numpy(images[start : start + batch_size])
         if scorer.model.device.type == "cuda":
             # Only pinned memory is copied beside other work, and as fast as the bus can.
             batch = batch.pin_memory()
-        x = from_uint8(batch.to(scorer.model.device, non_blocking=True))
-        out[start : start + batch_size] = scorer(x).double().cpu().numpy()
-        if progress is not None:
-            progress(min(start + batch_size, len(images)))
-    return out
+        yield start, from_uint8(batch.to(scorer.model.device, non_blocking=True))
 
 
 def from_uint8(images: Tensor) -> Tensor:

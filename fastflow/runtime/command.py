@@ -25,7 +25,7 @@ from fastflow.runtime.sessions import PROVIDER_CHOICES
 
 # Exit codes.
 OK, FAILED, USAGE, FINISHED_WITH_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
-COLUMNS = ("path", "status", "predicted", "posterior", "margin", "typicality", "error", "argmax")
+COLUMNS = ("path", "status", "predicted", "posterior", "margin", "typicality", "error", "argmax", "scanner_p")
 # The system follows no longer chains of links.
 MAX_LINKS = 40
 EXIT_CODES = (
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path | None = None) -> 
         scorer.prior_or_own(prior)
         _ = scorer.export.own_preprocess
         scorer.readout(options.readout)
+        scorer.check_reject_below(options.reject_below)
         precision, providers = scorer.export.precision, ", ".join(scorer.providers)
         print(f"{options.folder}: {precision}, runs on {providers}", file=sys.stderr)
         return _classify_files(scorer, options, prior)
@@ -116,6 +117,8 @@ def _parser(folder: Path | None) -> argparse.ArgumentParser:
     add("--prior", help="probabilities of the labels in the export's order, e.g. 0.5,0.3,0.2")
     by = "how log-likelihoods become a label: the largest, or the model's read-out of all"
     add("--readout", choices=READOUTS, default=ARGMAX, help=by)
+    limit = "flag files unknown_scanner whose scanner_p is below, e.g. 0.05; by default none are"
+    add("--reject-below", type=float, metavar="P", help=limit)
     add("--json", action="store_true", help="JSON lines, with all probabilities and log-likelihoods")
     return parser
 
@@ -132,7 +135,7 @@ def _classify_files(scorer: OnnxScorer, options: argparse.Namespace, prior: Arra
     for file in options.files:
         result: Prediction | VolumeError
         try:
-            result = scorer.classify_volume(file, prior, options.readout)
+            result = scorer.classify_volume(file, prior, options.readout, options.reject_below)
         except VolumeError as error:
             result, code = error, FINISHED_WITH_ERRORS
         # Each line is flushed, because its reader may be waiting for it.
@@ -152,6 +155,7 @@ def _row(result: Prediction | VolumeError) -> dict[str, Any]:
         "posterior": float(result.posterior.max()),
         "margin": result.margin,
         "typicality": result.typicality,
+        "scanner_p": result.scanner_p,
         "error": doubts or None,
     }
 

@@ -15,6 +15,7 @@ from fastflow.data.preprocess import Preprocess
 from fastflow.data.training_images import TrainingImages, training_images
 from fastflow.decision import accepted_range, check_prior
 from fastflow.errors import ExportError
+from fastflow.novelty import KnownScanners, known_scanners
 
 FORMAT = 1
 DOCUMENT = "export.json"
@@ -46,6 +47,7 @@ class Export:
         model_hash: identifies the model that was exported.
         images: statistics of the images of training, None where unknown.
         accepted: lowest and highest log-likelihood that is not flagged, see `DecisionRule`.
+        scanners: how the scanners of training look, None where unknown.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class Export:
     model_hash: str
     images: TrainingImages | None = None
     accepted: tuple[float, float] | None = None
+    scanners: KnownScanners | None = None
 
     @property
     def path(self) -> Path:
@@ -185,6 +188,7 @@ def _parse(folder: Path, document: dict[str, Any]) -> Export:
         document["model_hash"],
         training_images(document),
         accepted_range(validation),
+        known_scanners(document),
     )
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastflow.data.preprocess import to_unit_range
+from fastflow.data.grain import grain_numbers
 from fastflow.data.slices import read_image
 from fastflow.decision import DecisionRule, check_prior, decide, posterior
 from fastflow.errors import ExportError, InvalidImageWarning, VolumeError
+from fastflow.novelty import KnownScanners, check_reject_below, scanner_flags
 from fastflow.readout import ARGMAX, GaussianReadout, chosen_readout
-from fastflow.runtime.export_folder import Export, check_metadata, is_list_of, read_export
+from fastflow.runtime.export_folder import check_metadata, is_list_of, read_export
+from fastflow.runtime.prediction import Prediction as Prediction
+from fastflow.runtime.score_graph import check_images, check_signature, filled_up, in_unit_range
+from fastflow.runtime.score_graph import spans as spans
 from fastflow.runtime.sessions import (
     CUDA_PROVIDER,
     BoundRunner,
@@ -34,32 +36,8 @@ SCORE = "score"
 BUCKETS = {"cpu": (1,), "cuda": (1, 2, 4, 8, 16)}
 # A warning names this many images at most.
 MAX_NAMED_IMAGES = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """A volume as an export classifies it.
-
-    Attributes:
-        path: the file.
-        label: the likeliest label, by the read-out that was asked for, as posterior and margin are.
-        posterior: (K,) probabilities.
-        log_probs: (K,) nats, summed over the volume's slices.
-        margin: posterior log-odds between the best and the second label, nats.
-        typicality: p-value of the likelihood among validation data; None where there is nothing to compare
-            with.
-        flags: (code, message) of what is doubtful, as in the rows of `fastflow.archive.classify`.
-        argmax: the label of the largest log-likelihood and prior, whatever the read-out.
-    """
-
-    path: str
-    label: str
-    posterior: NDArray[np.float64]
-    log_probs: NDArray[np.float64]
-    margin: float
-    typicality: float | None
-    flags: tuple[tuple[str, str], ...]
-    argmax: str = ""
+# The result of a runner.
+Found = TypeVar("Found")
 
 
 class OnnxScorer:
@@ -91,6 +69,7 @@ class OnnxScorer:
         providers: the providers in use, in the order in which ONNX Runtime asks them.
         buckets: the sizes of passes in use, sorted.
         version: of ONNX Runtime.
+        latent_blocks: J, of which the graph gives correlations; 0 of a graph without that output.
 
     Raises:
         ExportError: the folder is no export, a file is missing, damaged, or of another export.
@@ -115,7 +94,7 @@ class OnnxScorer:
         path = self.export.file(SCORE, verify_hashes)
         session = open_session(path, providers, threads=threads, cuda_graph=cuda_graph)
         check_metadata(self.export, SCORE, path, session.get_modelmeta().custom_metadata_map)
-        _check_signature(path, session, self.export)
+        self.latent_blocks = check_signature(path, session, self.export)
         self.providers: tuple[str, ...] = tuple(session.get_providers())
         if cuda_graph and self.device != "cuda":
             raise ValueError(f"cuda_graph needs CUDA, the session uses {self.provider}")
@@ -123,7 +102,8 @@ class OnnxScorer:
         self.buckets = tuple(sorted(set(BUCKETS[self.device] if buckets is None else buckets)))
         self._runner: Runner
         if self.device == "cuda":
-            self._runner = BoundRunner(session, ort, len(self.class_names), "cuda", cuda_graph)
+            classes, blocks = len(self.class_names), self.latent_blocks
+            self._runner = BoundRunner(session, ort, classes, "cuda", cuda_graph, blocks)
         else:
             self._runner = PlainRunner(session)
 
@@ -168,16 +148,55 @@ class OnnxScorer:
             MemoryError: a pass needs more memory than there is.
             RuntimeError: ONNX Runtime fails.
         """
-        images = self._check_images(images)
-        log_probs = np.empty((len(images), len(self.class_names)))
+        (log_probs,) = self._in_passes(images, lambda block: (self.run(block),), [()])
+        return log_probs
+
+    def score_with_latents(self, images: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """As `score`, with the correlations within the latent, from the same passes.
+
+        Args:
+            images: see `score`.
+
+        Returns:
+            (B, K) nats, and (B, K, J, 2) lag-1 correlations across and down of the J latent blocks under each
+            label; both are NaN for images that hold NaN or infinity.
+
+        Raises:
+            ExportError: the export's graph gives no correlations.
+            ValueError: see `score`.
+            MemoryError: see `score`.
+            RuntimeError: see `score`.
+        """
+        if not self.latent_blocks:
+            raise ExportError(
+                f"{self.export.folder}: its score graph gives no correlations of the latent: "
+                "train the model again with validation volumes, or export it again"
+            )
+        log_probs, correlations = self._in_passes(
+            images,
+            lambda block: self._guarded(self._runner.with_latents, block),
+            [(), (self.latent_blocks, 2)],
+        )
+        return log_probs, correlations
+
+    def _in_passes(
+        self,
+        images: NDArray[Any],
+        run: Callable[[NDArray[np.float32]], tuple[NDArray[np.float64], ...]],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> list[NDArray[np.float64]]:
+        """The results of `run` for each image and label: (B, K) and the axes of `shapes`, NaN if invalid."""
+        images = check_images(images, self.input_shape)
+        results = [np.empty((len(images), len(self.class_names), *shape)) for shape in shapes]
         invalid: list[int] = []
         for first, stop, size in spans(len(images), self.buckets):
-            block = _in_unit_range(images[first:stop])
+            block = in_unit_range(images[first:stop])
             bad = np.flatnonzero(~np.isfinite(block.reshape(len(block), -1)).all(axis=1))
             # Zeros take the place of invalid images, so that these cannot touch the others of a pass.
             block[bad] = 0.0
-            log_probs[first:stop] = self.run(_filled_up(block, size))[: stop - first]
-            log_probs[first + bad] = np.nan
+            for result, found in zip(results, run(filled_up(block, size)), strict=True):
+                result[first:stop] = found[: stop - first]
+                result[first + bad] = np.nan
             invalid += (first + bad).tolist()
         if invalid:
             named = ", ".join(map(str, invalid[:MAX_NAMED_IMAGES]))
@@ -186,8 +205,8 @@ class OnnxScorer:
                 f"{len(invalid)} of {len(images)} images hold NaN or infinity, their scores are NaN: "
                 f"rows {named}{more}"
             )
-            warnings.warn(message, InvalidImageWarning, stacklevel=2)
-        return log_probs
+            warnings.warn(message, InvalidImageWarning, stacklevel=3)
+        return results
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
         """One pass of the graph over images as they are, (n, C, H, W) float32 in [-1, 1] -> (n, K) nats.
@@ -196,8 +215,12 @@ class OnnxScorer:
             MemoryError: it needs more memory than there is.
             RuntimeError: ONNX Runtime fails.
         """
+        return self._guarded(self._runner, images)
+
+    def _guarded(self, run: Callable[[NDArray[np.float32]], Found], images: NDArray[np.float32]) -> Found:
+        """One pass of a runner, whose errors are told as this class does."""
         try:
-            return self._runner(np.ascontiguousarray(images))
+            return run(np.ascontiguousarray(images))
         except Exception as error:
             # ONNX Runtime's errors have no base class but Exception.
             message = f"{self.export.folder}: ONNX Runtime cannot score {len(images)} images: {error}"
@@ -230,7 +253,11 @@ class OnnxScorer:
         return chosen_readout(name, self.document, self.class_names, slices)
 
     def classify_volume(
-        self, path: str | PathLike[str], prior: ArrayLike | None = None, readout: str = ARGMAX
+        self,
+        path: str | PathLike[str],
+        prior: ArrayLike | None = None,
+        readout: str = ARGMAX,
+        reject_below: float | None = None,
     ) -> Prediction:
         """Read a volume (or a PNG slice), and classify it by the sum of its slices' log-likelihoods.
 
@@ -238,14 +265,16 @@ class OnnxScorer:
             path: a ``.nii``, ``.nii.gz``, ``.mgh`` or ``.mgz`` file, or a PNG where Pillow is installed.
             prior: (K,) probabilities of the labels; the export's own when None.
             readout: ``"argmax"``, or ``"gaussian"`` for the model's Gaussian read-out of the K likelihoods.
+            reject_below: flag a volume ``unknown_scanner`` whose `scanner_p` is below; None flags none.
 
         Raises:
             VolumeError: the file cannot be used, or has a likelihood that is not finite (code
                 ``likelihood``).
             ExportError: the model does not know how images are prepared.
             ReadoutError: the export has no such read-out.
-            ValueError: the prior does not fit.
+            ValueError: the prior or the limit does not fit.
         """
+        self.check_reject_below(reject_below)
         prior, preprocess, name = self.prior_or_own(prior), self.export.own_preprocess, os.fspath(path)
         chosen = self.readout(readout)
         try:
@@ -255,7 +284,9 @@ class OnnxScorer:
         except Exception as error:
             # A bad file, whatever is in it, must not cost more than its own result.
             raise VolumeError(name, "unreadable", f"{type(error).__name__}: {error}") from error
-        slice_log_probs = self.score(image.images)
+        known = self.scanners
+        scored = (self.score(image.images), None) if known is None else self.score_with_latents(image.images)
+        slice_log_probs, correlations = scored
         validation = self.export.comparable(preprocess.slices)
         try:
             rule = DecisionRule(
@@ -270,6 +301,9 @@ class OnnxScorer:
             raise VolumeError(name, "likelihood", str(error)) from None
         own = self.export.images
         unlike = () if own is None else own.flags(image.measure(), name, preprocess.slices)
+        grain = None if known is None else grain_numbers(image.images[:, 0])
+        scanner_p = None if known is None else known.p_of_volume(slice_log_probs, correlations, grain)
+        unknown = scanner_flags(scanner_p, reject_below)
         return Prediction(
             name,
             self.class_names[decision.label_index],
@@ -277,9 +311,28 @@ class OnnxScorer:
             decision.log_probs,
             decision.margin,
             decision.typicality,
-            (*((flag.code, flag.message) for flag in image.flags), *unlike, *decision.flags),
+            (*((flag.code, flag.message) for flag in image.flags), *unlike, *decision.flags, *unknown),
             self.class_names[decision.argmax_index],
+            scanner_p,
         )
+
+    @property
+    def scanners(self) -> KnownScanners | None:
+        """How the scanners of training look; None where export or graph do not tell, or of other slices."""
+        known, preprocess = self.export.scanners, self.export.preprocess
+        if known is None or preprocess is None or not self.latent_blocks:
+            return None
+        return known if known.slices == preprocess.slices else None
+
+    def check_reject_below(self, reject_below: float | None) -> None:
+        """Check that a limit of `scanner_p` can flag anything.
+
+        Raises:
+            ValueError: it cannot; see `fastflow.novelty.check_reject_below`.
+            ExportError: the model does not know how images are prepared.
+        """
+        if reject_below is not None:
+            check_reject_below(reject_below, self.scanners, self.export.own_preprocess.slices)
 
     def prior_or_own(self, prior: ArrayLike | None) -> NDArray[np.float64]:
         """A prior as (K,) float64; the export's own when None.
@@ -288,55 +341,3 @@ class OnnxScorer:
             ValueError: it is no K probabilities that sum to 1.
         """
         return check_prior(self.export.prior if prior is None else prior, len(self.class_names))
-
-    def _check_images(self, images: NDArray[Any]) -> NDArray[Any]:
-        wanted = f"(B, {', '.join(map(str, self.input_shape))})"
-        if not isinstance(images, np.ndarray):
-            raise ValueError(f"images must be a NumPy array {wanted}, got {type(images).__name__}")
-        if images.ndim != 4 or images.shape[1:] != self.input_shape:
-            raise ValueError(f"images must be {wanted}, got {images.shape}")
-        if images.dtype.kind != "f" and images.dtype != np.uint8:
-            raise ValueError(f"images must be of a float dtype in [-1, 1], or uint8, got {images.dtype}")
-        return images
-
-
-def spans(count: int, buckets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first, stop, size of the pass) of the images that are scored together.
-
-    Args:
-        count: number of images.
-        buckets: sizes of passes, sorted.
-    """
-    first = 0
-    while first < count:
-        remaining = count - first
-        size = next((bucket for bucket in buckets if bucket >= remaining), buckets[-1])
-        stop = first + min(size, remaining)
-        yield first, stop, size
-        first = stop
-
-
-def _in_unit_range(images: NDArray[Any]) -> NDArray[np.float32]:
-    if images.dtype == np.uint8:
-        return to_unit_range(images)
-    # A value beyond float32 becomes infinity, and is reported as such.
-    with np.errstate(over="ignore"):
-        return images.astype(np.float32)
-
-
-def _filled_up(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    missing = size - len(images)
-    return images if missing == 0 else np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
-
-
-def _check_signature(path: Path, session: Any, export: Export) -> None:
-    for kind, found, wanted in (
-        ("input", session.get_inputs(), [("image", "tensor(float)", export.input_shape)]),
-        ("output", session.get_outputs(), [("log_probs", "tensor(double)", (len(export.class_names),))]),
-    ):
-        got = [(value.name, value.type, tuple(value.shape[1:])) for value in found]
-        fixed = [value.name for value in found if value.shape and isinstance(value.shape[0], int)]
-        if got != wanted:
-            raise ExportError(f"{path} must have {kind} {wanted} after the batch, has {got}")
-        if fixed:
-            raise ExportError(f"{path}: {kind} {fixed[0]} has a fixed number of images")

@@ -8,10 +8,10 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,19 @@ ERRORS_ONLY = 3
 
 # The providers of one attempt to open a session, each with its options.
 Attempt = list[str | tuple[str, dict[str, str]]]
-# A runner maps images (n, C, H, W) to log-likelihoods (n, K).
-Runner = Callable[[NDArray[np.float32]], NDArray[np.float64]]
+
+
+class Runner(Protocol):
+    """Runs a score graph."""
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Images (n, C, H, W) -> log-likelihoods (n, K)."""
+        ...
+
+    def with_latents(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """As a call, with the correlations (n, K, J, 2) of the latent."""
+        ...
+
 
 # Programs may already filter messages by this name.
 log = logging.getLogger("fastflow.export")
@@ -199,13 +210,18 @@ class PlainRunner:
         """(n, C, H, W) -> (n, K) nats."""
         return self._session.run(["log_probs"], {"image": images})[0]
 
+    def with_latents(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(n, C, H, W) -> (n, K) nats and (n, K, J, 2) correlations."""
+        log_probs, correlations = self._session.run(["log_probs", "correlations"], {"image": images})
+        return log_probs, correlations
+
 
 @dataclasses.dataclass(frozen=True)
 class _Tensors:
     """Tensors on the device for batches of one size, and how they are bound to the session."""
 
     image: Any
-    log_probs: Any
+    outputs: dict[str, Any]
     binding: Any
     options: Any
 
@@ -221,16 +237,37 @@ class BoundRunner:
         classes: K.
         device: ``"cuda"``; ``"cpu"`` works as well.
         graphs: whether the session captures CUDA graphs.
+        latent_blocks: J of the graph's correlations; 0 where it has none.
     """
 
-    def __init__(self, session: Any, ort: Any, classes: int, device: str, graphs: bool = False) -> None:
-        self._session, self._ort, self._classes = session, ort, classes
+    def __init__(
+        self,
+        session: Any,
+        ort: Any,
+        classes: int,
+        device: str,
+        graphs: bool = False,
+        latent_blocks: int = 0,
+    ) -> None:
+        self._session, self._ort = session, ort
+        self._shapes: dict[str, tuple[int, ...]] = {"log_probs": (classes,)}
+        if latent_blocks:
+            self._shapes["correlations"] = (classes, latent_blocks, 2)
         self._device, self._graphs = device, graphs
         self._tensors: dict[int, _Tensors] = {}
         self._lock = threading.Lock()
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
         """(n, C, H, W) -> (n, K) nats."""
+        return self._run(images)["log_probs"]
+
+    def with_latents(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(n, C, H, W) -> (n, K) nats and (n, K, J, 2) correlations."""
+        found = self._run(images)
+        return found["log_probs"], found["correlations"]
+
+    def _run(self, images: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
+        """Every output of the graph, by name."""
         # All threads share the tensors.
         with self._lock:
             if len(images) not in self._tensors:
@@ -240,18 +277,20 @@ class BoundRunner:
             tensors.binding.synchronize_inputs()
             self._session.run_with_iobinding(tensors.binding, tensors.options)
             tensors.binding.synchronize_outputs()
-            return np.array(tensors.log_probs.numpy())
+            return {name: np.array(value.numpy()) for name, value in tensors.outputs.items()}
 
     def _bind(self, images: NDArray[np.float32]) -> _Tensors:
         values, binding = self._ort.OrtValue, self._session.io_binding()
         image = values.ortvalue_from_numpy(images, self._device, 0)
-        log_probs = values.ortvalue_from_shape_and_type(
-            [len(images), self._classes], np.float64, self._device, 0
-        )
         binding.bind_ortvalue_input("image", image)
-        binding.bind_ortvalue_output("log_probs", log_probs)
+        outputs = {}
+        for name, shape in self._shapes.items():
+            outputs[name] = values.ortvalue_from_shape_and_type(
+                [len(images), *shape], np.float64, self._device, 0
+            )
+            binding.bind_ortvalue_output(name, outputs[name])
         options = self._ort.RunOptions()
         if self._graphs:
             # A captured graph fits one shape only, so each shape has a graph with a name of its own.
             options.add_run_config_entry("gpu_graph_id", str(len(self._tensors) + 1))
-        return _Tensors(image, log_probs, binding, options)
+        return _Tensors(image, outputs, binding, options)

@@ -73,6 +73,10 @@ class MatrixScorer:
         time.sleep(self.pause)
         return images.reshape(len(images), -1).astype(np.float64) @ self.weights / 16.0 - 300.0
 
+    def score_with_latents(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scores = self.score(images)
+        return scores, np.zeros((*scores.shape, 1, 2))
+
 
 def prepare_matrix(folder: Path, options: RunOptions) -> PreparedRun:
     """As `fastflow.archive.prepare.prepare`, with `MatrixScorer` for the model, and without PyTorch."""

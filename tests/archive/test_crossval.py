@@ -17,6 +17,7 @@ from fastflow.archive.locks import locked
 from fastflow.archive.train import Trained
 from fastflow.data.inventory import Inventory
 from fastflow.data.manifest import Record, index_folder, read_manifest
+from fastflow.data.slice_cache import SliceCache
 from fastflow.errors import ManifestError, OutputFolderError
 from fastflow.training.config import TrainConfig
 
@@ -205,3 +206,21 @@ def test_a_split_that_is_kept_out_never_has_the_name_of_a_part() -> None:
     plan = plan_rounds(files, 3, 0, (), ("testing",))
     assert plan.kept == ("kept_test",)
     assert {r.split for r in plan.rounds[0]} == {"train", "val", "test", "kept_test"}
+
+
+def test_a_fold_that_was_stopped_goes_on_and_all_share_the_cache(
+    records: list[Record], tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, asked = crossval.train_on_archive, {}
+
+    def watched(files: Any, folder: Path, *arguments: Any, **options: Any) -> Trained:
+        asked[folder.name] = options
+        return train(files, folder, *arguments, **options)
+
+    monkeypatch.setattr(crossval, "train_on_archive", watched)
+    monkeypatch.setattr(crossval, "can_resume", lambda folder: folder.name == "fold-1")
+    cache = SliceCache(tmp_path / "cache")
+    run(records, tmp_path / "out", cache=cache, save_seconds=7.0)
+    assert [each["resume"] for each in asked.values()] == [False, True, False]
+    assert [each["overwrite"] for each in asked.values()] == [True, False, True]
+    assert all(each["reading"].cache is cache and each["save_seconds"] == 7.0 for each in asked.values())

@@ -18,7 +18,9 @@ from fastflow.archive.results import read_results
 from fastflow.archive.scored import open_results
 from fastflow.data.manifest import Record, index_folder, write_manifest
 from fastflow.data.preprocess import GREY_LEVEL
+from fastflow.decision import posterior
 from fastflow.errors import CheckpointError, FastflowError, ManifestError, OutputFolderError
+from fastflow.readout import GaussianReadout
 
 pytestmark = pytest.mark.usefixtures("matrix")
 
@@ -221,3 +223,31 @@ def test_bad_input_is_named_before_anything_is_scored(
     ):
         with pytest.raises(ValueError, match=message):
             EvaluateOptions(**options)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_read_out_of_the_model_stands_beside_the_argmax(
+    model_folder: Path, manifest: Path, tmp_path: Path
+) -> None:
+    """Its two classes lie half a nat a slice apart, so that it decides by the gap of the rows."""
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    document = json.loads((model / "config.json").read_text())
+    slices = document["metadata"]["preprocess"]["slices"]
+    readout = GaussianReadout(("flat", "striped"), np.array([[0.5], [-0.5]]), np.eye(1), 2.0, slices, (3, 3))
+    document["metadata"]["readout"] = readout.to_dict()
+    (model / "config.json").write_text(json.dumps(document))
+    done = run(model, manifest, tmp_path / "out")
+    one = done.document["sets"]["test"]["decisions"]
+    assert list(one)[:2] == ["argmax", "gaussian"] and "bits_per_dim" not in one["gaussian"]["figures"]
+    rows = list(read_results(tmp_path / "out" / "results" / "test"))
+    scores = np.array([[float(row["logp_flat"]), float(row["logp_striped"])] for row in rows]) / 3
+    wanted = posterior(readout.discriminants(scores), 2.0)
+    own = [wanted[i, ["flat", "striped"].index(row["label"])] for i, row in enumerate(rows)]
+    assert one["gaussian"]["figures"]["nll"]["value"] == pytest.approx(-np.log(own).mean())
+    assert not any("read-out" in line for line in done.warnings)
+    document["metadata"]["readout"]["slices"] = "center+-9"
+    (model / "config.json").write_text(json.dumps(document))
+    other = run(model, manifest, tmp_path / "other")
+    assert "gaussian" not in other.document["sets"]["test"]["decisions"]
+    assert any("fitted to slices 'center+-9'" in line for line in other.warnings)

@@ -68,13 +68,14 @@ def test_demo_prints_the_baseline_beside_every_figure(
 ) -> None:
     names = ("flat", "striped")
     good = classification_metrics(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 1]), 2, names)
+    fair = classification_metrics(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), 2, names)
     poor = classification_metrics(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0]), 2, names)
 
     def run_demo(out: Path, **options: Any) -> workflow.DemoResult:
         assert (out, options["seed"], options["device"]) == (tmp_path, 3, "cpu")
         options["notify"]("training", 1, 2)
         options["on_epoch"]({"epoch": 1, "train_bits_per_dim": 4.5})
-        test = TestSet("Unseen subjects", good, poor, 3.25)
+        test = TestSet("Unseen subjects", good, poor, 3.25, grain=fair)
         counts = {"ok": 4, "flagged": 0, "error": 0}
         summary = Summary(
             "results", (), counts, {}, names, np.array([[3, 0], [0, 1]]), 4, 1.0, {"bound_by": None}
@@ -85,8 +86,9 @@ def test_demo_prints_the_baseline_beside_every_figure(
     result = invoke("demo", "--out", tmp_path, "--seed", 3, "--device", "cpu")
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.replace("│", " ").splitlines()]
-    assert ["Unseen", "subjects", "1.000", "0.500", "1.000", "0.750", "3.250"] in lines
-    assert ["striped", "1.000", "0.000"] in lines
+    assert ["Unseen", "subjects", "flow", "1.000", "1.000", "3.250"] in lines
+    assert ["grain", "LDA", "0.833", "0.750"] in lines and ["histogram", "0.500", "0.750"] in lines
+    assert ["flat", "1.000", "0.667", "1.000"] in lines and ["striped", "1.000", "1.000", "0.000"] in lines
     assert "Simulated scanners on real anatomy" in result.stdout
     assert "epoch 1: train_bits_per_dim 4.5" in result.stderr
 

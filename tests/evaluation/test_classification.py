@@ -8,13 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from fastflow.data.slices import SliceSet
-from fastflow.evaluation.classification import (
-    BINS,
-    HistogramBaseline,
-    classification_metrics,
-    volume_histograms,
-)
+from fastflow.evaluation.classification import classification_metrics
 
 
 @settings(max_examples=40)
@@ -55,42 +49,3 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         classification_metrics(np.array(labels, dtype=int), np.array(predictions, dtype=int), 3, names)
-
-
-def make_set(levels: list[int], per_volume: int = 2, seed: int = 0) -> SliceSet:
-    """Volume v has noise around levels[v]; its label is 0 below 128."""
-    rng = np.random.default_rng(seed)
-    volumes = np.repeat(np.arange(len(levels)), per_volume)
-    images = (
-        rng.normal(np.array(levels)[volumes][:, None, None, None], 6.0, (len(volumes), 1, 8, 8))
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
-    labels = (np.array(levels)[volumes] >= 128).astype(np.int64)
-    names = tuple(str(v) for v in range(len(levels)))
-    return SliceSet(images, labels, volumes, names, names, ("dark", "bright"))
-
-
-def test_baseline_tells_brightness_but_no_structure() -> None:
-    train, test = make_set([60, 70, 80, 180, 190, 200] * 3), make_set([65, 75, 185, 195], seed=1)
-    baseline = HistogramBaseline().fit(train)
-    assert baseline.predict(test).tolist() == [0, 0, 1, 1]
-    rng = np.random.default_rng(2)
-    shuffled = rng.permuted(test.images.reshape(len(test), -1), axis=1).reshape(test.images.shape)
-    scrambled = SliceSet(shuffled, test.labels, test.volumes, test.paths, test.subjects, test.class_names)
-    assert baseline.predict(scrambled).tolist() == baseline.predict(test).tolist()
-
-
-def test_histograms_share_out_every_pixel() -> None:
-    data = make_set([10, 240], per_volume=3)
-    histograms = volume_histograms(data)
-    assert histograms.shape == (2, BINS)
-    np.testing.assert_allclose(histograms.sum(axis=1), 1.0)
-    np.testing.assert_allclose(
-        histograms[1], np.histogram(data.images[3:], bins=BINS, range=(0, 256))[0] / (3 * 64)
-    )
-
-
-def test_baseline_needs_two_classes() -> None:
-    with pytest.raises(ValueError, match="at least two classes"):
-        HistogramBaseline().fit(make_set([10, 20]))

@@ -37,7 +37,14 @@ def content() -> dict[str, Any]:
     attribution, contrast = rng.normal(size=(2, 24, 20))
     return {
         "tests": [
-            TestSet("Unseen subjects", metrics(1), metrics(2), 3.25, "made from the training heads"),
+            TestSet(
+                "Unseen subjects",
+                metrics(1),
+                metrics(2),
+                3.25,
+                "made from the training heads",
+                grain=metrics(5),
+            ),
             TestSet("Unseen head", metrics(3), metrics(4), 12345.6),
         ],
         "real": images,
@@ -103,7 +110,7 @@ def test_every_picture_is_there_with_words(report: Path) -> None:
 def test_numbers_stand_beside_their_baseline_and_provenance(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     for test in content()["tests"]:
-        for values in (test.metrics, test.histogram):
+        for values in filter(None, (test.metrics, test.histogram, test.grain)):
             assert f"{values['balanced_accuracy']:.3f}" in text
             assert f"{values['accuracy']:.3f}" in text
     assert "3.250" in text

@@ -71,7 +71,11 @@ def document(**changes: Any) -> dict[str, Any]:
 
 def metadata(values: Mapping[str, Any], weights_digest: str) -> dict[str, str]:
     """The metadata that an exporter puts into the score graph."""
-    own = {key: value for key, value in values.items() if key not in ("graphs", "sha256", "validation")}
+    own = {
+        key: value
+        for key, value in values.items()
+        if key not in ("graphs", "sha256", "validation", "scanners")
+    }
     own |= {"graph": "score", "weights": {"file": "weights.data", "sha256": weights_digest}}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in own.items()}
 

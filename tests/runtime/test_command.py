@@ -32,7 +32,7 @@ def test_the_command_prints_a_line_per_file(
     want = OnnxScorer(export_folder, "cpu", threads=1).classify_volume(good)
     (row,) = lines(out)
     assert list(row) == [
-        *("path", "status", "predicted", "posterior", "margin", "typicality", "error", "argmax")
+        *("path", "status", "predicted", "posterior", "margin", "typicality", "error", "argmax", "scanner_p")
     ]
     assert (row["path"], row["status"], row["predicted"], row["typicality"], row["error"]) == (
         str(good),
@@ -60,7 +60,9 @@ def test_a_bad_file_costs_its_line_only(
     assert main([str(export_folder), "nowhere.nii", good, "--json"]) == 3
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first == {
-        **dict.fromkeys(["predicted", "posterior", "margin", "typicality", "log_probs", "argmax"]),
+        **dict.fromkeys(
+            ["predicted", "posterior", "margin", "typicality", "log_probs", "argmax", "scanner_p"]
+        ),
         "path": "nowhere.nii",
         "status": "error",
         "error": "missing: there is no such file",
@@ -133,7 +135,7 @@ def test_runs_that_fail(
     code: int,
     message: str,
 ) -> None:
-    def fail(scorer: OnnxScorer, path: str, prior: object, readout: str) -> None:
+    def fail(scorer: OnnxScorer, path: str, *options: object) -> None:
         raise error
 
     monkeypatch.setattr(OnnxScorer, "classify_volume", fail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, Protocol
 
@@ -13,10 +14,11 @@ from fastflow import kernels
 from fastflow.kernels.checks import mark_label_index
 from fastflow.models.flow import Flow
 from fastflow.models.inference import planes as plane_walk
+from fastflow.models.inference.correlations import lag_correlations
 from fastflow.models.inference.fold import fold
 from fastflow.models.inference.graphs import GraphPerSize
 from fastflow.models.inference.leaves import ClassificationNet
-from fastflow.models.inference.steps import FoldedHalfCoupling, FoldedStep
+from fastflow.models.inference.steps import FoldedHalfCoupling
 from fastflow.models.step import Walk
 
 
@@ -26,10 +28,12 @@ class State(NamedTuple):
     Attributes:
         planes: of the images.
         terms: (B,) parts of log p(x|y) so far, in float64.
+        blocks: of the latent that were split off already; an engine's own layout.
     """
 
     planes: tuple[Tensor, ...]
     terms: list[Tensor]
+    blocks: tuple[Any, ...] = ()
 
 
 class Engine(Protocol):
@@ -40,6 +44,13 @@ class Engine(Protocol):
 
     def finish(self, state: State, first: int, last: int) -> Tensor:
         """Log-likelihoods (B, last - first), float64, of labels `first` to `last` (exclusive)."""
+
+    def finish_with_latents(self, state: State, first: int, last: int) -> Tensor:
+        """As `finish`, with the correlations of the latent: (B, last - first, 1 + 2J) float64.
+
+        The log-likelihood comes first, then `lag_correlations` of each of the J latent blocks under the
+        label, the final block first, then those that were split off in the order of the steps.
+        """
 
 
 class Eager:
@@ -74,18 +85,30 @@ class Eager:
         h, masked = (
             (walk.h, walk.masked) if walk.masked is not None else self.flow.steps[self.free].mix(walk.h)
         )
-        return State((h, masked), self._terms(walk, 0))
+        return State((h, masked), self._terms(walk, 0), tuple(walk.blocks))
 
     def finish(self, state: State, first: int, last: int) -> Tensor:
         """See `Engine.finish`."""
-        (h, masked), labels = state.planes, last - first
+        return self._log_probs(state, self._walk(state, first, last), last - first)
+
+    def finish_with_latents(self, state: State, first: int, last: int) -> Tensor:
+        """See `Engine.finish_with_latents`."""
+        walk, labels = self._walk(state, first, last), last - first
+        shared = [lag_correlations(block).repeat_interleave(labels, dim=0) for block in state.blocks]
+        final, *split = [lag_correlations(block) for block in (walk.h, *walk.blocks)]
+        return _joined(self._log_probs(state, walk, labels), [final, *shared, *split])
+
+    def _walk(self, state: State, first: int, last: int) -> Walk:
+        h, masked = state.planes
         batch = len(h)
         # The first conditioner takes its input once per image, and repeats it where it first knows a label.
-        h = h.repeat_interleave(labels, dim=0)
-        walk = self.flow.forward(h, self.label_index(batch, first, last), masked, self.free)
+        h = h.repeat_interleave(last - first, dim=0)
+        return self.flow.forward(h, self.label_index(batch, first, last), masked, self.free)
+
+    def _log_probs(self, state: State, walk: Walk, labels: int) -> Tensor:
         terms = self._terms(walk, self.free)
         terms += [_prior(walk.h), *(term.repeat_interleave(labels) for term in state.terms)]
-        return (torch.stack(terms).sum(dim=0) + self.constant).view(batch, labels)
+        return (torch.stack(terms).sum(dim=0) + self.constant).view(-1, labels)
 
     def _terms(self, walk: Walk, first: int) -> list[Tensor]:
         """Log-determinants and log-densities of the blocks that were split off, in the order of the steps."""
@@ -99,6 +122,12 @@ class Eager:
 
 def _prior(block: Tensor) -> Tensor:
     return kernels.latent_prior(block.flatten(1)).double()
+
+
+def _joined(log_probs: Tensor, correlations: list[Tensor]) -> Tensor:
+    """Log-likelihoods (B, K) and correlations (B K, 2) of J blocks as (B, K, 1 + 2J) float64."""
+    together = torch.cat(correlations, dim=1).double().view(*log_probs.shape, -1)
+    return torch.cat((log_probs.unsqueeze(2), together), dim=2)
 
 
 class Compiled:
@@ -116,6 +145,7 @@ class Compiled:
         self.free = config.condition_from_step
         labels = torch.arange(config.num_classes, device=self.device)
         self.model = fold(model, model.condition(labels), dtype)
+        self.config, self.orders = config, plane_walk.plane_orders(self.model.steps)
         for half in (half for step in self.model.steps for half in step.halves):
             torch._dynamo.mark_dynamic(half.films, 0)
             if isinstance(half.net, ClassificationNet):
@@ -128,29 +158,62 @@ class Compiled:
         label_index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         with _settings():
             image = plane_walk.to_planes(x.permute(0, 2, 3, 1), self.model.phases)
-            walk = self._walk((image,), label_index, self.model.steps[: self.free])
+            kept: list[tuple[int, plane_walk.Planes]] = []
+            walk = self._walk((image,), label_index, range(self.free), kept)
             mixed = plane_walk.run_mix(walk.planes, self.model.steps[self.free], self.model.phases)
-        return State(mixed, plane_walk.density_terms(walk))
+        return State(mixed, plane_walk.density_terms(walk), tuple(kept))
 
     def finish(self, state: State, first: int, last: int) -> Tensor:
         """See `Engine.finish`."""
-        batch, labels = len(state.planes[0]), last - first
-        image = torch.arange(batch, device=self.device).repeat_interleave(labels)
-        label_index = torch.arange(first, last, device=self.device).repeat(batch)
+        walk, image = self._finish(state, first, last, [])
+        return self._log_probs(state, walk, image, last - first)
+
+    def finish_with_latents(self, state: State, first: int, last: int) -> Tensor:
+        """See `Engine.finish_with_latents`."""
+        kept: list[tuple[int, plane_walk.Planes]] = []
+        walk, image = self._finish(state, first, last, kept)
+        final = plane_walk.final_block(self.config, walk.planes, self.orders[-1], self.model.phases)
+        shared, split = (self._correlations(blocks) for blocks in (state.blocks, kept))
+        found = [lag_correlations(final, 1, 2), *(one[image] for one in shared), *split]
+        return _joined(self._log_probs(state, walk, image, last - first), found)
+
+    def _correlations(self, kept: Iterable[tuple[int, plane_walk.Planes]]) -> list[Tensor]:
+        """Correlations of the blocks that steps split off, from the index and the planes of each step."""
+        blocks = [
+            plane_walk.split_block(self.config, i, planes, self.orders[i], self.model.phases)
+            for i, planes in kept
+        ]
+        return [lag_correlations(block, 1, 2) for block in blocks]
+
+    def _finish(
+        self, state: State, first: int, last: int, kept: list[tuple[int, plane_walk.Planes]]
+    ) -> tuple[plane_walk.PlaneWalk, Tensor]:
+        """The steps that may know the label, and the image of each of their samples."""
+        image = torch.arange(len(state.planes[0]), device=self.device).repeat_interleave(last - first)
+        label_index = torch.arange(first, last, device=self.device).repeat(len(state.planes[0]))
         with _settings():
-            walk = self._walk(state.planes, label_index, self.model.steps[self.free :], image)
+            steps = range(self.free, len(self.model.steps))
+            return self._walk(state.planes, label_index, steps, kept, image), image
+
+    def _log_probs(self, state: State, walk: plane_walk.PlaneWalk, image: Tensor, labels: int) -> Tensor:
         terms = plane_walk.density_terms(walk)
         terms += [plane_walk.square_sum(walk.planes).double(), *(term[image] for term in state.terms)]
-        return (torch.stack(terms).sum(dim=0) + self.model.constant).view(batch, labels)
+        return (torch.stack(terms).sum(dim=0) + self.model.constant).view(-1, labels)
 
     def _walk(
         self,
         planes: plane_walk.Planes,
         label_index: Tensor,
-        steps: tuple[FoldedStep, ...],
+        indices: range,
+        kept: list[tuple[int, plane_walk.Planes]],
         image: Tensor | None = None,
     ) -> plane_walk.PlaneWalk:
+        """Consecutive steps; planes that a part leaves of are put into `kept`, with the step's index."""
+        steps = self.model.steps[indices.start : indices.stop]
+
         def at_split(i: int, planes: plane_walk.Planes) -> Tensor | None:
+            if indices[i] in self.config.split_after:
+                kept.append((indices[i], planes))
             split = steps[i].split
             return None if split is None else plane_walk.square_sum(planes, split)
 
@@ -222,3 +285,11 @@ class CudaGraphs:
             return self.eager.finish(self.eager.start(images), first, last)
 
         return self.graphs(run, (state.planes[0],), (first, last))
+
+    def finish_with_latents(self, state: State, first: int, last: int) -> Tensor:
+        """See `Engine.finish_with_latents`."""
+
+        def run(images: Tensor) -> Tensor:
+            return self.eager.finish_with_latents(self.eager.start(images), first, last)
+
+        return self.graphs(run, (state.planes[0],), (first, last, "with latents"))

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastflow.models.conditioners.network import encode_full_resolution, encode_strided
+from fastflow.models.config import FlowConfig, Shape
 from fastflow.models.inference.leaves import ClassificationNet, FoldedFilm
 from fastflow.models.inference.steps import FoldedHalfCoupling, FoldedStep
 from fastflow.numerics import acc_dtype, sum_per_sample
@@ -260,6 +261,29 @@ def from_planes(planes: Tensor, phases: int) -> Tensor:
     channels = size // phases**2
     blocks = planes.reshape(-1, height, width, channels, phases, phases).permute(0, 1, 4, 2, 5, 3)
     return blocks.reshape(-1, height * phases, width * phases, channels)
+
+
+def plane_orders(steps: Sequence[FoldedStep]) -> list[Tensor]:
+    """For each step, where each plane of the natural order stands among its tensors of planes, joined."""
+    return [torch.argsort(torch.cat(step.columns)) for step in steps]
+
+
+def natural_order(planes: Planes, order: Tensor, phases: int, shape: Shape) -> Tensor:
+    """Planes of a step of `shape` (C, H, W) as (R, H, W, C); `order` is its entry of `plane_orders`."""
+    joined = torch.cat(planes, dim=-1).index_select(3, order) if len(planes) > 1 else planes[0]
+    return from_planes(joined, phases)[:, : shape[1], : shape[2]]
+
+
+def split_block(config: FlowConfig, i: int, planes: Planes, order: Tensor, phases: int) -> Tensor:
+    """The latent block that step i splits off, of its planes, as (R, H, W, C)."""
+    return natural_order(planes, order, phases, config.step_shapes[i]).chunk(2, dim=-1)[1]
+
+
+def final_block(config: FlowConfig, planes: Planes, order: Tensor, phases: int) -> Tensor:
+    """The latent block that stays after the last step, of its planes, as (R, H, W, C)."""
+    last = len(config.step_shapes) - 1
+    h = natural_order(planes, order, phases, config.step_shapes[last])
+    return h.chunk(2, dim=-1)[0] if last in config.split_after else h
 
 
 def square_sum(planes: Planes, split: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastflow.errors import InvalidImageWarning, UninitializedModelError
 from fastflow.models.flow import Flow
-from fastflow.models.inference.engines import Compiled, CudaGraphs, Eager, Engine
+from fastflow.models.inference.engines import Compiled, CudaGraphs, Eager, Engine, State
 from fastflow.models.inference.precision import (
     PRECISIONS,
     check_choice,
@@ -39,6 +39,23 @@ class Scores(NamedTuple):
     """
 
     log_probs: Tensor
+    invalid: Tensor
+
+
+class LatentScores(NamedTuple):
+    """Results of `LabelScorer.score_with_latents`.
+
+    Attributes:
+        log_probs: see `Scores`.
+        correlations: (B, K, J, 2) lag-1 correlations across and down of the J latent blocks of each image
+            under each label, in the order of `FlowConfig.latent_shapes`, in [-1, 1] and of the dtype of
+            `log_probs`; NaN in the rows that are invalid. `fastflow.models.inference.correlations` has their
+            equation.
+        invalid: see `Scores`.
+    """
+
+    log_probs: Tensor
+    correlations: Tensor
     invalid: Tensor
 
 
@@ -137,15 +154,30 @@ class LabelScorer:
 
     def score(self, x: Tensor) -> Scores:
         """As calling the scorer, but invalid images are told by a flag instead of a warning."""
+        found, invalid = self._score(x, self._engine.finish)
+        return Scores(found, invalid)
+
+    def score_with_latents(self, x: Tensor) -> LatentScores:
+        """As `score`, with the correlations within the latent, from the same pass and with the same bits."""
+        found, invalid = self._score(x, self._engine.finish_with_latents)
+        blocks = len(self.model.config.latent_shapes)
+        if not len(x):
+            found = found.unsqueeze(2).expand(-1, -1, 1 + 2 * blocks)
+        correlations = found[..., 1:].unflatten(2, (blocks, 2))
+        return LatentScores(found[..., 0].contiguous(), correlations, invalid)
+
+    def _score(self, x: Tensor, finish: Finish) -> tuple[Tensor, Tensor]:
+        """`(found, invalid)`: what `finish` gives for each image and label, and which images are invalid."""
         check_unchanged(self.model, self._versions, "LabelScorer")
         x = self.model.check_images(x.to(self.model.device))
         with self._context():
             invalid = ~torch.isfinite(x.flatten(1)).all(dim=1)
             # A zero image in their place: compiled code is free to assume that there are no NaNs.
             x = torch.where(invalid[:, None, None, None], 0.0, x)
-            log_probs, self.max_rows = _score(self._engine, x, self.model.config.num_classes, self.max_rows)
-            log_probs = log_probs.to(torch.promote_types(x.dtype, torch.float32))
-            return Scores(log_probs.masked_fill(invalid[:, None], float("nan")), invalid)
+            labels = self.model.config.num_classes
+            found, self.max_rows = _score(self._engine, x, labels, self.max_rows, finish)
+            found = found.to(torch.promote_types(x.dtype, torch.float32))
+            return found.masked_fill(invalid.view(-1, *(1,) * (found.ndim - 1)), float("nan")), invalid
 
     def _context(self, narrow: bool = True) -> AbstractContextManager[Any]:
         """Evaluation in the scorer's precision; where it is mixed, eager passes are under autocast."""
@@ -165,6 +197,9 @@ def _check_rows(max_rows: int | None) -> None:
         raise ValueError(f"max_rows must be an integer of at least 1, got {max_rows!r}")
 
 
+# The second part of an engine, see `Engine`.
+Finish = Callable[[State, int, int], Tensor]
+
 # Words of errors that tell of memory: an allocation that fails on a CPU is a plain RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -175,8 +210,14 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _score(engine: Engine, x: Tensor, classes: int, max_rows: int) -> tuple[Tensor, int]:
-    """Log-likelihoods (B, K) in float64, and the rows that memory turned out to allow."""
+def _score(
+    engine: Engine, x: Tensor, classes: int, max_rows: int, finish: Finish | None = None
+) -> tuple[Tensor, int]:
+    """The results of `finish` (B, K, ...) in float64, and the rows that memory turned out to allow.
+
+    They are log-likelihoods (B, K) where no other part of the engine is named.
+    """
+    finish = finish or engine.finish
     parts: list[Tensor] = []
     done = 0
     while done < len(x):
@@ -184,7 +225,7 @@ def _score(engine: Engine, x: Tensor, classes: int, max_rows: int) -> tuple[Tens
         block = x[done : done + images]
         try:
             state = engine.start(block)
-            labels = [engine.finish(state, first, last) for first, last in _spans(classes, max_rows)]
+            labels = [finish(state, first, last) for first, last in _spans(classes, max_rows)]
             parts.append(labels[0] if len(labels) == 1 else torch.cat(labels, dim=1))
         except (RuntimeError, MemoryError) as error:
             if max_rows == 1 or not _is_out_of_memory(error):

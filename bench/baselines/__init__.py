@@ -1,0 +1,1 @@
+"""Other people's models, trained under the same conditions as the package's."""
