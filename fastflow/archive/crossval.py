@@ -61,8 +61,8 @@ class FoldTraining:
         devices, nodes = self.config.devices, self.config.num_nodes
         if (devices or 1) * nodes > 1:
             raise ValueError(
-                f"devices is {devices} on num_nodes {nodes}, but a cross-validation trains on one device: leave "
-                "them out, or train single folds by `fastflow train --devices`"
+                f"devices is {devices} on num_nodes {nodes}, but a cross-validation trains on one device: "
+                "leave them out, or train single folds by `fastflow train --devices`"
             )
 
     def to_dict(self) -> dict[str, Any]:
