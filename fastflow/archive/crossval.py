@@ -46,6 +46,9 @@ class FoldTraining:
     """How the model of a fold is trained: arguments of `train_on_archive` of the same names.
 
     The seed of `config` is replaced by that of each training.
+
+    Raises:
+        ValueError: `config` asks for several devices, which a single training can use.
     """
 
     preset: str = "demo"
@@ -53,6 +56,14 @@ class FoldTraining:
     config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     flow_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     application_mask: str | None = None
+
+    def __post_init__(self) -> None:
+        devices, nodes = self.config.devices, self.config.num_nodes
+        if (devices or 1) * nodes > 1:
+            raise ValueError(
+                f"devices is {devices} on num_nodes {nodes}, but a cross-validation trains on one device: "
+                "leave them out, or train single folds by `fastflow train --devices`"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the seed."""

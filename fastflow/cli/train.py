@@ -196,7 +196,7 @@ class TrainOptions:
         bool,
         typer.Option(
             "--allow-changes",
-            help="With --resume: --epochs, --lr, --warmup, --objective and --augment may be others now.",
+            help="With --resume: --epochs, --lr, --warmup, --objective and such may be others now.",
         ),
     ] = False
     save_seconds: Annotated[

@@ -24,6 +24,12 @@ from fastflow.training.config import TrainConfig
 TRAINING = FoldTraining("tiny", config=TrainConfig(epochs=1, batch_size=4, warmup_epochs=0))
 
 
+def test_several_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="devices is 2 on num_nodes 1, but a cross-validation trains on one"):
+        FoldTraining("tiny", config=TrainConfig(devices=2))
+    assert FoldTraining("tiny", config=TrainConfig(devices=1, accumulate=2)).config.accumulate == 2
+
+
 @pytest.fixture
 def records(scans: Path) -> list[Record]:
     """Five files of each class for folds, of which one is kept out."""
