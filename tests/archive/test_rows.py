@@ -14,6 +14,7 @@ from fastflow.data.statistics import measure
 from fastflow.data.training_images import TrainingImages
 from fastflow.decision import decide
 from fastflow.errors import VolumeError
+from fastflow.novelty import KnownScanners
 
 SETTINGS = Settings(
     "abc", ("old", "young"), 2.0, (0.75, 0.25), Preprocess((16, 16)), "sum", "relpath", 256, None
@@ -62,6 +63,20 @@ def test_images_unlike_those_of_training_are_flagged_before_their_likelihood() -
     # An image that was not measured, and a model without statistics, have nothing to compare.
     assert row_of(SLICES, wide)["status"] == "ok"
     assert row_of(SLICES, measured=measure(255 - pixels[:1] // 2, 0.5))["status"] == "ok"
+
+
+def test_scans_of_an_unknown_scanner_are_flagged_last() -> None:
+    known = KnownScanners("center", np.zeros((2, 8)), np.eye(8), tuple(range(30)))
+    settings = dataclasses.replace(SETTINGS, scanners=known, validation=(-200.0, -100.0))
+    features = {"correlations": np.full((2, 2, 1, 2), 0.1), "grain": np.full((2, 6), 50.0)}
+    assert row_of(SLICES, settings, **features)["scanner_p"] == pytest.approx(1 / 31)
+    assert row_of(SLICES, settings, **features)["error_code"] == "atypical"
+    limited = dataclasses.replace(settings, reject_below=0.05)
+    assert row_of(SLICES, limited, **features)["error_code"] == "atypical;unknown_scanner"
+    near = features | {"grain": np.zeros((2, 6))}
+    assert row_of(SLICES, limited, **near)["error_code"] == "atypical"
+    # An input without features has nothing to compare.
+    assert row_of(SLICES, limited)["scanner_p"] is None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
