@@ -83,7 +83,7 @@ def test_wheel_holds_the_package_and_its_anatomy(wheel: Path) -> None:
     expected = {
         p.relative_to(ROOT).as_posix()
         for p in (ROOT / "fastflow").rglob("*")
-        if p.suffix in (".py", ".html", ".typed")
+        if p.suffix in (".py", ".html", ".css", ".typed")
     }
     expected |= {f"fastflow/data/assets/{p.name}" for p in (ROOT / "fastflow/data/assets").iterdir()}
     expected |= {f"fastflow/export/{p.name}" for p in (ROOT / "export").glob("*.py")}
