@@ -51,7 +51,7 @@ RULES = (
     Rule(r"models/.*", r".*(DenseHead|head).*features.*", FEATURES),
     Rule(r"models/.*", r".*Conditioner\.(encode|transform|forward)", HEAD),
     Rule(r"torch/(optim|nn/utils/clip_grad).*", r".*", OPTIMIZER),
-    Rule(r"training/(average|optimi[sz]er)\.py", r".*", OPTIMIZER),
+    Rule(r"training/(average|optimi[sz]er|update)\.py", r".*", OPTIMIZER),
     Rule(r"training/.*", r".*(augment|dequantize).*", BATCHES),
     Rule(r"training/augment\.py", r".*", BATCHES),
     Rule(r"training/.*", r".*(_update|clip|optimi[sz]|average|ema|total_norm).*", OPTIMIZER),

@@ -46,7 +46,12 @@ def differentiate(
         if logistic is not None:
             logistics.append(logistic.detach())
     total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    return total, torch.cat(log_probs), torch.cat(logistics) if logistics else None
+    return total, _joined(log_probs), _joined(logistics) if logistics else None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other; one part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class GradientSum:
