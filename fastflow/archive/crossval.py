@@ -130,7 +130,7 @@ class CrossvalOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Crossvalidation:
-    """What was found.
+    """The results of a cross-validation.
 
     Attributes:
         folder: holds ``plan.json``, a model folder for each fold, ``folds/``, ``evaluations/``,

@@ -53,7 +53,7 @@ CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """The results of an evaluation.
 
     Attributes:
         folder: holds ``metrics.json``, ``metrics.csv``, ``classes.csv``, ``report.html`` and, of a model, its
@@ -74,7 +74,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What is evaluated: `source` is a folder of results, or of a model whose results go below `folder`."""
+    """The task of an evaluation: `source` holds results, or a model whose results go below `folder`."""
 
     source: Path
     is_scored: bool

@@ -1,4 +1,4 @@
-"""What a model keeps of the scanners that it was trained on, so that others are told from them."""
+"""The model keeps how the scanners of its training look, so that others are told from them."""
 
 from __future__ import annotations
 

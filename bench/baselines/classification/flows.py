@@ -102,7 +102,7 @@ class FlowRun:
         )
 
     def identity(self, recipe: str, readout: str) -> dict[str, Any]:
-        """What makes two runs the same run, as it stands in the document."""
+        """The fields of the document that make two runs the same run."""
         config = dataclasses.asdict(self.config(recipe))
         settings = {name: config[name] for name in SETTINGS}
         return {

@@ -41,7 +41,7 @@ Builder = Callable[[int, tuple[int, int]], nn.Module]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is trained on which part of which archive.
+    """A classifier, and the part of an archive that it is trained on.
 
     Attributes:
         name: a key of `FITTED` or of `NETWORKS`.
@@ -76,7 +76,7 @@ class Run:
     weights: Path | None = None
 
     def identity(self, settings: Settings | None) -> dict[str, Any]:
-        """What makes two runs the same run, as it stands in the document."""
+        """The fields of the document that make two runs the same run."""
         start = None
         if settings is not None:
             start = SCRATCH

@@ -25,7 +25,7 @@ MAX_NAMED = 5
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What a file of weights brought.
+    """The entries of a file of weights that a network took, and those it did not.
 
     Attributes:
         entries: how many entries of the network come from the file.
